@@ -1,0 +1,149 @@
+"""Load a causal language model and take it apart into a body and an output head.
+
+Shared by the teacher's engine and the trainer's model, which both project chunks of positions to the
+vocabulary themselves instead of calling the model's own head, whose [positions, vocabulary] logits would
+not fit. Left out: generation (vLLM does it) and training (trainer/model.py).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from services.errors import StartupError
+
+_PROBE_TEXT = "The 3 quick foxes: jump(over) {lazy} dogs, naïvely; 12+34=46 — 你好\n\tend"
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """logits = softcap(logit_scale * (hidden @ weight.T + bias)); softcap(z) = cap * tanh(z / cap)."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] hidden states to [N, V] logits in the weight's dtype; for few positions only."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def load_causal_lm(
+    model: str, *, dtype: str, trust_remote_code: bool = False, init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load weights from safetensors only.
+
+    Raises:
+        StartupError: the folder does not exist or holds no loadable model.
+    """
+    _require_folder_or_hub_id(model)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **(init_kwargs or {}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        StartupError: there is none.
+    """
+    _require_folder_or_hub_id(model)
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from error
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Run the body alone.
+
+    Args:
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T], 1 on tokens.
+
+    Returns:
+        [B, T, H] states after the final norm; position t predicts token t + 1.
+    """
+    body = model.get_decoder()
+    return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's output head as tensors, checked against the model's own logits on a probe.
+
+    Raises:
+        StartupError: the architecture does something after its head that this project does not know.
+    """
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+    scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+    head = OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    _check_head(model, head)
+    return head
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: OutputHead) -> None:
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0) % head.weight.shape[0]
+    mask = torch.ones_like(ids)
+    theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+    ours = head.logits(hidden_states(model, ids, mask)[0]).float()
+    model.train(was_training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    difference = (theirs - ours).abs().max().item() / max(theirs.abs().max().item(), 1.0)
+    if not difference <= tolerance:
+        raise StartupError(
+            f"{type(model).__name__} computes its logits in a way this project does not know (relative difference "
+            f"{difference:.2g} on a probe); supported: a linear head with bias, scale and soft cap"
+        )
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the generation config's, the model config's and the tokenizer's."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for holder in (generation, model.config.get_text_config(), tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or [])
+    return sorted(found)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the token-to-id map and of one probe's encoding; equal for equal tokenizers, whatever the padding."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _require_folder_or_hub_id(model: str) -> None:
+    path = Path(model)
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix != ""
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise StartupError(
+                f"the model folder {model!r} has no config.json; give a folder saved with save_pretrained"
+            )
+    elif path.exists() or (looks_like_path and model.count("/") != 1):
+        raise StartupError(
+            f"the model folder {model!r} does not exist; give a folder saved with save_pretrained or a hub id"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,438 @@
+"""Every option of every role, in one pydantic model; loads neither torch nor vllm.
+
+One TOML file per run, dotted overrides on the command line, the environment for secrets only (`Secrets`).
+Units are in the names, ranges on the fields, checks across sections in `RunConfig._check_across_sections`.
+"""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.errors import ConfigError
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Role = Literal["rollout", "teacher", "train", "up"]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, the docstring under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str | None = None
+    """Folder or hub id of a causal LM; required."""
+    model_init_kwargs: dict[str, Any] = {}
+    """Further keyword arguments of transformers' from_pretrained, as JSON."""
+    dtype: Dtype = "float32"
+    """Dtype of the trainer's master weights and optimizer state."""
+    disable_dropout: bool = True
+    """Set every dropout probability of the student to zero."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings along; off unless you have read that code."""
+    cuda_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of the trainer under `distillserve up`, e.g. "1"."""
+
+
+class ServerSection(Section):
+    """What both servers have in common."""
+
+    urls: list[str] = []
+    """Servers the trainer attaches to, e.g. ["http://10.0.0.5:8100"]; default: the host and port of this section."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything beyond loopback requires a key in the environment."""
+    port: Port
+    """TCP port to listen on; `up` takes the next free one when it is in use."""
+    dtype: Dtype = "float32"
+    """Dtype of the weights on this server."""
+    cuda_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of this server under `distillserve up`, e.g. "0"."""
+    startup_timeout_s: float = Field(600.0, gt=0)
+    """How long the trainer and `up` wait for this server to become ready, seconds."""
+    request_timeout_s: float = Field(300.0, gt=0)
+    """How long the trainer waits for the answer to one request, seconds."""
+
+    def server_urls(self) -> list[str]:
+        """The URLs to attach to, without trailing slashes."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        host = f"[{host}]" if ":" in host else host
+        return [url.rstrip("/") for url in self.urls] or [f"http://{host}:{self.port}"]
+
+
+class RolloutConfig(ServerSection):
+    """The vLLM server that samples completions from the student."""
+
+    port: Port = 8100
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt plus completion, tokens; default: what the model's config says."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Key-value cache on CPU, GiB; on a GPU vLLM sizes it by `gpu_memory_utilization`."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the GPU's memory vLLM may use."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs one server spreads the student over."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Completions in flight at once."""
+    max_logprobs: int = Field(64, ge=1)
+    """Largest student top-k a request may ask for."""
+    max_body_mib: int = Field(64, ge=1)
+    """Largest request body, MiB."""
+    max_completions_per_request: int = Field(8192, ge=1)
+    """Largest prompts times samples of one request."""
+    seed: int = 0
+    """Seed of the server's sampler."""
+    engine_args: list[str] = []
+    """Further arguments of vLLM's server, passed on as they are, e.g. ["--enable-prefix-caching"]."""
+
+
+class TeacherConfig(ServerSection):
+    """The server that scores completions with the teacher."""
+
+    port: Port = 8101
+    model: str | None = None
+    """Folder or hub id of a causal LM; required by the teacher server."""
+    teacher_model_init_kwargs: dict[str, Any] = {}
+    """Further keyword arguments of transformers' from_pretrained, as JSON."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings along; off unless you have read that code."""
+    engine: Literal["transformers"] = "transformers"
+    """What runs the forward pass."""
+    device: str = "auto"
+    """Torch device: "auto" (cuda when there is one), "cpu", "cuda:1"."""
+    tokens_per_forward: int = Field(16384, ge=1)
+    """Padded tokens in one forward pass."""
+    rows_per_head_chunk: int = Field(1024, ge=1)
+    """Positions projected to the vocabulary at once; bounds the memory of the head."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest sequence to score, tokens; default: what the model's config says."""
+    max_sequences_per_request: int = Field(4096, ge=1)
+    """Sequences in one request."""
+    max_tokens_per_request: int = Field(1_048_576, ge=1)
+    """Tokens in one request, prompts included."""
+    max_top_k: int | None = Field(None, ge=1)
+    """Largest top_k; default: the vocabulary. The answer's size is bounded by max_answer_mib all the same."""
+    max_answer_mib: int = Field(512, ge=1)
+    """Largest answer, counted as 8 bytes a candidate, MiB."""
+    max_body_mib: int = Field(64, ge=1)
+    """Largest request body, MiB."""
+    max_pending_requests: int = Field(64, ge=1)
+    """Requests waiting for the engine; one more is answered 429 with Retry-After."""
+
+
+class DataConfig(Section):
+    """Prompts to train on."""
+
+    path: str | None = None
+    """JSONL file with one prompt a row; required by the trainer."""
+    eval_path: str | None = None
+    """JSONL file of held-out prompts; no evaluation without it."""
+    prompt_column: str = "prompt"
+    """Column that holds a text prompt; a row with `messages` is rendered by the tokenizer's chat template instead."""
+    answer_column: str = "answer"
+    """Column that holds the reference answer, where there is one; used by the evaluation alone."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Keyword arguments of the chat template, as JSON, e.g. {"enable_thinking": false}."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt, tokens; default: what leaves room for max_new_tokens in max_model_len."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row without prompt, with invalid JSON or with too long a prompt does; skipped rows are counted and named."""
+    shuffle: bool = True
+    """Seeded new order in every epoch."""
+
+
+class SamplingConfig(Section):
+    """How the student completes prompts during training."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest completion, tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest tokens; 0 is off."""
+
+
+class LossConfig(Section):
+    """The MiniLLM objective; formulas and sources in docs/losses.md."""
+
+    rkl_advantage: bool = True
+    """Policy-gradient term on the sequence-level reverse KL."""
+    single_step_decomposition: bool = True
+    """Reverse KL of the next-token distributions as a term of its own."""
+    gamma: float = Field(0.0, ge=0, le=1)
+    """Discount of future rewards; 0 looks at one token only."""
+    length_normalization: bool = True
+    """Divide each discounted return by the sum of its discounts."""
+    reward_to_go: Literal["auto", "inclusive", "exclusive"] = "auto"
+    """Whether a token's own reward is in its advantage; auto: exclusive when the single-step term is on."""
+    kd_temperature: float = Field(1.0, gt=0)
+    """Divides student and teacher logits before the softmax."""
+    single_step_estimator: Literal["hybrid", "truncated"] = "hybrid"
+    """Estimator of the single-step term from the teacher's top-k; hybrid has the full-vocabulary gradient in expectation."""
+    top_k: int = Field(32, ge=1)
+    """Teacher candidates per position."""
+    alpha_rkl: float = Field(1.0, ge=0)
+    """Weight of the policy-gradient term."""
+    alpha_single_step: float = Field(1.0, ge=0)
+    """Weight of the single-step term."""
+    advantage_clip: float | None = Field(10.0, gt=0)
+    """Bound on the absolute advantage; null for exactness."""
+    importance_sampling: Literal["none", "tis", "icepop"] = "tis"
+    """Correction for the distance between trainer and rollout policy."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Largest importance ratio of "tis"."""
+    icepop_low: float = Field(0.5, ge=0)
+    """Tokens with a smaller ratio are dropped by "icepop"."""
+    icepop_high: float = Field(5.0, gt=0)
+    """Tokens with a larger ratio are dropped by "icepop"."""
+    truncated: Literal["train", "mask", "drop"] = "train"
+    """Completions that hit max_new_tokens: train on them, mask their tokens, or leave them out."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
+    """How token losses become one number; "constant" divides by sequences times max_new_tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.rkl_advantage and not self.single_step_decomposition:
+            raise ValueError(
+                "loss.rkl_advantage = false and loss.single_step_decomposition = false leave nothing to learn; set one of them to true"
+            )
+        if self.icepop_low >= self.icepop_high:
+            raise ValueError(f"loss.icepop_low = {self.icepop_low} must be below loss.icepop_high = {self.icepop_high}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, its schedule, and clipping."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class PipelineConfig(Section):
+    """How much work a step is, and how it flows."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; give this or epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the prompts; give this or steps."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts a step completes."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Completions per prompt."""
+    tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Padded tokens in one forward and backward pass of the trainer."""
+    max_staleness: int = Field(0, ge=0, le=0)
+    """Steps a sample's policy may lag behind the trainer's; 0 is strictly on-policy, the one value this version has."""
+    max_quarantine_rate: float = Field(0.05, ge=0, lt=1)
+    """Share of a step's samples that may be set aside for bad teacher rows before the run stops."""
+
+
+class WeightSyncConfig(Section):
+    """How new weights reach the rollout server."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl when student.cuda_devices and rollout.cuda_devices are set and disjoint, else gloo through host memory."""
+    bucket_mib: int = Field(256, ge=1)
+    """Weights sent in one broadcast, MiB."""
+    stage_timeout_s: float = Field(120.0, gt=0)
+    """Deadline of each stage of a push, seconds."""
+    master_address: str = "127.0.0.1"
+    """Address at which rollout servers reach the trainer."""
+    canary_prompts: int = Field(4, ge=1)
+    """Prompts completed after each push to compare the server's logprobs with the trainer's."""
+    canary_tolerance: float | None = Field(None, gt=0)
+    """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 in half precision."""
+
+
+class EvaluationConfig(Section):
+    """What is measured before and after (and during) training, greedy, on data.eval_path."""
+
+    num_prompts: int | None = Field(None, ge=1)
+    """Held-out prompts to use; default: all rows of data.eval_path."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between evaluations during training; 0: only before and after."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest completion, tokens; default: sampling.max_new_tokens."""
+    kl_budget_mib: int = Field(256, ge=1)
+    """Teacher logprobs fetched for the full-vocabulary reverse KL, MiB; past it a seeded subset of completions is scored."""
+
+
+class OutputConfig(Section):
+    """What a run leaves behind."""
+
+    dir: str = "outputs/run"
+    """Folder of the run."""
+    overwrite: bool = False
+    """Write into a folder that already holds a finished run."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """accelerate trackers that receive the metrics."""
+    project: str = "distillserve"
+    """Project name at the trackers."""
+    samples_every_steps: int = Field(10, ge=1)
+    """Steps between rows in samples.jsonl."""
+    samples_per_record: int = Field(2, ge=1)
+    """Completions written to samples.jsonl each time."""
+
+
+class RunConfig(Section):
+    """One run of the three roles."""
+
+    student: StudentConfig = StudentConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+    seed: int = Field(0, ge=0)
+    """Seed of prompt order, initialisation and evaluation subsets."""
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        loss, sampling, pipeline = self.loss, self.sampling, self.pipeline
+        if pipeline.steps is not None and pipeline.epochs is not None:
+            raise ValueError(
+                f"pipeline.steps = {pipeline.steps} and pipeline.epochs = {pipeline.epochs} contradict each other; give one of them"
+            )
+        if loss.rkl_advantage and loss.kd_temperature != 1.0:
+            if sampling.temperature != loss.kd_temperature:
+                raise ValueError(
+                    f"loss.kd_temperature = {loss.kd_temperature} with sampling.temperature = {sampling.temperature}: the policy "
+                    "gradient needs the logprobs of the policy that sampled; make them equal or set loss.rkl_advantage = false"
+                )
+            if sampling.top_p < 1.0 or sampling.top_k > 0:
+                raise ValueError(
+                    f"loss.kd_temperature = {loss.kd_temperature} needs sampling.top_p = 1 and sampling.top_k = 0 "
+                    f"(got {sampling.top_p} and {sampling.top_k}), or loss.rkl_advantage = false"
+                )
+        max_len, new = self.rollout.max_model_len, self.longest_completion()
+        if max_len is not None and new >= max_len:
+            raise ValueError(
+                f"max_new_tokens = {new} leaves no room for a prompt in rollout.max_model_len = {max_len}; lower the one or raise the other"
+            )
+        if self.rollout.port == self.teacher.port and self.rollout.host == self.teacher.host:
+            raise ValueError(
+                f"rollout.port and teacher.port are both {self.teacher.port}; give the two servers different ports"
+            )
+        if self.teacher.max_top_k is not None and loss.top_k > self.teacher.max_top_k:
+            raise ValueError(
+                f"loss.top_k = {loss.top_k} is above teacher.max_top_k = {self.teacher.max_top_k}; lower the one or raise the other"
+            )
+        if pipeline.steps is not None and self.optimizer.warmup_steps > pipeline.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; warm up for fewer steps"
+            )
+        return self
+
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion that training or evaluation asks for."""
+        return max(self.sampling.max_new_tokens, self.evaluation_max_new_tokens())
+
+    def evaluation_max_new_tokens(self) -> int:
+        return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
+
+    def weight_sync_backend(self) -> Literal["nccl", "gloo"]:
+        """The backend that "auto" stands for; the server and the trainer both ask here."""
+        if self.weight_sync.backend != "auto":
+            return self.weight_sync.backend
+        ours, theirs = (
+            set(filter(None, (d or "").split(","))) for d in (self.student.cuda_devices, self.rollout.cuda_devices)
+        )
+        return "nccl" if ours and theirs and not ours & theirs else "gloo"
+
+    def require(self, role: Role) -> None:
+        """Refuse a config that lacks what `role` cannot do without.
+
+        Raises:
+            ConfigError: names the first missing option and how to give it.
+        """
+        for key in _REQUIRED[role]:
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) in (None, ""):
+                raise ConfigError(
+                    f"{key} is required by `distillserve {role}`; set it in the run file or pass --{key} VALUE"
+                )
+        if role in ("train", "up") and self.pipeline.steps is None and self.pipeline.epochs is None:
+            raise ConfigError(
+                f"pipeline.steps is required by `distillserve {role}`; pass --pipeline.steps N or --pipeline.epochs N"
+            )
+
+
+_REQUIRED: dict[str, list[str]] = {
+    "rollout": ["student.model"],
+    "teacher": ["teacher.model"],
+    "train": ["student.model", "data.path"],
+    "up": ["student.model", "teacher.model", "data.path"],
+}
+
+
+class Secrets(BaseSettings):
+    """Keys of the servers, from the environment alone: DISTILLSERVE_ROLLOUT_KEY and DISTILLSERVE_TEACHER_KEY."""
+
+    model_config = SettingsConfigDict(env_prefix="DISTILLSERVE_", frozen=True)
+
+    rollout_key: SecretStr | None = None
+    teacher_key: SecretStr | None = None
+
+
+def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) -> None:
+    """Refuse to listen where others can connect unless a key guards the server.
+
+    Raises:
+        ConfigError: `host` is not a loopback address and no key is set.
+    """
+    if key is not None and key.get_secret_value():
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise ConfigError(
+            f"{section}.host = {host!r} is reachable from other machines but DISTILLSERVE_{section.upper()}_KEY is not set; "
+            "set the key in the environment or listen on 127.0.0.1"
+        )
+
+
+def check_output_dir(output: OutputConfig) -> Path:
+    """Return the run's folder, refusing one that holds a finished run.
+
+    Raises:
+        ConfigError: the folder has a summary.json and output.overwrite is off.
+    """
+    path = Path(output.dir)
+    if (path / "summary.json").exists() and not output.overwrite:
+        raise ConfigError(
+            f"output.dir = {str(path)!r} holds a finished run; choose another folder or pass --output.overwrite true"
+        )
+    return path

@@ -1,0 +1,117 @@
+"""Everything this project raises on purpose, and how it looks on the wire.
+
+    DistillServeError            one line that names field, value, constraint and fix
+    ├── ConfigError              a run option is unknown, out of range, missing or contradictory   exit 2
+    ├── DataError                a dataset row or file cannot be used                              exit 2
+    ├── StartupError             a port is taken, a model is missing, the disk is full             exit 3
+    ├── PeerError                a server answered wrongly, late or not at all                     exit 4
+    │   └── ProblemError         ... with an RFC 9457 problem document
+    ├── WeightSyncError          a weight push or its canary failed                                exit 5
+    └── RequestError             a request we refuse, answered as a problem document               4xx
+
+Command-line entry points turn a DistillServeError into one line on stderr and its exit code; servers
+turn a RequestError into `application/problem+json`. Every other exception is a bug and keeps its traceback.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class DistillServeError(Exception):
+    """Base of all errors a user can act on; `str()` is the one line to show."""
+
+    exit_code = 1
+
+
+class ConfigError(DistillServeError, ValueError):
+    """A run option is unknown, out of range, missing, or contradicts another one."""
+
+    exit_code = 2
+
+
+class DataError(DistillServeError, ValueError):
+    """A dataset file or row cannot be used; the message names file, row and reason."""
+
+    exit_code = 2
+
+
+class StartupError(DistillServeError):
+    """A process cannot start: port taken, model folder missing, no space left."""
+
+    exit_code = 3
+
+
+class PeerError(DistillServeError):
+    """Another process of the run answered wrongly, too late, or not at all."""
+
+    exit_code = 4
+
+
+class ProblemError(PeerError):
+    """A peer refused a request with a problem document (RFC 9457)."""
+
+    def __init__(self, url: str, status: int, problem: dict[str, Any]) -> None:
+        self.status = status
+        self.problem = problem
+        super().__init__(f"{url} answered {status}: {problem.get('detail') or problem.get('title') or problem}")
+
+
+class WeightSyncError(DistillServeError):
+    """A weight push, or the canary that follows it, failed on a rollout server."""
+
+    exit_code = 5
+
+
+class RequestError(DistillServeError, ValueError):
+    """A request this server refuses.
+
+    Args:
+        status: HTTP status, 4xx or 503.
+        title: short, constant summary of the kind of problem.
+        detail: what was wrong with this very request and what would be right.
+        field: dotted path of the offending field, when there is one.
+        retry_after_s: when trying again makes sense, seconds.
+    """
+
+    def __init__(
+        self, status: int, title: str, detail: str, *, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        self.status, self.title, self.detail = status, title, detail
+        self.field, self.retry_after_s = field, retry_after_s
+        super().__init__(detail)
+
+
+def problem_document(
+    status: int, title: str, detail: str, *, request_id: str, field: str | None = None
+) -> dict[str, Any]:
+    """The one error shape of every route of every server (RFC 9457)."""
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    if field is not None:
+        document["field"] = field
+    return document
+
+
+def describe_validation_error(error: ValidationError) -> list[tuple[str, str]]:
+    """(dotted field, what is wrong with which value) for each problem pydantic found."""
+    problems = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(part) for part in item["loc"]) or "(root)"
+        message = item["msg"].removeprefix("Value error, ")
+        value = item.get("input")
+        if item["type"] not in ("missing", "value_error") and not isinstance(value, dict):
+            message += f" (got {_shorten(repr(value))})"
+        problems.append((field, message))
+    return problems
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

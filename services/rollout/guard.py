@@ -1,0 +1,84 @@
+"""The ASGI middleware around vLLM's server: a key on every route, an allow-list, and our own routes.
+
+vLLM's --api-key leaves its weight and RPC routes open, and its development mode, which the weight routes
+need, opens routes that nobody here uses. So every request passes: key or 401, known path or 404, then our
+own handler or vLLM's.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.errors import RequestError
+from services.rollout.rollouts import create_rollouts, engine_of, get_info
+from services.rollout.settings import RolloutSettings
+
+VLLM_ROUTES = frozenset(
+    {
+        ("GET", "/health"),
+        ("GET", "/metrics"),
+        ("GET", "/get_world_size"),
+        ("GET", "/is_paused"),
+        ("GET", "/weight_info"),
+        ("POST", "/pause"),
+        ("POST", "/resume"),
+        ("POST", "/init_weight_transfer_engine"),
+        ("POST", "/shutdown_weight_transfer_engine"),
+        ("POST", "/start_weight_update"),
+        ("POST", "/update_weights"),
+        ("POST", "/finish_weight_update"),
+    }
+)
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+Handler = Callable[[Request, RolloutSettings], Awaitable[Response]]
+
+
+async def get_ready(request: Request, settings: RolloutSettings) -> Response:
+    """`GET /ready`: 200 when the engine lives; vLLM accepts connections only once the model is loaded."""
+    await engine_of(request).check_health()
+    return JSONResponse({"status": "ready"})
+
+
+OUR_ROUTES: dict[tuple[str, str], Handler] = {
+    ("GET", "/ready"): get_ready,
+    ("GET", "/v1/rollouts/info"): get_info,
+    ("POST", "/v1/rollouts"): create_rollouts,
+}
+
+
+class AllowList:
+    """Sends known requests to our handlers or on to vLLM, and answers 404 to all others."""
+
+    def __init__(self, app: ASGIApp, settings: RolloutSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = (scope.get("method", ""), scope["path"])
+        if route in OUR_ROUTES:
+            response = await OUR_ROUTES[route](Request(scope, receive), self.settings)
+            await response(scope, receive, send)
+        elif route in VLLM_ROUTES:
+            await self.app(scope, receive, send)
+        else:
+            raise RequestError(404, "Not found", f"{route[0]} {route[1]} is not a route of the rollout server")
+
+
+class RolloutGuard:
+    """What vLLM gets as --middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        settings = RolloutSettings.from_environment()
+        self.app = AllowList(app, settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        except RequestError as e:
+            await JSONResponse({"detail": e.detail}, e.status)(scope, receive, send)

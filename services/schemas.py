@@ -1,0 +1,170 @@
+"""The wire types of both servers: what is asked, what is answered, under one name from wire to loss.
+
+Requests are pydantic models (JSON in); answers that carry arrays are dataclasses of numpy arrays with the
+codec in `services.wire`. Loads neither torch nor vllm.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+PROTOCOL_VERSION = 1
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+
+
+class WireModel(BaseModel):
+    """Base of everything that arrives over HTTP: unknown fields are refused, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+class RolloutSampling(WireModel):
+    """How to complete; temperature 0 is greedy."""
+
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    seed: int | None = None
+    """Seed of this request's completions; without it the server's own sampler state is used."""
+
+
+class RolloutRequest(WireModel):
+    """`POST /v1/rollouts`: a batch of prompts, completed `samples_per_prompt` times each."""
+
+    prompts: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(min_length=1)
+    """Token ids of each prompt."""
+    samples_per_prompt: int = Field(1, ge=1)
+    sampling: RolloutSampling
+    student_top_k: int = Field(0, ge=0)
+    """Also return the student's k likeliest tokens at every position; 0 is off."""
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled under `policy_version` ("default": never pushed to)."""
+
+    policy_version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RolloutCompletion:
+    """One frame of the answer of `POST /v1/rollouts`; T is the number of sampled tokens."""
+
+    prompt_index: int
+    sample_index: int
+    token_ids: np.ndarray  # [T] int32, the sampled tokens, the end token included
+    rollout_logprobs: np.ndarray  # [T] float32, logprob of token_ids under the policy that sampled
+    finish_reason: Literal["stop", "length", "abort"]
+    policy_versions: list[VersionSpan]
+    student_topk_ids: np.ndarray | None = None  # [T, K] int32, without the appended sampled token
+    student_topk_logprobs: np.ndarray | None = None  # [T, K] float32
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the completion hit max_new_tokens instead of ending by itself."""
+        return self.finish_reason == "length"
+
+
+class RolloutInfo(WireModel):
+    """`GET /v1/rollouts/info`: what a trainer must know before it attaches."""
+
+    protocol: int
+    model: str
+    boot_id: str
+    """New at every start of the server, so that a restart is recognised."""
+    policy_version: str
+    """"default" until the first push."""
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+    world_size: int
+    """Processes that receive weights: tensor x pipeline x data parallel."""
+    weight_transfer_backend: str
+
+
+# ----------------------------------------------------------------------------------------------- teacher
+
+
+class ChatMessage(WireModel):
+    role: str
+    content: str
+
+
+class TeacherSequence(WireModel):
+    """One sequence to score: token ids with a prompt length, or text for people.
+
+    Row i scores `token_ids[prompt_length + i]` given everything before it; prompt rows are never scored.
+    Give exactly one of: token_ids + prompt_length; prompt + completion; messages (the last one is scored).
+    """
+
+    token_ids: list[TokenId] | None = None
+    prompt_length: StrictInt | None = Field(None, ge=1)
+    support_ids: list[list[TokenId]] | None = None
+    """[rows][M] further token ids to score at each row."""
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class TeacherRequest(WireModel):
+    """`POST /v1/teacher/logprobs`."""
+
+    sequences: list[TeacherSequence] = Field(min_length=1)
+    top_k: StrictInt = Field(ge=1)
+    """Likeliest tokens to return at each row."""
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Divides the logits before the softmax, exactly."""
+    logprob_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of logprobs in the binary answer."""
+
+
+class TeacherInfo(WireModel):
+    """`GET /v1/teacher/info`: what a client must know before it scores."""
+
+    protocol: int
+    model: str
+    fingerprint: str
+    """Hash of model id, config and tokenizer: two servers with the same fingerprint are replicas."""
+    vocab_size: int
+    """Token ids the tokenizer can produce."""
+    padded_vocab_size: int
+    """Rows of the output embedding; at least vocab_size."""
+    tokenizer_fingerprint: str
+    """Hash of the token-to-id map and of the encoding of a probe text; padding of the embedding does not enter."""
+    eos_token_ids: list[int]
+    dtype: str
+    max_model_len: int
+    max_top_k: int
+    max_tokens_per_request: int
+    max_sequences_per_request: int
+    max_answer_mib: int
+    temperature_support: Literal["any", "one"]
+    """"one": this engine cannot apply a temperature other than 1."""
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Scores of all rows of a request, sequence b owning rows row_offsets[b]:row_offsets[b+1]; R rows, K candidates."""
+
+    model: str
+    fingerprint: str
+    temperature: float
+    top_k: int
+    row_offsets: np.ndarray  # [B+1] int64
+    token_logprobs: np.ndarray  # [R] logprob of the token that follows
+    topk_ids: np.ndarray  # [R, K] int32, by falling logprob
+    topk_logprobs: np.ndarray  # [R, K]
+    tail_logprobs: np.ndarray  # [R] log of the mass outside the top-k, -inf when K covers the vocabulary
+    entropies: np.ndarray  # [R] nats
+    support_logprobs: np.ndarray | None = None  # [R, M] logprobs of support_ids
+    support_tail_logprobs: np.ndarray | None = None  # [R] log of the mass outside support_ids

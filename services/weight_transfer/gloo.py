@@ -1,0 +1,359 @@
+"""Weight transfer through host memory: vLLM's engine interface on both ends, gloo in between.
+
+    trainer, rank 0                                      vLLM worker, rank rank_offset + its own rank
+    ---------------                                      --------------------------------------------
+    start_weight_update  ── HTTP ──────────────────────► initialize_layerwise_reload
+    update_weights       ── HTTP, returns at the end ──► receive_weights:
+      for bucket: broadcast bytes, digest ── gloo ─────►   verify digest, model.load_weights
+    finish_weight_update ── HTTP ──────────────────────► finalize_layerwise_reload, repack CPU GEMMs
+
+Both ends cut the parameters into the same buckets from the same (name, dtype, shape) list, so no sizes
+travel. Works for CPU and CUDA tensors. Two defects of vLLM 0.32 are repaired here, see
+`repack_cpu_linears` and `discard_partial_update`. Left out: overlap of packing and sending.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, Self
+
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+_DIGEST_BYTES = 16
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """What a worker needs to join the trainer's group."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
+    bucket_bytes: int
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What one push contains, in the order in which it is sent."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    def parameters(self) -> list[ParamMeta]:
+        described = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in described]
+
+
+@dataclass
+class GlooTrainerInitInfo(TrainerInitInfo):
+    """The trainer's end; `client` hands each server its own rank offset."""
+
+    backend: ClassVar[str] = "gloo"
+
+    master_address: str
+    master_port: int
+    world_size: int
+    timeout_s: float = 120.0
+    bucket_bytes: int = 256 << 20
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """The worker's end, created by vLLM in every worker process."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group: ProcessGroupGloo | None = None
+        self.bucket_bytes = 0
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join the trainer's group; blocks until every rank has arrived or the deadline has passed."""
+        parallel = self.parallel_config
+        worker_rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.bucket_bytes = init_info.bucket_bytes
+        self.group = join_group(
+            init_info.master_address,
+            init_info.master_port,
+            rank=init_info.rank_offset + worker_rank,
+            world_size=init_info.world_size,
+            timeout_s=init_info.timeout_s,
+        )
+
+    def start_weight_update(self) -> None:
+        """Put every layer into the state in which it buffers checkpoint tensors."""
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, without its device synchronisation where there is no device (it fails on CPU)."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receive every bucket, verify it, load it; on any failure leave no half-filled layer behind."""
+        if self.group is None:
+            raise RuntimeError("no trainer has joined: call init_weight_transfer_engine first")
+        try:
+            for bucket in cut_into_buckets(update_info.parameters(), self.bucket_bytes):
+                self.model.load_weights(self._receive_bucket(bucket))
+        except BaseException:
+            discard_partial_update(self.model, self.model_config)
+            self.shutdown()
+            raise
+
+    def _receive_bucket(self, bucket: Sequence[ParamMeta]) -> Iterable[tuple[str, torch.Tensor]]:
+        assert self.group is not None
+        packed = torch.empty(sum(map(num_bytes, bucket)), dtype=torch.uint8)
+        digest = torch.empty(_DIGEST_BYTES, dtype=torch.uint8)
+        broadcast(self.group, packed)
+        broadcast(self.group, digest)
+        if not torch.equal(digest, digest_of(packed)):
+            raise RuntimeError(f"weights arrived damaged, between {bucket[0].name} and {bucket[-1].name}")
+        return unpack(packed.to(self.device), bucket)
+
+    def finish_weight_update(self) -> None:
+        """Finalize the reload and report parameters that never came (vLLM itself only warns).
+
+        A push that never sent anything (the trainer died after start) is put back silently: a trainer that
+        attaches calls this to clear such an update.
+        """
+        missing = modules_without_weights(self.model)
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_cpu_linears(self.model)
+        if missing:
+            raise RuntimeError(f"no weights arrived for {', '.join(missing)}; these modules keep their old weights")
+
+    def shutdown(self) -> None:
+        """Leave the group; safe to call twice."""
+        if self.group is not None:
+            self.group.abort()
+            self.group = None
+
+
+class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+    """The trainer's end: drives the handshake over HTTP and broadcasts from rank 0."""
+
+    init_info_cls = GlooTrainerInitInfo
+
+    def __init__(
+        self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, init_info: GlooTrainerInitInfo
+    ) -> None:
+        super().__init__(client=client, source=source, is_sender=is_sender)
+        self.bucket_bytes = init_info.bucket_bytes
+        self.group: ProcessGroupGloo | None = None
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> Self:
+        """Rendezvous with every worker of every server."""
+        if source is None:
+            raise ValueError("the gloo engine pushes full weights and needs a WeightSource")
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender, init_info=init_info)
+        if engine.is_sender:
+            worker = GlooInitInfo(
+                master_address=init_info.master_address,
+                master_port=init_info.master_port,
+                rank_offset=1,
+                world_size=init_info.world_size,
+                timeout_s=init_info.timeout_s,
+                bucket_bytes=init_info.bucket_bytes,
+            )
+            # The workers block in their half of the rendezvous until ours has happened.
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                joined = executor.submit(client.init_weight_transfer_engine, asdict(worker))
+                engine.group = join_group(
+                    init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
+                )
+                joined.result()
+        return engine
+
+    def send_weights(self) -> None:
+        """One full push; on a failure the group is closed, so that no worker waits for the rest."""
+        assert self.source is not None
+        parameters = self.source.metadata()
+        if not self.is_sender:
+            for _ in self.source:  # take part in the collectives that gather sharded weights
+                pass
+            return
+        update = GlooUpdateInfo(
+            names=[p.name for p in parameters],
+            dtype_names=[str(p.dtype).removeprefix("torch.") for p in parameters],
+            shapes=[list(p.shape) for p in parameters],
+        )
+        self.client.start_weight_update()
+        executor = ThreadPoolExecutor(max_workers=1)
+        try:
+            received = executor.submit(self.client.update_weights, asdict(update))
+            self._broadcast(parameters)
+            received.result()
+        except BaseException:
+            self.shutdown()
+            raise
+        finally:
+            executor.shutdown(wait=False)
+        self.client.finish_weight_update()
+
+    def _broadcast(self, parameters: Sequence[ParamMeta]) -> None:
+        assert self.group is not None, "trainer_init() comes before send_weights()"
+        tensors = iter(self.source or ())
+        for bucket in cut_into_buckets(parameters, self.bucket_bytes):
+            packed = pack(bucket, tensors)
+            broadcast(self.group, packed)
+            broadcast(self.group, digest_of(packed))
+
+    def shutdown(self) -> None:
+        """Leave the group; safe to call twice."""
+        if self.group is not None:
+            self.group.abort()
+            self.group = None
+
+
+# ------------------------------------------------------------------------------------- the bytes on the wire
+
+
+def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
+    """A gloo group of its own, apart from torch's default one; rank 0 hosts the rendezvous store."""
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    return ProcessGroupGloo(store, rank, world_size, timeout)
+
+
+def broadcast(group: ProcessGroupGloo, tensor: torch.Tensor) -> None:
+    """Send from rank 0, or receive into, a CPU tensor; blocks."""
+    group.broadcast(tensor, 0).wait()
+
+
+def num_bytes(parameter: ParamMeta) -> int:
+    return math.prod(parameter.shape) * parameter.dtype.itemsize
+
+
+def cut_into_buckets(parameters: Sequence[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMeta]]:
+    """Runs of parameters of at most `bucket_bytes`; a larger parameter travels alone."""
+    bucket: list[ParamMeta] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and size + num_bytes(parameter) > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += num_bytes(parameter)
+    if bucket:
+        yield bucket
+
+
+def pack(bucket: Sequence[ParamMeta], tensors: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    """Take the bucket's tensors from the source into one CPU byte tensor, checked against what was announced.
+
+    Raises:
+        ValueError: the source yields other parameters than its metadata() declares.
+    """
+    packed = torch.empty(sum(map(num_bytes, bucket)), dtype=torch.uint8)
+    offset = 0
+    for expected in bucket:
+        name, tensor = next(tensors, ("(nothing)", torch.empty(0)))
+        if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
+            raise ValueError(
+                f"the weight source yields {name} {tensor.dtype} {tuple(tensor.shape)} where its metadata "
+                f"announces {expected.name} {expected.dtype} {expected.shape}"
+            )
+        size = num_bytes(expected)
+        packed[offset : offset + size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        offset += size
+    return packed
+
+
+def unpack(packed: torch.Tensor, bucket: Sequence[ParamMeta]) -> list[tuple[str, torch.Tensor]]:
+    """Views into the received bytes; the caller keeps the buffer alive for as long as it needs them.
+
+    Parameters of one bucket may have different dtypes; a view needs an offset that is a multiple of its
+    item size, so where it is not the bytes are copied.
+    """
+    tensors, offset = [], 0
+    for parameter in bucket:
+        size = num_bytes(parameter)
+        flat = packed[offset : offset + size]
+        if offset % parameter.dtype.itemsize:
+            flat = flat.clone()
+        tensors.append((parameter.name, flat.view(parameter.dtype).view(parameter.shape)))
+        offset += size
+    return tensors
+
+
+def digest_of(packed: torch.Tensor) -> torch.Tensor:
+    """[16] uint8 hash of a CPU byte tensor."""
+    digest = hashlib.blake2b(packed.numpy().data, digest_size=_DIGEST_BYTES).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------- repairs of vLLM 0.32's layerwise reload
+
+
+def discard_partial_update(model: torch.nn.Module, model_config: Any) -> None:
+    """Forget what an aborted push buffered, and leave the reloading state of every layer.
+
+    vLLM keeps half-filled layers after a failed update; the next initialize_layerwise_reload skips them, so
+    that push would load only what is missing and leave mixed, partly uninitialised weights. Layers that were
+    complete keep the new weights, the others return to the old ones: the model is mixed until the next full
+    push, and the trainer accepts no sample before it.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
+    finalize_layerwise_reload(model, model_config)
+    repack_cpu_linears(model)
+
+
+def repack_cpu_linears(model: torch.nn.Module) -> None:
+    """Rebuild the packed GEMM weights of CPU linears from their current parameters.
+
+    On CPU vLLM packs a layer's weight for oneDNN when it is loaded. A head that is tied to the embedding is
+    never loaded again by the layerwise reload, so that its packed copy goes stale: wrong logits, no error.
+    """
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def modules_without_weights(model: torch.nn.Module) -> list[str]:
+    """Names of modules whose parameters are still to come in an update in which other modules got theirs.
+
+    Modules that hold only buffers (rotary tables) or that share all parameters with a loaded module (a tied
+    head) never get weights of their own and are not missing.
+    """
+    waiting, loaded_storage = {}, set()
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        parameters = layer.parameters(recurse=False) if info.kernel_tensors is None else info.kernel_tensors[0].values()
+        storage = {parameter.data_ptr() for parameter in parameters}
+        if not info.can_load() or info.load_numel > 0:
+            loaded_storage |= storage
+        elif not is_deferred_attention_layer(layer):
+            waiting[name] = storage
+    if not loaded_storage:
+        return []  # an update that was started and abandoned before any weight was sent
+    return [name for name, storage in waiting.items() if storage - loaded_storage]
