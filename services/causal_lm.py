@@ -82,7 +82,7 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mas
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def output_head(model: PreTrainedModel) -> OutputHead:
+def output_head(model: PreTrainedModel, *, check: bool = True) -> OutputHead:
     """The model's output head as tensors, checked against the model's own logits on a probe.
 
     Raises:
@@ -93,7 +93,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
     scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
     head = OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    _check_head(model, head)
+    if check:
+        _check_head(model, head)
     return head
 
 
@@ -129,6 +130,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the token-to-id map and of one probe's encoding; equal for equal tokenizers, whatever the padding."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A fixed conversation as the tokenizer's chat template renders it, or None without a template."""
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": "2+2="}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def _require_folder_or_hub_id(model: str) -> None:

@@ -104,6 +104,8 @@ class TeacherConfig(ServerSection):
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings along; off unless you have read that code."""
+    accept_different: list[Literal["eos", "chat_template"]] = []
+    """Differences to the student that are meant: its end tokens, its rendered chat template."""
     engine: Literal["transformers"] = "transformers"
     """What runs the forward pass."""
     device: str = "auto"

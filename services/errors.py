@@ -56,6 +56,7 @@ class ProblemError(PeerError):
     def __init__(self, url: str, status: int, problem: dict[str, Any]) -> None:
         self.status = status
         self.problem = problem
+        self.retry_after_s: float | None = None
         super().__init__(f"{url} answered {status}: {problem.get('detail') or problem.get('title') or problem}")
 
 

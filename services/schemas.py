@@ -142,6 +142,8 @@ class TeacherInfo(WireModel):
     tokenizer_fingerprint: str
     """Hash of the token-to-id map and of the encoding of a probe text; padding of the embedding does not enter."""
     eos_token_ids: list[int]
+    chat_template_probe: str | None
+    """A fixed conversation as the chat template renders it; null without a template."""
     dtype: str
     max_model_len: int
     max_top_k: int

@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.config import Secrets
 from services.errors import RequestError
+from services.guard import Guard
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 
@@ -57,7 +59,10 @@ class AllowList:
         self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = (scope.get("method", ""), scope["path"])
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        route = (scope["method"], scope["path"])
         if route in OUR_ROUTES:
             response = await OUR_ROUTES[route](Request(scope, receive), self.settings)
             await response(scope, receive, send)
@@ -67,18 +72,15 @@ class AllowList:
             raise RequestError(404, "Not found", f"{route[0]} {route[1]} is not a route of the rollout server")
 
 
-class RolloutGuard:
+class RolloutGuard(Guard):
     """What vLLM gets as --middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         settings = RolloutSettings.from_environment()
-        self.app = AllowList(app, settings)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app.app(scope, receive, send)
-            return
-        try:
-            await self.app(scope, receive, send)
-        except RequestError as e:
-            await JSONResponse({"detail": e.detail}, e.status)(scope, receive, send)
+        key = Secrets().rollout_key
+        super().__init__(
+            AllowList(app, settings),
+            key=key.get_secret_value() if key else None,
+            open_paths=OPEN_PATHS,
+            max_body_bytes=settings.max_body_bytes,
+        )

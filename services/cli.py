@@ -1,0 +1,229 @@
+"""The `distillserve` command: one subcommand per role, every option of services/config.py on each.
+
+argparse only carries the subcommands and their help; options, files and validation are pydantic-settings'.
+Role code is imported when its command runs, so that --help answers at once.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from services.config import RunConfig
+from services.errors import ConfigError, DistillServeError, describe_validation_error
+
+_EXAMPLES = {
+    "up": """examples:
+  distillserve up deploy/runs/tiny.toml
+  distillserve up deploy/runs/tiny.toml --student.model ./my-student --teacher.model ./my-teacher --data.path my.jsonl""",
+    "rollout": """examples:
+  distillserve rollout run.toml
+  distillserve rollout --student.model Qwen/Qwen3-0.6B --rollout.port 8100 --rollout.dtype bfloat16""",
+    "teacher": """examples:
+  distillserve teacher run.toml
+  distillserve teacher --teacher.model Qwen/Qwen3-1.7B --teacher.port 8101""",
+    "train": """examples:
+  distillserve train run.toml
+  distillserve train run.toml --loss.gamma 0.95 --rollout.urls '["http://10.0.0.5:8100"]'""",
+    "tiny": """examples:
+  distillserve tiny
+  distillserve tiny --output outputs/tiny-pair --seed 1""",
+}
+_SUMMARIES = {
+    "up": "start rollout server, teacher server and trainer on this machine",
+    "rollout": "start the rollout server (vLLM)",
+    "teacher": "start the teacher server",
+    "train": "train against running servers",
+    "tiny": "build the tiny teacher and student that `make train` uses",
+}
+
+
+class _RunSettings(RunConfig, BaseSettings):  # type: ignore[misc]
+    """RunConfig as pydantic-settings fills it: command line over TOML file over defaults."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, a DistillServeError's code, or 130 on Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(argv)
+    except DistillServeError as error:
+        print(f"distillserve: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("distillserve: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output is gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distillserve",
+        description="On-policy distillation: vLLM rollouts, a teacher over HTTP, the MiniLLM loss, weights pushed back.",
+        epilog="`distillserve COMMAND --help` lists the options of a command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the asked command gets its hundred options: building all of them costs a noticeable part of a second.
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    source: CliSettingsSource | None = None
+    for name, summary in _SUMMARIES.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == "tiny":
+            _add_tiny_options(command)
+        else:
+            command.add_argument("run_file", nargs="?", metavar="RUN", help="TOML file with the options of the run")
+            command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
+            if name == asked:
+                source = _option_source(command)
+    arguments = parser.parse_args(argv)
+    _log_to_stderr()
+    if arguments.command == "tiny":
+        return _tiny(arguments)
+    assert source is not None
+    config = load_config(arguments.run_file, source, arguments)
+    if arguments.dry_run:
+        print(config.model_dump_json(indent=2))
+        return 0
+    config.require(arguments.command)
+    return _COMMANDS[arguments.command](config)
+
+
+def _option_source(parser: argparse.ArgumentParser) -> CliSettingsSource:
+    return CliSettingsSource(
+        _RunSettings,
+        root_parser=parser,
+        cli_hide_none_type=True,
+        cli_use_class_docs_for_groups=True,
+        cli_parse_none_str="null",
+    )
+
+
+def load_config(run_file: str | None, source: CliSettingsSource, arguments: argparse.Namespace) -> RunConfig:
+    """Command line over run file over defaults.
+
+    Raises:
+        ConfigError: names every wrong option, its value, what is allowed, and the nearest name for a typo.
+    """
+    if run_file is not None and not Path(run_file).is_file():
+        raise ConfigError(f"the run file {run_file!r} does not exist; see deploy/runs for examples")
+    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run_file", "dry_run")}
+
+    class Settings(_RunSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            command_line = source(parsed_args=options)
+            return (command_line, TomlConfigSettingsSource(settings_cls, toml_file=run_file))
+
+    try:
+        return RunConfig.model_validate(Settings().model_dump())
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(*problem) for problem in describe_validation_error(error))) from error
+    except (SettingsError, ValueError) as error:
+        raise ConfigError(f"{run_file or 'command line'}: {error}") from error
+
+
+def explain(field: str, message: str) -> str:
+    """One problem as text, with the nearest option name for an unknown one and the option's help for a bad value."""
+    import difflib
+
+    known = option_help()
+    if "Extra inputs" in message:
+        nearest = difflib.get_close_matches(field, [*known, *RunConfig.model_fields], n=1)
+        return f"{field} is not an option" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    hint = f" ({known[field]})" if field in known else ""
+    return f"{field}: {message}{hint}" if field != "(root)" else message
+
+
+def option_help() -> dict[str, str]:
+    """Dotted name and help text of every option."""
+    texts = {}
+    for section, section_field in RunConfig.model_fields.items():
+        fields: dict[str, Any] = getattr(section_field.annotation, "model_fields", {})
+        for name, field in fields.items():
+            texts[f"{section}.{name}"] = field.description or ""
+    return texts
+
+
+def _up(config: RunConfig) -> int:
+    from services.supervisor import up
+
+    return up(config)
+
+
+def _rollout(config: RunConfig) -> int:
+    from services.rollout.server import run
+
+    run(config)
+    return 0
+
+
+def _teacher(config: RunConfig) -> int:
+    from services.teacher.server import run
+
+    run(config)
+    return 0
+
+
+def _train(config: RunConfig) -> int:
+    from trainer.train import train
+
+    asyncio.run(train(config))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[RunConfig], int]] = {"up": _up, "rollout": _rollout, "teacher": _teacher, "train": _train}
+
+
+def _add_tiny_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="outputs/tiny-pair", metavar="DIR", help="folder of the pair (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and training (default: %(default)s)")
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from trainer.tiny_pair import build_tiny_pair
+
+    build_tiny_pair(Path(arguments.output), seed=arguments.seed)
+    return 0
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=os.environ.get("DISTILLSERVE_LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

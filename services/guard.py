@@ -1,0 +1,121 @@
+"""ASGI pieces that both servers wear on the outside: request id, body limit, key, and one shape for errors.
+
+Pure ASGI, so that the rollout server can put it around vLLM's application.
+"""
+
+import hmac
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.errors import PROBLEM_MEDIA_TYPE, RequestError, problem_document
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class Guard:
+    """Lets a request through to `app`, or answers it with a problem document.
+
+    Args:
+        app: the application behind.
+        key: required as `Authorization: Bearer KEY` on every path but `open_paths`; None lets everybody in.
+        open_paths: health and readiness.
+        max_body_bytes: larger bodies are refused, by their announced length or while they arrive.
+
+    A RequestError that `app` raises before it has answered becomes the problem document it describes.
+    """
+
+    def __init__(self, app: ASGIApp, *, key: str | None, open_paths: Collection[str], max_body_bytes: int) -> None:
+        self._app = app
+        self._key = key.encode() if key else None
+        self._open_paths = frozenset(open_paths)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # neither server has a websocket route
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        answered = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            await self._app(scope, self._limited(scope, receive), send_with_id)
+        except RequestError as error:
+            if answered:
+                raise
+            await send_problem(send_with_id, error, request_id)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] in self._open_paths:
+            return
+        given = _header(scope, b"authorization") or b""
+        if not hmac.compare_digest(given, b"Bearer " + self._key):
+            raise RequestError(401, "Unauthorized", "a valid key is required: send `Authorization: Bearer KEY`")
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        announced = _header(scope, b"content-length") or b"0"
+        if not announced.isdigit() or int(announced) > self._max_body_bytes:
+            raise self._too_large()
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            413, "Body too large", f"a request body has at most {self._max_body_bytes} bytes; send several requests"
+        )
+
+
+async def send_problem(send: Send, error: RequestError, request_id: str) -> None:
+    """Answer with the problem document of `error`."""
+    document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
+    body = json.dumps(document).encode()
+    headers = [
+        (b"content-type", PROBLEM_MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *_extra_headers(error),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _extra_headers(error: RequestError) -> Iterable[tuple[bytes, bytes]]:
+    if error.status == 401:
+        yield b"www-authenticate", b"Bearer"
+    if error.retry_after_s is not None:
+        yield b"retry-after", str(max(1, round(error.retry_after_s))).encode()
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's X-Request-ID when it is a reasonable one, else a new one."""
+    given = _header(scope, b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode()
+    return uuid.uuid4().hex

@@ -1,0 +1,130 @@
+"""What a score request may ask, checked in full before anything is allocated; text becomes token ids here."""
+
+from transformers import PreTrainedTokenizerBase
+
+from services.config import TeacherConfig
+from services.errors import RequestError
+from services.schemas import TeacherInfo, TeacherRequest, TeacherSequence
+from services.teacher.engine_transformers import EncodedSequence
+
+_BYTES_PER_CANDIDATE = 8
+
+
+def encode_request(
+    request: TeacherRequest, info: TeacherInfo, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedSequence]:
+    """Token ids of every sequence, within every limit.
+
+    Raises:
+        RequestError: names the field, its value and the limit.
+    """
+    if len(request.sequences) > config.max_sequences_per_request:
+        raise _refusal("sequences", f"{len(request.sequences)} sequences", config.max_sequences_per_request, status=413)
+    if request.top_k > info.max_top_k:
+        raise _refusal("top_k", f"top_k = {request.top_k}", info.max_top_k)
+    encoded = [_encode(i, s, tokenizer) for i, s in enumerate(request.sequences)]
+    total = sum(len(s.token_ids) for s in encoded)
+    if total > config.max_tokens_per_request:
+        raise _refusal("sequences", f"{total} tokens", config.max_tokens_per_request, status=413)
+    widths = {None if s.support_ids is None else len(s.support_ids[0]) for s in encoded}
+    if len(widths) > 1:
+        raise RequestError(
+            422, "Uneven support", "support_ids must be given for all sequences or none, equally wide", field="sequences"
+        )
+    for index, sequence in enumerate(encoded):
+        _check_sequence(index, sequence, info)
+    width = request.top_k + (next(iter(widths)) or 0)
+    answer_bytes = sum(s.num_rows for s in encoded) * width * _BYTES_PER_CANDIDATE
+    if answer_bytes > config.max_answer_mib << 20:
+        raise RequestError(
+            413,
+            "Answer too large",
+            f"rows x candidates come to {answer_bytes >> 20} MiB, above max_answer_mib = {config.max_answer_mib}; "
+            "lower top_k or send fewer sequences",
+            field="top_k",
+        )
+    return encoded
+
+
+def _encode(index: int, sequence: TeacherSequence, tokenizer: PreTrainedTokenizerBase) -> EncodedSequence:
+    field = f"sequences.{index}"
+    forms = {
+        "token_ids": sequence.token_ids is not None,
+        "prompt and completion": sequence.prompt is not None or sequence.completion is not None,
+        "messages": sequence.messages is not None,
+    }
+    given = [name for name, present in forms.items() if present]
+    if len(given) != 1:
+        raise RequestError(
+            422,
+            "One form of input",
+            f"{field} gives {', '.join(given) or 'nothing'}; give exactly one of token_ids, prompt + completion, messages",
+            field=field,
+        )
+    if sequence.token_ids is not None:
+        if sequence.prompt_length is None:
+            raise RequestError(422, "Missing field", f"{field}.prompt_length is required with token_ids", field=field)
+        return EncodedSequence(sequence.token_ids, sequence.prompt_length, sequence.support_ids)
+    if sequence.messages is not None:
+        return _encode_messages(field, sequence, tokenizer)
+    if sequence.prompt is None or sequence.completion is None:
+        raise RequestError(422, "Missing field", f"{field} needs both prompt and completion", field=field)
+    prompt = tokenizer(sequence.prompt)["input_ids"]
+    completion = tokenizer(sequence.completion, add_special_tokens=False)["input_ids"]
+    return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
+
+
+def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTrainedTokenizerBase) -> EncodedSequence:
+    if tokenizer.chat_template is None:
+        raise RequestError(422, "No chat template", "this teacher's tokenizer has no chat template", field=field)
+    messages = [m.model_dump() for m in sequence.messages or []]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RequestError(
+            422, "Nothing to score", f"{field}.messages must end with an assistant message after a prompt", field=field
+        )
+    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(before):
+        raise RequestError(
+            422, "Chat template", f"{field}: the template rewrites earlier messages; send token_ids instead", field=field
+        )
+    prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+    completion = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
+
+
+def _check_sequence(index: int, sequence: EncodedSequence, info: TeacherInfo) -> None:
+    field = f"sequences.{index}"
+    length = len(sequence.token_ids)
+    if not 1 <= sequence.prompt_length < length:
+        raise RequestError(
+            422,
+            "Nothing to score",
+            f"{field}.prompt_length = {sequence.prompt_length} must be between 1 and the {length} tokens less one",
+            field=f"{field}.prompt_length",
+        )
+    if length > info.max_model_len:
+        raise _refusal(f"{field}.token_ids", f"{length} tokens", info.max_model_len)
+    _check_ids(f"{field}.token_ids", sequence.token_ids, info.padded_vocab_size)
+    if sequence.support_ids is None:
+        return
+    if len(sequence.support_ids) != sequence.num_rows or len({len(row) for row in sequence.support_ids}) != 1:
+        raise RequestError(
+            422,
+            "Wrong shape",
+            f"{field}.support_ids must have {sequence.num_rows} rows of equal length, one per completion token",
+            field=f"{field}.support_ids",
+        )
+    for row in sequence.support_ids:
+        _check_ids(f"{field}.support_ids", row, info.padded_vocab_size)
+
+
+def _check_ids(field: str, ids: list[int], vocab: int) -> None:
+    if ids and max(ids) >= vocab:
+        raise RequestError(
+            422, "Token id out of range", f"{field} holds id {max(ids)}, the vocabulary has {vocab}", field=field
+        )
+
+
+def _refusal(field: str, got: str, limit: int, *, status: int = 422) -> RequestError:
+    return RequestError(status, "Over a limit", f"{got} in {field}, at most {limit} are served", field=field)

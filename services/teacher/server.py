@@ -1,0 +1,288 @@
+"""`distillserve teacher`: the teacher's logprobs over HTTP.
+
+    consumes   POST /v1/teacher/logprobs
+    produces   logprobs of the given completions, as JSON or safetensors
+    waits for  the one engine thread; past max_pending_requests a client is told to come back
+    unblocked  by the forward pass before
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
+from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, StartupError, problem_document
+from services.guard import Guard
+from services.metrics import TeacherMetrics
+from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
+from services.teacher.engine_transformers import TransformersEngine
+from services.teacher.requests import encode_request
+from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+class TeacherService:
+    """The engine behind its queue: one thread scores, requests wait in order."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.engine: TransformersEngine | None = None
+        self.metrics = TeacherMetrics()
+        self.draining = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-engine")
+        self._pending = 0
+
+    async def load(self) -> None:
+        """Load the model on the engine's thread; /ready answers 503 until then."""
+        self.engine = await asyncio.get_running_loop().run_in_executor(self._thread, TransformersEngine, self.config)
+
+    def ready_engine(self) -> TransformersEngine:
+        """The engine, or a 503.
+
+        Raises:
+            RequestError: still loading, or shutting down.
+        """
+        if self.draining:
+            raise RequestError(503, "Shutting down", "this server takes no more requests", retry_after_s=5)
+        if self.engine is None:
+            raise RequestError(503, "Loading", "the teacher is still being loaded", retry_after_s=2)
+        return self.engine
+
+    async def score(self, request: TeacherRequest) -> TeacherScores:
+        """Score one request; a caller that goes away before its turn is skipped.
+
+        Raises:
+            RequestError: the request is refused, or too many wait already.
+        """
+        engine = self.ready_engine()
+        if self._pending >= self.config.max_pending_requests:
+            raise RequestError(
+                429,
+                "Too many requests",
+                f"{self._pending} requests wait already (max_pending_requests); try again later",
+                retry_after_s=1,
+            )
+        sequences = encode_request(request, engine.info, self.config, engine.tokenizer)
+        self._pending += 1
+        self.metrics.pending.set(self._pending)
+        try:
+            with self.metrics.score_seconds.time():
+                # The one place where a batcher across requests goes.
+                scores = await asyncio.get_running_loop().run_in_executor(
+                    self._thread,
+                    lambda: engine.score(sequences, top_k=request.top_k, temperature=request.temperature),
+                )
+        finally:
+            self._pending -= 1
+            self.metrics.pending.set(self._pending)
+        self.metrics.sequences.inc(len(sequences))
+        self.metrics.rows.inc(len(scores.token_logprobs))
+        self.metrics.tokens.inc(sum(len(s.token_ids) for s in sequences))
+        return scores
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+
+def create_app(config: TeacherConfig) -> FastAPI:
+    """The application without its guard; the model is loaded in the background once it runs."""
+    service = TeacherService(config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.load())
+        loading.add_done_callback(lambda task: app.state.on_loaded(task))
+        yield
+        service.draining = True
+        loading.cancel()
+        service.close()
+
+    app = FastAPI(title="distillserve teacher", version="1", lifespan=lifespan)
+    app.state.service = service
+    app.state.on_loaded = lambda task: None
+    _add_error_handlers(app)
+    app.middleware("http")(_count_requests)
+    app.add_api_route("/health", get_health, methods=["GET"], summary="The process lives")
+    app.add_api_route("/ready", get_ready, methods=["GET"], summary="The model is loaded")
+    app.add_api_route("/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics")
+    app.add_api_route("/v1/teacher/info", get_teacher_info, methods=["GET"], summary="Model, limits, tokenizer")
+    app.add_api_route("/v1/teacher/vocabulary", get_vocabulary, methods=["GET"], summary="Token to id")
+    app.add_api_route(
+        "/v1/teacher/logprobs", create_logprobs, methods=["POST"], summary="Score completions", response_model=None
+    )
+    return app
+
+
+def _service(request: Request) -> TeacherService:
+    return request.app.state.service
+
+
+Service = Annotated[TeacherService, Depends(_service)]
+
+
+async def get_health() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+async def get_ready(service: Service) -> dict[str, str]:
+    service.ready_engine()
+    return {"status": "ready"}
+
+
+async def get_metrics(service: Service) -> Response:
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def get_teacher_info(service: Service) -> TeacherInfo:
+    return service.ready_engine().info
+
+
+async def get_vocabulary(service: Service) -> dict[str, int]:
+    return service.ready_engine().tokenizer.get_vocab()
+
+
+async def create_logprobs(body: TeacherRequest, request: Request, service: Service) -> Response:
+    """Log-probabilities of completions under the teacher, top-k candidates included."""
+    scores = await service.score(body)
+    if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
+        narrowed = _as_dtype(scores, body.logprob_dtype)
+        content = await asyncio.to_thread(encode_scores, narrowed)
+        return Response(content, media_type=SAFETENSORS_MEDIA_TYPE)
+    return JSONResponse(await asyncio.to_thread(as_json, scores))
+
+
+def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
+    if dtype == "float32":
+        return scores
+    columns = {n: v.astype(dtype) if _is_float(v) else v for n, v in vars(scores).items()}
+    return TeacherScores(**columns)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def as_json(scores: TeacherScores) -> dict[str, Any]:
+    """The readable answer; minus infinity (no mass left outside the candidates) is null, JSON has no word for it."""
+    per_row = ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies")
+    optional = ("support_logprobs", "support_tail_logprobs")
+    names = [*per_row, *(n for n in optional if getattr(scores, n) is not None)]
+
+    def rows(name: str, part: slice) -> Any:
+        values = getattr(scores, name)[part]
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return values.tolist()
+        return np.where(np.isfinite(values), values.astype(object), None).tolist()
+
+    bounds = zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
+    return {
+        "protocol": 1,
+        "model": scores.model,
+        "fingerprint": scores.fingerprint,
+        "temperature": scores.temperature,
+        "top_k": scores.top_k,
+        "sequences": [{name: rows(name, slice(start, end)) for name in names} for start, end in bounds],
+    }
+
+
+async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    response = await call_next(request)
+    route = request.scope.get("route")
+    path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
+    request.app.state.service.metrics.requests.labels(path, response.status_code).inc()
+    return response
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error of every route becomes a problem document."""
+
+    def problem(request: Request, error: RequestError) -> JSONResponse:
+        request_id = request.scope.get("state", {}).get("request_id", "")
+        document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
+        headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
+        return JSONResponse(document, error.status, headers, media_type=PROBLEM_MEDIA_TYPE)
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return problem(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}", field=field))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return problem(request, RequestError(error.status_code, str(error.detail), detail))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        known = isinstance(error, DistillServeError)
+        detail = str(error) if known else "an unexpected error; the server's log has the traceback"
+        return problem(request, RequestError(500, "Server error", detail))
+
+
+def run(config: RunConfig) -> None:
+    """Serve until SIGTERM or SIGINT; accepted requests are finished first.
+
+    Raises:
+        ConfigError: no teacher, or a public address without a key.
+        StartupError: the port is taken, or the model cannot be loaded.
+    """
+    config.require("teacher")
+    teacher, key = config.teacher, Secrets().teacher_key
+    require_key_beyond_loopback("teacher", teacher.host, key)
+    listener = bind("teacher", teacher.host, teacher.port)
+    app = create_app(teacher)
+    guard = Guard(
+        app,
+        key=key.get_secret_value() if key else None,
+        open_paths=OPEN_PATHS,
+        max_body_bytes=teacher.max_body_mib << 20,
+    )
+    server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=60))
+    failures: list[BaseException] = []
+
+    def on_loaded(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failures.append(error)
+            server.should_exit = True
+
+    app.state.on_loaded = on_loaded
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def bind(section: str, host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before the model is loaded.
+
+    Raises:
+        StartupError: the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; stop the program that listens "
+            f"there or pass --{section}.port with a free port"
+        ) from error
+    return listener

@@ -1,0 +1,141 @@
+"""What the student can do on held-out prompts, greedily, under the weights the rollout servers hold.
+
+    exact_match   share of rows with an `answer` whose completion, stripped, equals it
+    reverse_kl    mean over completion tokens of KL(student || teacher) over the full vocabulary, nats, along
+                  the student's own greedy completions
+    teacher       the same exact match for the teacher, without generating: greedy decoding yields the answer
+                  if and only if each of its tokens, the end included, is the teacher's likeliest next one
+
+With a large vocabulary the full distributions are costly to move, so `evaluation.kl_budget_mib` bounds them
+and a seeded subset of the completions is scored.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from services.causal_lm import hidden_states
+from services.clients import RolloutClient, TeacherClient
+from services.config import RunConfig
+from services.schemas import RolloutSampling, TeacherInfo
+from trainer.batch import cut_by_padded_tokens, pad_rows, predicting_positions
+from trainer.model import head_of
+from trainer.prompts import Prompt
+from trainer.rollouts import Rollout, generate_rollouts
+
+_BYTES_PER_CANDIDATE = 8
+# One answer of the teacher holds at most this much; the work is cut accordingly.
+_ANSWER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    exact_match: float | None
+    reverse_kl: float
+    num_prompts: int
+    num_kl_tokens: int
+
+
+class Evaluator:
+    """Holds what every evaluation of a run shares."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: list[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        rollout_client: RolloutClient,
+        teacher_client: TeacherClient,
+        teacher: TeacherInfo,
+        eos_token_ids: list[int],
+    ) -> None:
+        self._config, self._tokenizer, self._teacher = config, tokenizer, teacher
+        self._prompts = prompts[: config.evaluation.num_prompts]
+        self._rollouts, self._scores = rollout_client, teacher_client
+        self._eos_token_ids = eos_token_ids
+
+    async def student(self, model: PreTrainedModel) -> Evaluation:
+        """Measure the student; the rollout servers must hold `model`'s weights."""
+        sampling = RolloutSampling(max_new_tokens=self._config.evaluation_max_new_tokens(), temperature=0.0)
+        rollouts = await generate_rollouts(self._rollouts, self._prompts, sampling)
+        reverse_kl, num_tokens = await self._reverse_kl(model, rollouts)
+        return Evaluation(self._exact_match(rollouts), reverse_kl, len(rollouts), num_tokens)
+
+    async def teacher_exact_match(self) -> float | None:
+        """Share of answers that the teacher's greedy decoding would give, or None without answers."""
+        graded = [p for p in self._prompts if p.answer is not None]
+        if not graded:
+            return None
+        answers = [self._tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in graded]
+        end = self._tokenizer.eos_token_id
+        sequences = [([*p.token_ids, *a, end], len(p.token_ids)) for p, a in zip(graded, answers, strict=True)]
+        scores = await self._scores.score(sequences, top_k=1)
+        hits = 0
+        for index, answer in enumerate(answers):
+            best = scores.topk_ids[scores.row_offsets[index] : scores.row_offsets[index + 1], 0].tolist()
+            hits += best[:-1] == answer and best[-1] in self._eos_token_ids
+        return hits / len(graded)
+
+    def _exact_match(self, rollouts: list[Rollout]) -> float | None:
+        graded = [r for r in rollouts if r.prompt.answer is not None]
+        if not graded:
+            return None
+        texts = self._tokenizer.batch_decode([r.completion.token_ids for r in graded], skip_special_tokens=True)
+        answers = [(r.prompt.answer or "").strip() for r in graded]
+        return sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(graded)
+
+    async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[float, int]:
+        vocab = self._teacher.padded_vocab_size
+        rows_in_budget = max(1, (self._config.evaluation.kl_budget_mib << 20) // (vocab * _BYTES_PER_CANDIDATE))
+        chosen = within_rows(rollouts, rows_in_budget, seed=self._config.seed)
+        scores = await self._scores.score(
+            [(r.sequence, len(r.prompt.token_ids)) for r in chosen],
+            top_k=vocab,
+            max_rows_per_request=max(1, _ANSWER_BYTES // (vocab * _BYTES_PER_CANDIDATE)),
+        )
+        total = 0.0
+        limit = self._config.pipeline.tokens_per_micro_batch
+        for group in cut_by_padded_tokens([len(r.sequence) for r in chosen], limit):
+            rows = np.concatenate([np.arange(scores.row_offsets[i], scores.row_offsets[i + 1]) for i in group])
+            teacher = dense_logprobs(scores.topk_ids[rows], scores.topk_logprobs[rows], vocab)
+            total += reverse_kl_sum(model, [chosen[i] for i in group], teacher)
+        return total / len(scores.token_logprobs), len(scores.token_logprobs)
+
+
+def within_rows(rollouts: list[Rollout], max_rows: int, *, seed: int) -> list[Rollout]:
+    """All rollouts, or a seeded random subset whose completion tokens fit into `max_rows` (at least one)."""
+    order = list(range(len(rollouts)))
+    random.Random(seed).shuffle(order)
+    chosen, rows = [], 0
+    for index in order:
+        rows += len(rollouts[index].completion.token_ids)
+        if chosen and rows > max_rows:
+            break
+        chosen.append(index)
+    return [rollouts[index] for index in sorted(chosen)]
+
+
+def dense_logprobs(ids: np.ndarray, logprobs: np.ndarray, vocab: int) -> torch.Tensor:
+    """[N, vocab] from candidates that cover the vocabulary, in any order."""
+    dense = torch.full((len(ids), vocab), -torch.inf)
+    return dense.scatter_(1, torch.from_numpy(ids).long(), torch.from_numpy(logprobs).float())
+
+
+@torch.no_grad()
+def reverse_kl_sum(model: PreTrainedModel, rollouts: list[Rollout], teacher_logprobs: torch.Tensor) -> float:
+    """Sum over completion tokens of KL(student || teacher), nats; teacher_logprobs is [N, V_teacher].
+
+    Ids that only one of two differently padded embeddings has belong to no token; they are left out.
+    """
+    input_ids, attention_mask = pad_rows([r.sequence for r in rollouts])
+    prompts, lengths = zip(*((len(r.prompt.token_ids), len(r.completion.token_ids)) for r in rollouts), strict=True)
+    positions = predicting_positions(list(prompts), list(lengths), input_ids.shape[1]).to(model.device)
+    hidden = hidden_states(model, input_ids.to(model.device), attention_mask.to(model.device)).flatten(0, 1)[positions]
+    student = head_of(model).logits(hidden).float().log_softmax(-1).cpu()
+    shared = min(student.shape[1], teacher_logprobs.shape[1])
+    q, p = student[:, :shared], teacher_logprobs[:, :shared]
+    terms = torch.where(q > -torch.inf, q.exp() * (q - p), 0.0)
+    return float(terms.double().sum())

@@ -1,0 +1,110 @@
+"""The student in the trainer: loading, the forward pass over a micro-batch, optimizer and schedule.
+
+Sequences run as padded rows: sdpa has no variable-length path and would build a dense mask over packed
+sequences. Only positions that predict a completion token reach the head.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from services.causal_lm import OutputHead, hidden_states, load_causal_lm, output_head
+from services.config import OptimizerConfig, StudentConfig
+from trainer.lm_head import HeadOutput, support_logprobs
+
+
+def load_student(config: StudentConfig) -> PreTrainedModel:
+    """The student with master weights in `config.dtype`, ready to train.
+
+    Raises:
+        StartupError: the model cannot be loaded or computes its logits in an unknown way.
+    """
+    assert config.model is not None
+    model = load_causal_lm(
+        config.model,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        init_kwargs=config.model_init_kwargs,
+    )
+    if config.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
+            if hasattr(model.config, name):  # read by attention functions at every call
+                setattr(model.config, name, 0.0)
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    output_head(model)  # refuse an unknown head now, not at the first step
+    return model.train()
+
+
+def student_logprobs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    positions: torch.Tensor,
+    token_ids: torch.Tensor,
+    support_ids: torch.Tensor,
+    temperature: float,
+) -> HeadOutput:
+    """Logprobs of the student at packed completion positions.
+
+    Args:
+        input_ids, attention_mask: [B, T].
+        positions: [N] into the B * T hidden states.
+        token_ids: [N]; support_ids: [N, K].
+        temperature: divides the logits.
+    """
+    hidden = hidden_states(model, input_ids, attention_mask)
+    head = head_of(model)
+    return support_logprobs(
+        hidden.flatten(0, 1)[positions],
+        head.weight,
+        token_ids,
+        support_ids,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+
+
+def head_of(model: PreTrainedModel) -> OutputHead:
+    """The output head, without the check that `load_student` has made."""
+    return output_head(model, check=False)
+
+
+def build_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:
+    """Linear warm-up, then the configured decay down to min_lr_ratio at the last step."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+        shape = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[config.schedule]
+        return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
+
+    return LambdaLR(optimizer, factor)

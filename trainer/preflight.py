@@ -1,0 +1,98 @@
+"""Before anything is trained: the servers are there, speak our protocol, and mean the same tokens.
+
+    waits for  every server's /ready
+    produces   what each server says of itself, or an error that names the difference
+"""
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from services.causal_lm import chat_template_probe, tokenizer_fingerprint
+from services.clients import RolloutClient, TeacherClient
+from services.config import RunConfig
+from services.errors import StartupError
+from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+
+logger = logging.getLogger(__name__)
+
+
+async def attach(
+    config: RunConfig, rollout_client: RolloutClient, teacher_client: TeacherClient
+) -> tuple[list[RolloutInfo], TeacherInfo]:
+    """Wait for all servers and read what they say of themselves.
+
+    Raises:
+        PeerError: a server does not become ready in time.
+        StartupError: a server speaks another protocol, or the teachers are not replicas of one model.
+    """
+    await rollout_client.wait_ready(config.rollout.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+    await teacher_client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+    rollouts, teachers = await rollout_client.info(), await teacher_client.info()
+    for url, info in [*zip(rollout_client.urls, rollouts, strict=True), *zip(teacher_client.urls, teachers, strict=True)]:
+        if info.protocol != PROTOCOL_VERSION:
+            raise StartupError(
+                f"{url} speaks protocol {info.protocol}, this trainer {PROTOCOL_VERSION}; install the same version on both"
+            )
+    if len({t.fingerprint for t in teachers}) > 1:
+        raise StartupError(f"the teachers at {', '.join(teacher_client.urls)} do not serve the same model")
+    return rollouts, teachers[0]
+
+
+async def check_same_tokens(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: list[int],
+    teacher: TeacherInfo,
+    teacher_client: TeacherClient,
+) -> None:
+    """Refuse a teacher whose token ids, end tokens or chat format are not the student's.
+
+    Raises:
+        StartupError: the vocabularies differ (with the first ids that do), or the end tokens or rendered
+            chat templates differ and `teacher.accept_different` does not name that.
+    """
+    if teacher.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+        theirs = await teacher_client.vocabulary()
+        raise StartupError(
+            f"teacher {teacher.model!r} and student {config.student.model!r} do not have the same tokenizer: "
+            f"{first_differences(tokenizer.get_vocab(), theirs)}; scores of one's ids mean nothing to the other"
+        )
+    accepted = config.teacher.accept_different
+    if teacher.eos_token_ids != eos_token_ids and "eos" not in accepted:
+        raise StartupError(
+            f"the teacher ends completions with {teacher.eos_token_ids}, the student with {eos_token_ids}; if that is "
+            "meant, pass --teacher.accept_different '[\"eos\"]'"
+        )
+    ours = chat_template_probe(tokenizer)
+    if teacher.chat_template_probe != ours and "chat_template" not in accepted:
+        raise StartupError(
+            f"the chat templates differ: the teacher renders a probe as {teacher.chat_template_probe!r}, the student as "
+            f"{ours!r}; if that is meant, pass --teacher.accept_different '[\"chat_template\"]'"
+        )
+
+
+def first_differences(ours: dict[str, int], theirs: dict[str, int], count: int = 3) -> str:
+    """The lowest ids that stand for different tokens, as text."""
+    our_tokens = {index: token for token, index in ours.items()}
+    their_tokens = {index: token for token, index in theirs.items()}
+    differing = [i for i in sorted({*our_tokens, *their_tokens}) if our_tokens.get(i) != their_tokens.get(i)]
+    if not differing:
+        return "the same vocabulary, but text is cut into tokens differently"
+    shown = [f"id {i} is {our_tokens.get(i)!r} here and {their_tokens.get(i)!r} there" for i in differing[:count]]
+    return f"{len(differing)} ids differ, first " + ", ".join(shown)
+
+
+def max_model_len(config: RunConfig, rollouts: list[RolloutInfo], teacher: TeacherInfo) -> int:
+    """Longest sequence that every server takes.
+
+    Raises:
+        StartupError: it leaves no room for a prompt.
+    """
+    shortest = min([teacher.max_model_len, *(r.max_model_len for r in rollouts)])
+    if config.longest_completion() >= shortest:
+        raise StartupError(
+            f"max_new_tokens = {config.longest_completion()} leaves no room for a prompt: the servers take {shortest} "
+            "tokens (rollout.max_model_len, teacher.max_model_len); lower the one or raise the others"
+        )
+    return shortest

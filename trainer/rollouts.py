@@ -1,0 +1,55 @@
+"""Prompts to completions: what the rollout servers are asked, and what of their answers is trained on.
+
+    consumes   Prompt
+    produces   Rollout: a completion with the logprobs of the policy that sampled it
+    waits for  the rollout servers; a server that is paused for a weight push answers after its resume
+"""
+
+from dataclasses import dataclass
+
+from services.clients import RolloutClient
+from services.config import SamplingConfig
+from services.errors import PeerError
+from services.schemas import RolloutCompletion, RolloutSampling
+from trainer.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompt: Prompt
+    completion: RolloutCompletion
+
+    @property
+    def sequence(self) -> list[int]:
+        """Token ids of prompt and completion."""
+        return [*self.prompt.token_ids, *self.completion.token_ids.tolist()]
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the oldest sampled token: a rollout is as stale as that one."""
+        return min(int(span.policy_version) for span in self.completion.policy_versions)
+
+
+def training_sampling(config: SamplingConfig) -> RolloutSampling:
+    """The sampling of training, as the rollout server takes it."""
+    return RolloutSampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+    )
+
+
+async def generate_rollouts(
+    client: RolloutClient, prompts: list[Prompt], sampling: RolloutSampling, samples_per_prompt: int = 1
+) -> list[Rollout]:
+    """Complete every prompt; ordered by prompt, then sample.
+
+    Raises:
+        PeerError: a server failed, or ended a completion for a reason of its own.
+    """
+    completions = await client.generate([p.token_ids for p in prompts], sampling, samples_per_prompt)
+    for completion in completions:
+        if completion.finish_reason == "abort" or len(completion.token_ids) == 0:
+            raise PeerError(f"the rollout server gave up on the prompt of row {prompts[completion.prompt_index].row}")
+    return [Rollout(prompts[c.prompt_index], c) for c in completions]

@@ -1,0 +1,188 @@
+"""Everything a run holds between its first and its last step: models, clients, buffer, record."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from pydantic import SecretStr
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from services.causal_lm import eos_token_ids, load_tokenizer
+from services.clients import RolloutClient, TeacherClient
+from services.config import RunConfig, Secrets
+from services.errors import ConfigError
+from trainer import preflight
+from trainer.evaluate import Evaluation, Evaluator
+from trainer.model import build_optimizer, build_schedule, load_student
+from trainer.prompts import PromptStream, load_prompts
+from trainer.report import RunRecord, Summary
+from trainer.staleness_buffer import StalenessBuffer
+from trainer.teacher_scores import Quarantine, ScoredSample
+from trainer.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The scored samples of one step and what they cost."""
+
+    samples: list[ScoredSample]
+    rollout_s: float
+    teacher_s: float
+    num_quarantined: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.rollout.completion.token_ids) for s in self.samples)
+
+
+@dataclass
+class Session:
+    config: RunConfig
+    accelerator: Accelerator
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    prompts: PromptStream
+    num_steps: int
+    top_k: int
+    rollout_client: RolloutClient
+    teacher_client: TeacherClient
+    buffer: StalenessBuffer[Batch]
+    weights: WeightSync
+    evaluator: Evaluator | None
+    quarantine: Quarantine
+    record: RunRecord
+    num_tokens: int = 0
+
+    def evaluates_at(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return every > 0 and step % every == 0 and step < self.num_steps
+
+    async def evaluate(self, step: int) -> Evaluation | None:
+        """Measure the student on the held-out prompts, or None when there are none."""
+        if self.evaluator is None:
+            return None
+        evaluation = await self.evaluator.student(self.model)
+        self.record.evaluation(step, evaluation)
+        exact = "" if evaluation.exact_match is None else f"exact match {evaluation.exact_match:.3f}, "
+        logger.info("step %d: held-out %sreverse KL %.4f", step, exact, evaluation.reverse_kl)
+        return evaluation
+
+    def record_step(
+        self, step: int, batch: Batch, metrics: dict[str, float], *, staleness: int, train_s: float
+    ) -> None:
+        """One row of metrics, a few samples now and then."""
+        self.num_tokens += batch.num_tokens
+        row = metrics | {
+            "staleness": staleness,
+            "num_steps": self.num_steps,
+            "rollout_s": batch.rollout_s,
+            "teacher_s": batch.teacher_s,
+            "train_s": train_s,
+            "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
+            "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
+            "trainer_tokens_per_s": batch.num_tokens / train_s,
+            "num_quarantined": batch.num_quarantined,
+            "wall_s": self.record.wall_s,
+        }
+        self.record.step(step, row)
+        self.record.samples(step, batch.samples)
+
+    async def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
+        """Save the student, write the summary, show the table."""
+        teacher = await self.evaluator.teacher_exact_match() if self.evaluator is not None else None
+        self.record.student(self.model)
+        summary = Summary(before, after, teacher, self.num_steps, self.record.wall_s, self.num_tokens)
+        self.record.finish(summary)
+        return summary
+
+
+@asynccontextmanager
+async def open_session(config: RunConfig) -> AsyncIterator[Session]:
+    """Check everything, attach to the servers, load the student; close all of it at the end.
+
+    Raises:
+        DistillServeError: whatever a user can act on, before the first weight is changed.
+    """
+    async with AsyncExitStack() as stack:
+        yield await _open(config, stack)
+
+
+async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
+    config.require("train")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers), project_dir=config.output.dir
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"launched with {accelerator.num_processes} processes, but this version trains in one; start it without torchrun"
+        )
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.student.model or "", trust_remote_code=config.student.trust_remote_code)
+    record = RunRecord(config, accelerator, tokenizer)
+    # Read once without a length limit: a broken file must not wait for the servers to be reported.
+    load_prompts(config.data.path or "", config.data, tokenizer, max_prompt_tokens=2**31)
+
+    model = load_student(config.student)
+    secrets = Secrets()
+    rollout_client = RolloutClient(
+        config.rollout.server_urls(), key=_reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
+    )
+    teacher_client = TeacherClient(
+        config.teacher.server_urls(), key=_reveal(secrets.teacher_key), timeout_s=config.teacher.request_timeout_s
+    )
+    stack.push_async_callback(rollout_client.close)
+    stack.push_async_callback(teacher_client.close)
+    rollouts, teacher = await preflight.attach(config, rollout_client, teacher_client)
+    eos = eos_token_ids(model, tokenizer)
+    await preflight.check_same_tokens(config, tokenizer, eos, teacher, teacher_client)
+
+    room = preflight.max_model_len(config, rollouts, teacher) - config.longest_completion()
+    prompts = load_prompts(config.data.path or "", config.data, tokenizer, room)
+    evaluator = None
+    if config.data.eval_path is not None:
+        held_out = load_prompts(config.data.eval_path, config.data, tokenizer, room)
+        evaluator = Evaluator(config, held_out, tokenizer, rollout_client, teacher_client, teacher, eos)
+
+    optimizer = build_optimizer(model, config.optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    num_steps = count_steps(config, len(prompts))
+    canaries = prompts[: config.weight_sync.canary_prompts]
+    weights = WeightSync(config, model, rollout_client, rollouts, canaries, _reveal(secrets.rollout_key))
+    stack.callback(weights.close)
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config.optimizer, num_steps),
+        prompts=PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
+        num_steps=num_steps,
+        top_k=min(config.loss.top_k, teacher.max_top_k),
+        rollout_client=rollout_client,
+        teacher_client=teacher_client,
+        buffer=StalenessBuffer(config.pipeline.max_staleness),
+        weights=weights,
+        evaluator=evaluator,
+        quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
+        record=record,
+    )
+
+
+def count_steps(config: RunConfig, num_prompts: int) -> int:
+    """pipeline.steps, or what pipeline.epochs comes to (at least one)."""
+    if config.pipeline.steps is not None:
+        return config.pipeline.steps
+    assert config.pipeline.epochs is not None
+    return max(1, round(config.pipeline.epochs * num_prompts / config.pipeline.prompts_per_step))
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

@@ -1,0 +1,71 @@
+"""The algorithm: on-policy distillation, a step at a time.
+
+    produce():  prompts ─► rollout servers ─► teacher ─► buffer        waits for a free slot, then for the servers
+    consume():  buffer ─► loss ─► optimizer ─► push weights            waits for a batch, then for the push
+                                                  └─► frees a slot     unblocks produce()
+
+`StalenessBuffer` alone decides how far the two may be apart; with max_staleness 0 they take turns, and an
+asynchronous run is the same two tasks with more slots.
+"""
+
+import asyncio
+import time
+
+from services.config import RunConfig
+from services.errors import DistillServeError
+from trainer.report import Summary
+from trainer.rollouts import generate_rollouts, training_sampling
+from trainer.session import Batch, Session, open_session
+from trainer.step import optimize
+from trainer.teacher_scores import score_rollouts
+
+
+async def train(config: RunConfig) -> Summary:
+    """Run the whole job; the servers must be up or coming up.
+
+    Raises:
+        DistillServeError: whatever a user can act on, see services/errors.py.
+    """
+    async with open_session(config) as run:
+        await run.weights.push(0)  # the servers' weights are ours from the first token on
+        before = await run.evaluate(step=0)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(produce(run))
+                tasks.create_task(consume(run))
+        except* DistillServeError as group:
+            raise group.exceptions[0] from None
+        after = await run.evaluate(step=run.num_steps)
+        return await run.finish(before, after)
+
+
+async def produce(run: Session) -> None:
+    """Fill the buffer: one scored batch per slot."""
+    config = run.config
+    sampling = training_sampling(config.sampling)
+    for _ in range(run.num_steps):
+        await run.buffer.slot()
+        prompts = run.prompts.take(config.pipeline.prompts_per_step)
+        started = time.monotonic()
+        rollouts = await generate_rollouts(run.rollout_client, prompts, sampling, config.pipeline.samples_per_prompt)
+        generated = time.monotonic()
+        samples, quarantined = await score_rollouts(
+            run.teacher_client, rollouts, top_k=run.top_k, temperature=config.loss.kd_temperature
+        )
+        run.quarantine.add(quarantined, len(rollouts))
+        batch = Batch(samples, generated - started, time.monotonic() - generated, len(quarantined))
+        run.buffer.put(batch, min(rollout.policy_version for rollout in rollouts))
+
+
+async def consume(run: Session) -> None:
+    """Drain the buffer: one optimizer step and one weight push per batch."""
+    for step in range(1, run.num_steps + 1):
+        batch, staleness = await run.buffer.get()
+        started = time.monotonic()
+        metrics = await asyncio.to_thread(optimize, run, batch.samples)
+        trained = time.monotonic()
+        pushed = await run.weights.push(step)
+        run.buffer.weights_live(step)
+        run.record_step(step, batch, metrics | pushed, staleness=staleness, train_s=trained - started)
+        if run.evaluates_at(step):
+            await run.evaluate(step)
