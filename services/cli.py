@@ -19,6 +19,7 @@ from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     PydanticBaseSettingsSource,
+    JsonConfigSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
@@ -99,7 +100,7 @@ def _dispatch(argv: list[str]) -> int:
         if name == "tiny":
             _add_tiny_options(command)
         else:
-            command.add_argument("run_file", nargs="?", metavar="RUN", help="TOML file with the options of the run")
+            command.add_argument("run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run")
             command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
             if name == asked:
                 source = _option_source(command)
@@ -142,6 +143,8 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
             cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             command_line = source(parsed_args=options)
+            if run_file is not None and run_file.endswith(".json"):
+                return (command_line, JsonConfigSettingsSource(settings_cls, json_file=run_file))
             return (command_line, TomlConfigSettingsSource(settings_cls, toml_file=run_file))
 
     try:

@@ -60,6 +60,7 @@ class Session:
     quarantine: Quarantine
     record: RunRecord
     num_tokens: int = 0
+    last_wall_s: float = 0.0
 
     def evaluates_at(self, step: int) -> bool:
         every = self.config.evaluation.every_steps
@@ -71,6 +72,7 @@ class Session:
             return None
         evaluation = await self.evaluator.student(self.model)
         self.record.evaluation(step, evaluation)
+        self.last_wall_s = self.record.wall_s  # the time of a step is without the evaluation before it
         exact = "" if evaluation.exact_match is None else f"exact match {evaluation.exact_match:.3f}, "
         logger.info("step %d: held-out %sreverse KL %.4f", step, exact, evaluation.reverse_kl)
         return evaluation
@@ -90,8 +92,10 @@ class Session:
             "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
             "trainer_tokens_per_s": batch.num_tokens / train_s,
             "num_quarantined": batch.num_quarantined,
+            "step_s": self.record.wall_s - self.last_wall_s,
             "wall_s": self.record.wall_s,
         }
+        self.last_wall_s = self.record.wall_s
         self.record.step(step, row)
         self.record.samples(step, batch.samples)
 

@@ -24,7 +24,8 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     """
     config = run.config
     micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch)
-    totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens) for m in micro_batches])
+    longest = config.sampling.max_new_tokens
+    totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches])
     if totals.num_valid_tokens == 0:
         return {"num_valid_tokens": 0.0}
     collected = []

@@ -6,15 +6,13 @@ memory are vLLM's own and no wrapper stays behind.
 
 import json
 import os
-import socket
 import sys
-from pathlib import Path
 
 import torch
 
 from services.config import RolloutConfig, RunConfig, Secrets, require_key_beyond_loopback
-from services.errors import StartupError
 from services.rollout.settings import RolloutSettings
+from services.startup import check_model_folder, check_port
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -30,7 +28,7 @@ def run(config: RunConfig) -> None:
     """
     config.require("rollout")
     require_key_beyond_loopback("rollout", config.rollout.host, Secrets().rollout_key)
-    check_port_is_free("rollout", config.rollout.host, config.rollout.port)
+    check_port("rollout", config.rollout.host, config.rollout.port)
     check_model_folder("student.model", config.student.model or "")
     command = vllm_command(config)
     sys.stdout.flush()
@@ -86,36 +84,3 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
 
 def _kv_cache_gib(rollout: RolloutConfig) -> str:
     return f"{rollout.kv_cache_gib:g}"
-
-
-def check_port_is_free(section: str, host: str, port: int) -> None:
-    """Find out before the model is loaded.
-
-    Raises:
-        StartupError: another program listens there.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartupError(
-                f"{section}.port = {port} cannot be used on {host}: {error.strerror}; stop the program that "
-                f"listens there or pass --{section}.port with a free port"
-            ) from error
-
-
-def check_model_folder(key: str, model: str) -> None:
-    """Refuse a path that does not exist; a hub id is left to the loader.
-
-    Raises:
-        StartupError: names the option and the path.
-    """
-    path = Path(model)
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        if not (path / "config.json").is_file():
-            raise StartupError(
-                f"{key} = {model!r} is no model folder (no config.json there); "
-                "give a folder saved with save_pretrained, or a hub id"
-            )

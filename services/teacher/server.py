@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,10 +21,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
-from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, StartupError, problem_document
+from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, problem_document
 from services.guard import Guard
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
+from services.startup import bind, check_model_folder
 from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.requests import encode_request
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
@@ -246,6 +246,7 @@ def run(config: RunConfig) -> None:
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
     require_key_beyond_loopback("teacher", teacher.host, key)
+    check_model_folder("teacher.model", teacher.model or "")
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     guard = Guard(
@@ -266,23 +267,3 @@ def run(config: RunConfig) -> None:
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
-
-
-def bind(section: str, host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is known before the model is loaded.
-
-    Raises:
-        StartupError: the port cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise StartupError(
-            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; stop the program that listens "
-            f"there or pass --{section}.port with a free port"
-        ) from error
-    return listener

@@ -1,0 +1,263 @@
+"""`distillserve up`: the three roles as processes of this machine, started, watched and ended together.
+
+    starts     rollout and teacher (one after the other when they share a GPU: vLLM asserts when another
+               process frees memory while it measures), waits until both are ready, then the trainer
+    ends       all of them when the trainer is done, when any of them dies, or on Ctrl-C
+
+honcho and circus were considered: honcho starts everything at once and cannot wait for readiness, circus
+brings a daemon with sockets of its own. What is needed beyond asyncio's subprocesses is little: each child
+leads a session of its own, so that vLLM's engine processes end with it and Ctrl-C reaches only us.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from services.config import RunConfig, check_output_dir
+from services.errors import StartupError
+from services.panel import last_step, render
+from services.startup import check_model_folder, check_output_room, free_port
+
+Command = Callable[[str, Path], list[str]]
+"""Role and run file to an argument vector; tests put small scripts in place of the real roles."""
+
+_COLOURS = {"rollout": "cyan", "teacher": "magenta", "trainer": "green"}
+_GRACE_S = 20.0
+_POLL_S = 0.25
+_PR_SET_PDEATHSIG = 1
+
+
+def role_command(role: str, run_file: Path) -> list[str]:
+    """The command line of a role."""
+    subcommand = "train" if role == "trainer" else role
+    return [sys.executable, "-m", "services.cli", subcommand, str(run_file)]
+
+
+def up(config: RunConfig, command: Command = role_command) -> int:
+    """Run all three roles; returns the exit code of the whole.
+
+    Raises:
+        StartupError: a model folder is missing, or the output folder cannot be used.
+    """
+    check_model_folder("student.model", config.student.model or "")
+    check_model_folder("teacher.model", config.teacher.model or "")
+    output_dir = check_output_dir(config.output)
+    check_output_room(output_dir)
+    config = with_free_ports(config)
+    run_file = output_dir / "run.json"
+    run_file.write_text(config.model_dump_json(indent=2) + "\n")
+    return asyncio.run(Supervisor(config, run_file, command).run())
+
+
+def with_free_ports(config: RunConfig) -> RunConfig:
+    """The same run on ports that are free now, with URLs that name them."""
+    rollout_port = free_port(config.rollout.host, config.rollout.port)
+    teacher_port = free_port(config.teacher.host, config.teacher.port, frozenset({rollout_port}))
+    sections = {}
+    for name, port in (("rollout", rollout_port), ("teacher", teacher_port)):
+        section = getattr(config, name)
+        if port != section.port:
+            print(f"{name}.port = {section.port} is in use, taking {port}")
+        moved = section.model_copy(update={"port": port, "urls": []})
+        sections[name] = moved.model_copy(update={"urls": moved.server_urls()})
+    return config.model_copy(update=sections)
+
+
+@dataclass
+class Child:
+    """A role's process and the end of what it said."""
+
+    role: str
+    process: asyncio.subprocess.Process
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=15))
+    reader: asyncio.Task[None] | None = None
+
+    def signal(self, number: int) -> None:
+        """To the whole session: vLLM's engine processes are in it."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return
+
+
+class Supervisor:
+    def __init__(self, config: RunConfig, run_file: Path, command: Command) -> None:
+        self._config, self._run_file, self._command = config, run_file, command
+        self._console = Console(highlight=False)
+        self._children: dict[str, Child] = {}
+        self._status: dict[str, str] = {}
+        self._interrupted: asyncio.Future[int]
+
+    async def run(self) -> int:
+        """Start, watch, end. Returns 0, the exit code of the role that failed, or 128 + the signal's number."""
+        loop = asyncio.get_running_loop()
+        self._interrupted = loop.create_future()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, number)
+        panel = asyncio.create_task(self._show_panel())
+        try:
+            return await self._run_roles()
+        finally:
+            await self._end_all()
+            panel.cancel()
+            await asyncio.gather(panel, return_exceptions=True)
+
+    def _interrupt(self, number: int) -> None:
+        if not self._interrupted.done():
+            self._interrupted.set_result(128 + number)
+
+    async def _run_roles(self) -> int:
+        config = self._config
+        ready = []
+        for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
+            await self._start(role, section.cuda_devices)
+            wait = asyncio.create_task(self._wait_ready(role, section.server_urls()[0], section.startup_timeout_s))
+            if _share_a_gpu(config):
+                if (code := await self._first(wait)) is not None:
+                    return code
+            else:
+                ready.append(wait)
+        if ready and (code := await self._first(asyncio.gather(*ready))) is not None:
+            return code
+        await self._start("trainer", config.student.cuda_devices)
+        code = await self._first(None)
+        assert code is not None
+        return code
+
+    async def _first(self, goal: "asyncio.Future[object] | None") -> int | None:
+        """Wait for `goal`, an interruption, or the end of any child; returns None when the goal came first."""
+        exits = {asyncio.create_task(child.process.wait()): child for child in self._children.values()}
+        waiting: set[asyncio.Future[object]] = {*exits, self._interrupted, *([goal] if goal is not None else [])}  # type: ignore[arg-type]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in exits:
+            task.cancel()
+        if self._interrupted in done:
+            return self._interrupted.result()
+        ended = [exits[task] for task in done if task in exits]  # type: ignore[index]
+        if ended:
+            return self._explain_end(ended[0])
+        assert goal is not None
+        goal.result()
+        return None
+
+    def _explain_end(self, child: Child) -> int:
+        code = child.process.returncode or 0
+        if child.role == "trainer" and code == 0:
+            return 0
+        how = f"exited with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        self._say(f"the {child.role} {how}; ending the others", style="bold red")
+        # A server that ends by itself has failed, whatever code it gives.
+        return code if code > 0 else 128 - code if code < 0 else StartupError.exit_code
+
+    async def _start(self, role: str, cuda_devices: str | None) -> None:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if cuda_devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
+        process = await asyncio.create_subprocess_exec(
+            *self._command(role, self._run_file),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            limit=1 << 20,
+        )
+        child = Child(role, process)
+        child.reader = asyncio.create_task(self._relay(child))
+        self._children[role] = child
+        self._status[role] = "starting"
+
+    async def _relay(self, child: Child) -> None:
+        assert child.process.stdout is not None
+        while line := await _read_line(child.process.stdout):
+            text = line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]  # of a progress bar, the last state
+            if text:
+                child.tail.append(text)
+                prefix = Text(f"{child.role:<8}| ", style=_COLOURS[child.role])
+                self._console.print(prefix + Text.from_ansi(text), soft_wrap=True)
+
+    async def _wait_ready(self, role: str, url: str, timeout_s: float) -> None:
+        async with httpx.AsyncClient(timeout=5.0) as client:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while not await _is_ready(client, url):
+                        await asyncio.sleep(_POLL_S)
+            except TimeoutError:
+                raise StartupError(
+                    f"the {role} server at {url} is not ready after {timeout_s:.0f} s; look at its log above or raise "
+                    f"{role}.startup_timeout_s"
+                ) from None
+        self._status[role] = "ready"
+        self._say(f"the {role} server is ready at {url}")
+
+    async def _end_all(self) -> None:
+        """The trainer first, so that it can say goodbye to servers that still live; then the servers."""
+        for roles, number in ((("trainer",), signal.SIGINT), (("rollout", "teacher"), signal.SIGTERM)):
+            children = [self._children[role] for role in roles if role in self._children]
+            for child in children:
+                if child.process.returncode is None:
+                    child.signal(number)
+            await asyncio.gather(*(self._end(child) for child in children))
+
+    async def _end(self, child: Child) -> None:
+        try:
+            await asyncio.wait_for(child.process.wait(), _GRACE_S)
+        except TimeoutError:
+            self._say(f"the {child.role} did not end within {_GRACE_S:.0f} s, killing it", style="red")
+        child.signal(signal.SIGKILL)  # whatever is left of its session
+        await child.process.wait()
+        self._status[child.role] = "ended"
+        if child.reader is not None:
+            await asyncio.wait([child.reader], timeout=2.0)
+            child.reader.cancel()
+
+    async def _show_panel(self) -> None:
+        if not self._console.is_terminal:
+            return
+        path = Path(self._config.output.dir) / "metrics.jsonl"
+        with Live(console=self._console, transient=True, auto_refresh=False) as live:
+            while True:
+                live.update(render(last_step(path), self._status), refresh=True)
+                await asyncio.sleep(_POLL_S)
+
+    def _say(self, message: str, style: str = "bold") -> None:
+        self._console.print(Text("up      | ", style="yellow") + Text(message, style=style), soft_wrap=True)
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:  # a line beyond the limit: show that there was one
+        return b"(a very long line was left out)\n"
+
+
+async def _is_ready(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(f"{url}/ready")).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _share_a_gpu(config: RunConfig) -> bool:
+    """Whether the two servers may use the same GPU, as far as the run says."""
+    rollout, teacher = config.rollout.cuda_devices, config.teacher.cuda_devices
+    if rollout is not None and teacher is not None:
+        return bool({*rollout.split(",")} & {*teacher.split(",")} - {""})
+    return Path("/proc/driver/nvidia").exists()
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this child when `up` is killed without a chance to do it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
