@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
-    PydanticBaseSettingsSource,
     JsonConfigSettingsSource,
+    PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
@@ -54,7 +54,7 @@ _SUMMARIES = {
 }
 
 
-class _RunSettings(RunConfig, BaseSettings):  # type: ignore[misc]
+class _RunSettings(RunConfig, BaseSettings):
     """RunConfig as pydantic-settings fills it: command line over TOML file over defaults."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -100,7 +100,9 @@ def _dispatch(argv: list[str]) -> int:
         if name == "tiny":
             _add_tiny_options(command)
         else:
-            command.add_argument("run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run")
+            command.add_argument(
+                "run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run"
+            )
             command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
             if name == asked:
                 source = _option_source(command)
@@ -140,7 +142,7 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
     class Settings(_RunSettings):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             command_line = source(parsed_args=options)
             if run_file is not None and run_file.endswith(".json"):
@@ -204,12 +206,21 @@ def _train(config: RunConfig) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[RunConfig], int]] = {"up": _up, "rollout": _rollout, "teacher": _teacher, "train": _train}
+_COMMANDS: dict[str, Callable[[RunConfig], int]] = {
+    "up": _up,
+    "rollout": _rollout,
+    "teacher": _teacher,
+    "train": _train,
+}
 
 
 def _add_tiny_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="outputs/tiny-pair", metavar="DIR", help="folder of the pair (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and training (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="outputs/tiny-pair", metavar="DIR", help="folder of the pair (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of data, initialisation and training (default: %(default)s)"
+    )
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

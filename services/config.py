@@ -352,7 +352,8 @@ class RunConfig(Section):
             )
         if pipeline.steps is not None and self.optimizer.warmup_steps > pipeline.steps:
             raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; warm up for fewer steps"
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; "
+                "warm up for fewer steps"
             )
         return self
 

@@ -1,5 +1,7 @@
 """Prometheus metrics of the teacher server, in a registry of their own (vLLM has its own on the rollout server)."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
@@ -9,7 +11,7 @@ class TeacherMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def named(name: str) -> dict[str, object]:
+        def named(name: str) -> dict[str, Any]:
             return {"name": f"distillserve_teacher_{name}", "registry": self.registry}
 
         self.requests = Counter(

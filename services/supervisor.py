@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -135,16 +136,16 @@ class Supervisor:
         assert code is not None
         return code
 
-    async def _first(self, goal: "asyncio.Future[object] | None") -> int | None:
+    async def _first(self, goal: "asyncio.Future[Any] | None") -> int | None:
         """Wait for `goal`, an interruption, or the end of any child; returns None when the goal came first."""
         exits = {asyncio.create_task(child.process.wait()): child for child in self._children.values()}
-        waiting: set[asyncio.Future[object]] = {*exits, self._interrupted, *([goal] if goal is not None else [])}  # type: ignore[arg-type]
+        waiting: set[asyncio.Future[Any]] = {*exits, self._interrupted, *([goal] if goal is not None else [])}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in exits:
             task.cancel()
         if self._interrupted in done:
             return self._interrupted.result()
-        ended = [exits[task] for task in done if task in exits]  # type: ignore[index]
+        ended = [exits[task] for task in done if task in exits]
         if ended:
             return self._explain_end(ended[0])
         assert goal is not None

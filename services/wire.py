@@ -79,7 +79,8 @@ def decode_completion(document: bytes) -> RolloutCompletion:
         raise PeerError(f"the rollout server failed in mid-stream: {metadata['error']}")
     try:
         spans = [VersionSpan(**span) for span in metadata.pop("policy_versions")]
-        return RolloutCompletion(**arrays, **metadata, policy_versions=spans)
+        fields: dict[str, Any] = {**arrays, **metadata}
+        return RolloutCompletion(**fields, policy_versions=spans)
     except (KeyError, TypeError) as error:
         raise PeerError(f"the frame is not a rollout completion: {error}") from error
 
@@ -149,6 +150,7 @@ def decode_scores(document: bytes) -> TeacherScores:
     if protocol != PROTOCOL_VERSION:
         raise PeerError(f"the teacher answered in protocol {protocol!r}, this client speaks {PROTOCOL_VERSION}")
     try:
-        return TeacherScores(**arrays, **metadata)
+        fields: dict[str, Any] = {**arrays, **metadata}
+        return TeacherScores(**fields)
     except TypeError as error:
         raise PeerError(f"the answer lacks or adds fields: {error}") from error

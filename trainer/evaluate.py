@@ -109,7 +109,8 @@ def within_rows(rollouts: list[Rollout], max_rows: int, *, seed: int) -> list[Ro
     """All rollouts, or a seeded random subset whose completion tokens fit into `max_rows` (at least one)."""
     order = list(range(len(rollouts)))
     random.Random(seed).shuffle(order)
-    chosen, rows = [], 0
+    chosen: list[int] = []
+    rows = 0
     for index in order:
         rows += len(rollouts[index].completion.token_ids)
         if chosen and rows > max_rows:

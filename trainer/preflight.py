@@ -1,7 +1,7 @@
 """Before anything is trained: the servers are there, speak our protocol, and mean the same tokens.
 
-    waits for  every server's /ready
-    produces   what each server says of itself, or an error that names the difference
+waits for  every server's /ready
+produces   what each server says of itself, or an error that names the difference
 """
 
 import logging
@@ -29,7 +29,11 @@ async def attach(
     await rollout_client.wait_ready(config.rollout.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
     await teacher_client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
     rollouts, teachers = await rollout_client.info(), await teacher_client.info()
-    for url, info in [*zip(rollout_client.urls, rollouts, strict=True), *zip(teacher_client.urls, teachers, strict=True)]:
+    answers: list[tuple[str, RolloutInfo | TeacherInfo]] = [
+        *zip(rollout_client.urls, rollouts, strict=True),
+        *zip(teacher_client.urls, teachers, strict=True),
+    ]
+    for url, info in answers:
         if info.protocol != PROTOCOL_VERSION:
             raise StartupError(
                 f"{url} speaks protocol {info.protocol}, this trainer {PROTOCOL_VERSION}; install the same version on both"

@@ -57,7 +57,9 @@ def load_prompts(
         shown = "; ".join(skipped[:5]) + ("; ..." if len(skipped) > 5 else "")
         logger.warning("%s: skipped %d of %d rows (%s)", path, len(skipped), len(skipped) + len(prompts), shown)
     if not prompts:
-        raise DataError(f"{path} holds no usable row; a row is a JSON object with `{config.prompt_column}` or `messages`")
+        raise DataError(
+            f"{path} holds no usable row; a row is a JSON object with `{config.prompt_column}` or `messages`"
+        )
     return prompts
 
 
@@ -84,7 +86,9 @@ def _parse_row(
     if not token_ids:
         raise DataError("the prompt has no tokens")
     if len(token_ids) > max_prompt_tokens:
-        raise DataError(f"the prompt has {len(token_ids)} tokens, more than the {max_prompt_tokens} that leave room to answer")
+        raise DataError(
+            f"the prompt has {len(token_ids)} tokens, more than the {max_prompt_tokens} that leave room to answer"
+        )
     answer = content.get(config.answer_column)
     if answer is not None and not isinstance(answer, str | int | float):
         raise DataError(f"`{config.answer_column}` must be text, got {type(answer).__name__}")
@@ -114,7 +118,9 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
 
 
 class PromptStream:
@@ -126,7 +132,7 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts; a batch may span two epochs."""
-        batch = []
+        batch: list[Prompt] = []
         while len(batch) < count:
             epoch, offset = divmod(self.position, len(self._prompts))
             order = self._order(epoch)

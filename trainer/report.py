@@ -1,9 +1,9 @@
 """What a run leaves behind, and what it says at the end.
 
-    config.json      the resolved options            metrics.jsonl    one row per step
-    samples.jsonl    a few scored completions        quarantine.jsonl samples that were set aside
-    student/         the trained model               summary.json     before -> after, written last
-    (TensorBoard events and other trackers through accelerate)
+config.json      the resolved options            metrics.jsonl    one row per step
+samples.jsonl    a few scored completions        quarantine.jsonl samples that were set aside
+student/         the trained model               summary.json     before -> after, written last
+(TensorBoard events and other trackers through accelerate)
 """
 
 import json

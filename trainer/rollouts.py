@@ -1,8 +1,8 @@
 """Prompts to completions: what the rollout servers are asked, and what of their answers is trained on.
 
-    consumes   Prompt
-    produces   Rollout: a completion with the logprobs of the policy that sampled it
-    waits for  the rollout servers; a server that is paused for a weight push answers after its resume
+consumes   Prompt
+produces   Rollout: a completion with the logprobs of the policy that sampled it
+waits for  the rollout servers; a server that is paused for a weight push answers after its resume
 """
 
 from dataclasses import dataclass

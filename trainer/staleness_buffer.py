@@ -35,7 +35,9 @@ class StalenessBuffer(Generic[Batch]):
         """The next batch and its staleness in steps, checked once more at consumption."""
         policy_version, batch = await self._queue.get()
         staleness = self.version - policy_version
-        assert 0 <= staleness <= self._max_staleness, f"batch of version {policy_version} reached version {self.version}"
+        assert 0 <= staleness <= self._max_staleness, (
+            f"batch of version {policy_version} reached version {self.version}"
+        )
         return batch, staleness
 
     def weights_live(self, version: int) -> None:

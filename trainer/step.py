@@ -35,12 +35,14 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
         collected.append(metrics)
     grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
     if not math.isfinite(float(grad_norm)):
-        raise DistillServeError(f"the gradient norm is {float(grad_norm)}; lower optimizer.learning_rate or look at the data")
+        raise DistillServeError(
+            f"the gradient norm is {float(grad_norm)}; lower optimizer.learning_rate or look at the data"
+        )
     learning_rate = run.schedule.get_last_lr()[0]
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return {**merge_metrics(collected), "grad_norm": float(grad_norm), "learning_rate": learning_rate}
+    return {**merge_metrics(collected), "grad_norm": float(grad_norm), "learning_rate": float(learning_rate)}
 
 
 def _forward(run: Session, batch: MicroBatch, totals: LossTotals) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

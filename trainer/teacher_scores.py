@@ -1,8 +1,8 @@
 """Completions to scored samples: the teacher's logprobs, checked before they can become a number in a loss.
 
-    consumes   Rollout
-    produces   ScoredSample, or a quarantined rollout with a reason
-    waits for  the teacher servers; they answer when their queue allows
+consumes   Rollout
+produces   ScoredSample, or a quarantined rollout with a reason
+waits for  the teacher servers; they answer when their queue allows
 """
 
 import json

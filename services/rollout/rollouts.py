@@ -178,7 +178,7 @@ def to_completion(output: CompletionOutput, prompt_index: int, sample_index: int
         sample_index=sample_index,
         token_ids=np.asarray(output.token_ids, dtype=np.int32),
         rollout_logprobs=logprobs[:, 0],
-        finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",  # type: ignore[arg-type]
+        finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",
         policy_versions=[VersionSpan(s.version, s.start, s.end) for s in output.weight_versions or []],
         student_topk_ids=ids[:, 1:] if top_k else None,
         student_topk_logprobs=logprobs[:, 1:] if top_k else None,

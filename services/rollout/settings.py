@@ -4,7 +4,7 @@
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 from pydantic import TypeAdapter
@@ -37,4 +37,4 @@ class RolloutSettings:
         return TypeAdapter(cls).validate_json(os.environ[_VARIABLE])
 
     def to_environment(self) -> dict[str, str]:
-        return {_VARIABLE: TypeAdapter(type(self)).dump_json(asdict(self)).decode()}
+        return {_VARIABLE: TypeAdapter(type(self)).dump_json(self).decode()}

@@ -29,7 +29,10 @@ def encode_request(
     widths = {None if s.support_ids is None else len(s.support_ids[0]) for s in encoded}
     if len(widths) > 1:
         raise RequestError(
-            422, "Uneven support", "support_ids must be given for all sequences or none, equally wide", field="sequences"
+            422,
+            "Uneven support",
+            "support_ids must be given for all sequences or none, equally wide",
+            field="sequences",
         )
     for index, sequence in enumerate(encoded):
         _check_sequence(index, sequence, info)
@@ -86,7 +89,10 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(before):
         raise RequestError(
-            422, "Chat template", f"{field}: the template rewrites earlier messages; send token_ids instead", field=field
+            422,
+            "Chat template",
+            f"{field}: the template rewrites earlier messages; send token_ids instead",
+            field=field,
         )
     prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
     completion = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]

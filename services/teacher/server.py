@@ -1,9 +1,9 @@
 """`distillserve teacher`: the teacher's logprobs over HTTP.
 
-    consumes   POST /v1/teacher/logprobs
-    produces   logprobs of the given completions, as JSON or safetensors
-    waits for  the one engine thread; past max_pending_requests a client is told to come back
-    unblocked  by the forward pass before
+consumes   POST /v1/teacher/logprobs
+produces   logprobs of the given completions, as JSON or safetensors
+waits for  the one engine thread; past max_pending_requests a client is told to come back
+unblocked  by the forward pass before
 """
 
 import asyncio
@@ -184,7 +184,7 @@ def as_json(scores: TeacherScores) -> dict[str, Any]:
         values = getattr(scores, name)[part]
         if values.dtype.kind != "f" or np.isfinite(values).all():
             return values.tolist()
-        return np.where(np.isfinite(values), values.astype(object), None).tolist()
+        return np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
 
     bounds = zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
     return {

@@ -243,7 +243,7 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
 
 def broadcast(group: ProcessGroupGloo, tensor: torch.Tensor) -> None:
     """Send from rank 0, or receive into, a CPU tensor; blocks."""
-    group.broadcast(tensor, 0).wait()
+    group.broadcast(tensor, 0).wait()  # type: ignore[attr-defined]  # missing in torch's stubs
 
 
 def num_bytes(parameter: ParamMeta) -> int:
@@ -336,7 +336,8 @@ def repack_cpu_linears(model: torch.nn.Module) -> None:
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
-            layer.quant_method.process_weights_after_loading(layer)
+            quant_method: Any = layer.quant_method
+            quant_method.process_weights_after_loading(layer)
 
 
 def modules_without_weights(model: torch.nn.Module) -> list[str]:

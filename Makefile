@@ -1,0 +1,57 @@
+# Every target does its own set-up; `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+SEED   ?= 0
+OUTPUT ?= outputs/tiny
+PAIR   ?= outputs/tiny-pair
+ARGS   ?=
+
+# A caller's own environment must not reach into ours.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check bench lock clean up down images
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install everything into .venv (other targets do it by themselves)
+
+$(STAMP): pyproject.toml deploy/setup.sh deploy/locks/cpu.txt deploy/locks/gpu.txt
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash deploy/setup.sh
+	@touch $@
+
+train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student (SEED=0, ARGS="--option value")
+	@$(BIN)/distillserve tiny --output "$(PAIR)" --seed $(SEED)
+	@$(BIN)/distillserve up deploy/runs/tiny.toml --seed $(SEED) --output.dir "$(OUTPUT)" --output.overwrite true \
+		--student.model "$(PAIR)/student" --teacher.model "$(PAIR)/teacher" \
+		--data.path "$(PAIR)/train.jsonl" --data.eval_path "$(PAIR)/eval.jsonl" $(ARGS)
+
+test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, format, types, import boundaries
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lock: $(STAMP)  ## write deploy/locks/cpu.txt anew from the tested environment
+	@$(BIN)/python deploy/locks/freeze.py
+
+images:  ## build the containers (BACKEND=gpu or cpu)
+	@BACKEND="$(or $(BACKEND),gpu)" bash docker/build.sh
+
+up:  ## docker compose up on this machine (GPU stack)
+	docker compose -f deploy/compose.yaml up
+
+down:  ## end the containers
+	docker compose -f deploy/compose.yaml down
+
+clean:  ## remove .venv, caches and outputs
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Install the project into $VENV with the locked versions; called by `make setup`, safe to run again.
+#
+# torch comes first and from where this machine's pip is configured to look: the CPU build (+cpu) is not on
+# every index, and any other order would let a dependency pull the CUDA build, which is several GB.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python="${PYTHON:-python3}"
+venv="${VENV:-.venv}"
+torch_cpu_index="https://download.pytorch.org/whl/cpu"
+
+fail() { echo "setup: $1" >&2; exit 1; }
+say() { echo "setup: $1"; }
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    || fail "'$python' is not Python 3.11 or newer; install it, or run: make setup PYTHON=/path/to/python3.11"
+
+if command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; then backend=gpu; else backend=cpu; fi
+lock="deploy/locks/$backend.txt"
+torch=$(sed -n 's/^torch==//p' "$lock")
+
+say "installing for $backend into $venv (the first time takes a few minutes)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot create $venv; is the venv module installed?"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip install --quiet --upgrade pip
+
+if [ "$backend" = cpu ]; then
+    say "torch $torch"
+    pip install --quiet "torch==$torch" 2>/dev/null \
+        || pip install --quiet "torch==$torch" --extra-index-url "$torch_cpu_index" \
+        || fail "torch $torch is neither where pip is configured to look nor on PyTorch's CPU index"
+fi
+
+say "distillserve and what it needs"
+pip install --quiet -c "$lock" -e ".[$backend,dev]" || fail "pip could not install the locked versions of $lock"
+
+# They come with vLLM, are built for CUDA torch, and where they do not import they take transformers' models down.
+for addon in torchvision torchaudio torchcodec; do
+    if "$venv/bin/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$addon') is None)" \
+        && ! "$venv/bin/python" -c "import $addon" >/dev/null 2>&1; then
+        say "removing $addon, which does not import here and which text models do not need"
+        pip uninstall --quiet --yes "$addon"
+    fi
+done
+say "done"
