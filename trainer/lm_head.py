@@ -94,11 +94,6 @@ def _chunks(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
     return (slice(i, min(i + chunk_tokens, num_positions)) for i in range(0, num_positions, chunk_tokens))
 
 
-def _empty_as_zero(lse_tail: Tensor) -> Tensor:
-    """Replace the -inf of an empty tail, of which -inf - (-inf) would make NaN."""
-    return lse_tail.masked_fill(lse_tail == -torch.inf, 0.0)
-
-
 class _SupportLogprobs(torch.autograd.Function):
     """(hidden, weight, bias) -> HeadOutput; the other arguments carry no gradient."""
 
@@ -189,7 +184,8 @@ def _forward_chunk(
     # A logsumexp over the complement with its own maximum; log(1 - sum over S) has no correct digits for a small tail.
     support.overwrite_(z, -torch.inf)
     tail_shift = z.amax(-1, keepdim=True)
-    tail_sum = z.sub_(_empty_as_zero(tail_shift)).exp_().sum(-1)
+    # The maximum of an empty tail is -inf, and -inf - (-inf) would be NaN.
+    tail_sum = z.sub_(tail_shift.masked_fill(tail_shift == -torch.inf, 0.0)).exp_().sum(-1)
     shift, tail_shift = shift.squeeze(-1), tail_shift.squeeze(-1)
     return token, in_support, shift + log_sum, shift + tail_shift + tail_sum.log(), entropy
 
@@ -206,7 +202,7 @@ def _backward_chunk(
 
     dz_v = sum_k g_k 1[v = id_k] + g_y 1[v = y] - q_v G + 1[v not in S] g_tail exp(z_v - lse_tail), G the sum of all g.
     Outside S this is exp(z_v - lse_tail) (g_tail - q_tail G): one buffer, and no exponent is positive, however small
-    the tail. Inside S that expression may overflow and is replaced.
+    the tail. Inside S that expression may overflow, or be NaN if the tail is empty, and is replaced.
     """
     g_token, g_support, g_tail = gradients
     g_support = g_support.masked_fill(support.is_pad, 0.0)
@@ -214,7 +210,7 @@ def _backward_chunk(
     g_sum = g_token + g_support.sum(-1) + g_tail
     inside = z.gather(1, support.ids).sub_(lse.unsqueeze(-1)).exp_().mul_(-g_sum.unsqueeze(-1))
     outside = g_tail - (lse_tail - lse).exp() * g_sum
-    z.sub_(_empty_as_zero(lse_tail).unsqueeze(-1)).exp_().mul_(outside.unsqueeze(-1))
+    z.sub_(lse_tail.unsqueeze(-1)).exp_().mul_(outside.unsqueeze(-1))
     support.overwrite_(z, inside)
     z.scatter_add_(1, support.ids, g_support)
     z.scatter_add_(1, token_ids.unsqueeze(-1), g_token.unsqueeze(-1))

@@ -268,7 +268,7 @@ def _tail_correction(x: LossInputs, weight: Tensor) -> Tensor:
 
 def _in_support(x: LossInputs) -> Tensor:
     """[N] bool, whether the sampled token is in S."""
-    return ((x.support_ids == x.token_ids.unsqueeze(-1)) & (x.support_ids >= 0)).any(-1)
+    return (x.support_ids == x.token_ids.unsqueeze(-1)).any(-1)
 
 
 def _token_weights(x: LossInputs, config: LossConfig, totals: LossTotals) -> Tensor | float:

@@ -378,7 +378,7 @@ def take(batch: LossInputs, sequences: list[int]) -> tuple[LossInputs, Tensor]:
 
 
 def with_junk(batch: LossInputs, width: int, junk: float) -> tuple[LossInputs, Tensor]:
-    """Each sequence padded to `width` with masked positions full of junk, which also fills masked positions and pads."""
+    """Each sequence padded to `width` with masked positions; junk fills those, the masked ones of old, and the pads."""
     cu, n = batch.cu_seqlens.tolist(), len(batch.loss_mask)
     rows = torch.tensor(
         [t if t < end else n for start, end in itertools.pairwise(cu) for t in range(start, start + width)]
@@ -476,7 +476,7 @@ def test_micro_batch_without_trained_tokens_is_a_connected_zero(options: dict, n
     nothing = replace(batch, **student, loss_mask=torch.zeros_like(batch.loss_mask))
     for totals in (None, LossTotals(10, 3)):
         loss, metrics = minillm_loss(nothing, LossConfig(**options), totals)
-        assert float(loss) == 0.0
+        assert float(loss.detach()) == 0.0
         assert float(torch.autograd.grad(loss, leaf, retain_graph=True)[0]) == 0.0
         assert float(metrics["num_valid_tokens"]) == float(metrics["num_sequences"]) == 0.0
     assert math.isnan(merge_metrics([metrics])["reverse_kl_k1"])

@@ -1,0 +1,37 @@
+"""Small random models that tests save as ordinary folders."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from trainer.tiny_pair import build_tokenizer
+
+_SHAPE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+}
+
+
+def save_model(folder: Path, architecture: str, *, seed: int = 0) -> str:
+    """A random "qwen3" (tied embeddings) or "llama" (untied) with the byte-level tokenizer; returns the folder."""
+    tokenizer = build_tokenizer()
+    shape = {
+        **_SHAPE,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(seed)
+    if architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
