@@ -165,7 +165,7 @@ def explain(field: str, message: str) -> str:
     if "Extra inputs" in message:
         nearest = difflib.get_close_matches(field, [*known, *RunConfig.model_fields], n=1)
         return f"{field} is not an option" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    hint = f" ({known[field]})" if field in known else ""
+    hint = f" ({known[field]})" if known.get(field) else ""
     return f"{field}: {message}{hint}" if field != "(root)" else message
 
 

@@ -72,6 +72,7 @@ class RolloutConfig(ServerSection):
     """The vLLM server that samples completions from the student."""
 
     port: Port = 8100
+    """TCP port to listen on; `up` takes a free one when it is in use."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus completion, tokens; default: what the model's config says."""
     kv_cache_gib: float = Field(1.0, gt=0)
@@ -98,6 +99,7 @@ class TeacherConfig(ServerSection):
     """The server that scores completions with the teacher."""
 
     port: Port = 8101
+    """TCP port to listen on; `up` takes a free one when it is in use."""
     model: str | None = None
     """Folder or hub id of a causal LM; required by the teacher server."""
     teacher_model_init_kwargs: dict[str, Any] = {}
@@ -270,6 +272,10 @@ class WeightSyncConfig(Section):
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 in half precision."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.bucket_mib << 20
 
 
 class EvaluationConfig(Section):

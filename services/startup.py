@@ -42,8 +42,8 @@ def check_port(section: str, host: str, port: int) -> None:
 
 
 def free_port(host: str, preferred: int, taken: frozenset[int] = frozenset()) -> int:
-    """`preferred` if it is free, else any free port; never one of `taken`."""
-    if preferred not in taken:
+    """`preferred` (0: no preference) if it is free, else any free port; never one of `taken`."""
+    if preferred and preferred not in taken:
         try:
             check_port("", host, preferred)
             return preferred

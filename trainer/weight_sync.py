@@ -131,7 +131,7 @@ class WeightSync:
             port=port,
             world_size=1 + sum(self._control.world_sizes),
             timeout_s=sync.stage_timeout_s,
-            bucket_bytes=sync.bucket_mib << 20,
+            bucket_bytes=sync.bucket_bytes,
         )
 
     async def _run_canary(self, version: int) -> float:

@@ -346,15 +346,17 @@ def modules_without_weights(model: torch.nn.Module) -> list[str]:
     Modules that hold only buffers (rotary tables) or that share all parameters with a loaded module (a tied
     head) never get weights of their own and are not missing.
     """
-    waiting, loaded_storage = {}, set()
+    waiting: dict[str, set[int]] = {}
+    loaded: set[int] = set()
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         parameters = layer.parameters(recurse=False) if info.kernel_tensors is None else info.kernel_tensors[0].values()
-        storage = {parameter.data_ptr() for parameter in parameters}
+        # By identity: a packed CPU linear keeps an empty weight, and all empty tensors share the address 0.
+        own = {id(parameter) for parameter in parameters}
         if not info.can_load() or info.load_numel > 0:
-            loaded_storage |= storage
+            loaded |= own
         elif not is_deferred_attention_layer(layer):
-            waiting[name] = storage
-    if not loaded_storage:
+            waiting[name] = own
+    if not loaded:
         return []  # an update that was started and abandoned before any weight was sent
-    return [name for name, storage in waiting.items() if storage - loaded_storage]
+    return [name for name, own in waiting.items() if own - loaded]

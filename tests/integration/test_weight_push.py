@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from services.config import RunConfig
 from services.errors import WeightSyncError
 from services.schemas import RolloutCompletion, RolloutSampling
+from services.weight_transfer import trainer_engine
 from services.weight_transfer.source import CheckpointSource
 from tests.integration.attach import PROMPTS, attached
 from tests.integration.processes import Server, server
@@ -71,25 +72,21 @@ class BreaksOff(CheckpointSource):
             yield item
 
 
-async def break_off(sync: WeightSync, model: PreTrainedModel) -> None:
-    """Start a push of other weights and abort it between two tensors of a layer."""
-    engine = sync._engine
-    engine.bucket_bytes = 1 << 12  # this end would cut differently than the worker does; the abort comes first
-    intact, engine.source = engine.source, BreaksOff(model, intact_dtype(engine.source))
-    with pytest.raises(WeightSyncError, match="breaks off"):
-        await asyncio.to_thread(sync._send, 99)
-    engine.source = intact
+async def break_off(sync: WeightSync, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a push of other weights in small buckets and abort it between two tensors of a layer."""
     sync._disconnect()
-
-
-def intact_dtype(source: CheckpointSource) -> torch.dtype:
-    return source._dtype
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_engine, "CheckpointSource", BreaksOff)
+        patch.setattr(RunConfig.model_fields["weight_sync"].annotation, "bucket_bytes", property(lambda _: 1 << 12))
+        with pytest.raises(WeightSyncError, match="breaks off"):
+            await asyncio.to_thread(sync._send, 99)
+    sync._disconnect()
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
 @pytest.mark.timeout(400)
 async def test_server_and_trainer_agree_after_every_push(
-    architecture: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
+    architecture: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     with serve(architecture, dtype, request, tmp_path) as running:
@@ -98,7 +95,7 @@ async def test_server_and_trainer_agree_after_every_push(
             for version in range(NUM_PUSHES):
                 change(model)
                 if version == 3:
-                    await break_off(sync, model)
+                    await break_off(sync, model, monkeypatch)
                     assert running.client().get("/weight_info").json()["weight_version"] == "2"
                     change(model)
                 metrics = await sync.push(version)
