@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import (
@@ -78,8 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad usage as the one line that every other error is, instead of the usage with its hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` shows what is possible")
+
+
 def _dispatch(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="distillserve",
         description="On-policy distillation: vLLM rollouts, a teacher over HTTP, the MiniLLM loss, weights pushed back.",
         epilog="`distillserve COMMAND --help` lists the options of a command.",
@@ -106,7 +113,9 @@ def _dispatch(argv: list[str]) -> int:
             command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
             if name == asked:
                 source = _option_source(command)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError("; ".join(_unknown_argument(word) for word in unknown))
     _log_to_stderr()
     if arguments.command == "tiny":
         return _tiny(arguments)
@@ -153,20 +162,32 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
         return RunConfig.model_validate(Settings().model_dump())
     except ValidationError as error:
         raise ConfigError("; ".join(explain(*problem) for problem in describe_validation_error(error))) from error
-    except (SettingsError, ValueError) as error:
-        raise ConfigError(f"{run_file or 'command line'}: {error}") from error
+    except SettingsError as error:
+        raise ConfigError(f"{error}; lists and tables are given as JSON, e.g. '[1, 2]' or '{{\"key\": 1}}'") from error
+    except (ValueError, TypeError) as error:  # not TOML, not JSON, or JSON that is no object
+        raise ConfigError(f"{run_file}: {error}") from error
 
 
 def explain(field: str, message: str) -> str:
     """One problem as text, with the nearest option name for an unknown one and the option's help for a bad value."""
-    import difflib
-
     known = option_help()
     if "Extra inputs" in message:
-        nearest = difflib.get_close_matches(field, [*known, *RunConfig.model_fields], n=1)
-        return f"{field} is not an option" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        return f"{field} is not an option" + _did_you_mean(field)
     hint = f" ({known[field]})" if known.get(field) else ""
     return f"{field}: {message}{hint}" if field != "(root)" else message
+
+
+def _unknown_argument(word: str) -> str:
+    if not word.startswith("--"):
+        return f"{word!r} is one argument too many"
+    return f"{word} is not an option" + _did_you_mean(word.removeprefix("--").split("=")[0], prefix="--")
+
+
+def _did_you_mean(name: str, prefix: str = "") -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(name, [*option_help(), *RunConfig.model_fields], n=1)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def option_help() -> dict[str, str]:

@@ -21,7 +21,9 @@ Role = Literal["rollout", "teacher", "train", "up"]
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, the docstring under a field is its help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class StudentConfig(Section):

@@ -143,6 +143,9 @@ class Supervisor:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in exits:
             task.cancel()
+        if goal is not None and goal not in done:
+            goal.cancel()
+            await asyncio.gather(goal, return_exceptions=True)
         if self._interrupted in done:
             return self._interrupted.result()
         ended = [exits[task] for task in done if task in exits]

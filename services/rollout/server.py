@@ -70,6 +70,7 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Threads that spin after each parallel region starve the two other roles on a small machine.
         "KMP_BLOCKTIME": "0",

@@ -13,6 +13,7 @@ travel. Works for CPU and CUDA tensors. Two defects of vLLM 0.32 are repaired he
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         super().__init__(*args, **kwargs)
         self.group: ProcessGroupGloo | None = None
         self.bucket_bytes = 0
+        # It warns of a tied head at every push; finish_weight_update reports what is really missing.
+        logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group; blocks until every rank has arrived or the deadline has passed."""

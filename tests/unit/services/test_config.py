@@ -1,0 +1,337 @@
+"""FAULTS 25: a wrong config is refused before anything is loaded, with key, value, constraint and fix."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from services.cli import main
+from services.config import (
+    OutputConfig,
+    RunConfig,
+    Secrets,
+    TeacherConfig,
+    check_output_dir,
+    require_key_beyond_loopback,
+)
+from services.errors import ConfigError
+
+RUNS = Path(__file__).parents[3] / "deploy" / "runs"
+COMPLETE = ["--student.model", "m", "--teacher.model", "t", "--data.path", "d.jsonl", "--pipeline.steps", "1"]
+
+# (arguments after a complete command line, what the one line on stderr must contain)
+BAD_OPTIONS = [
+    (["--loss.gamma", "1.5"], ["loss.gamma", "1.5", "less than or equal to 1"]),
+    (["--loss.gamma", "-0.1"], ["loss.gamma", "-0.1", "greater than or equal to 0"]),
+    (["--loss.gamma", "much"], ["loss.gamma", "'much'", "number"]),
+    (["--loss.kd_temperature", "0"], ["loss.kd_temperature", "'0'", "greater than 0"]),
+    (["--loss.top_k", "0"], ["loss.top_k", "greater than or equal to 1"]),
+    (["--loss.top_k", "2.5"], ["loss.top_k", "2.5", "integer"]),
+    (["--loss.advantage_clip", "-1"], ["loss.advantage_clip", "-1"]),
+    (["--loss.importance_cap", "0"], ["loss.importance_cap", "greater than 0"]),
+    (["--loss.icepop_low", "6"], ["loss.icepop_low = 6", "below loss.icepop_high = 5"]),
+    (
+        ["--loss.rkl_advantage", "false", "--loss.single_step_decomposition", "false"],
+        ["loss.rkl_advantage", "loss.single_step_decomposition", "set one of them to true"],
+    ),
+    (["--loss.kd_temperature", "2"], ["loss.kd_temperature = 2", "sampling.temperature = 1", "make them equal"]),
+    (
+        ["--loss.kd_temperature", "2", "--sampling.temperature", "2", "--sampling.top_p", "0.9"],
+        ["loss.kd_temperature = 2", "sampling.top_p", "0.9"],
+    ),
+    (["--sampling.temperature", "0"], ["sampling.temperature", "greater than 0"]),
+    (["--sampling.top_p", "1.1"], ["sampling.top_p", "1.1"]),
+    (["--sampling.top_k", "-1"], ["sampling.top_k", "-1"]),
+    (["--sampling.max_new_tokens", "0"], ["sampling.max_new_tokens", "greater than or equal to 1"]),
+    (
+        ["--rollout.max_model_len", "64", "--sampling.max_new_tokens", "64"],
+        ["max_new_tokens = 64", "rollout.max_model_len = 64", "lower the one or raise the other"],
+    ),
+    (["--rollout.port", "70000"], ["rollout.port", "70000", "65535"]),
+    (["--rollout.port", "8101"], ["rollout.port and teacher.port are both 8101", "different ports"]),
+    (["--rollout.kv_cache_gib", "0"], ["rollout.kv_cache_gib", "greater than 0"]),
+    (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
+    (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
+    (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
+    (["--pipeline.epochs", "2"], ["pipeline.steps = 1", "pipeline.epochs = 2", "give one of them"]),
+    (["--pipeline.max_staleness", "1"], ["pipeline.max_staleness", "less than or equal to 0"]),
+    (["--pipeline.max_quarantine_rate", "1"], ["pipeline.max_quarantine_rate", "less than 1"]),
+    (["--optimizer.warmup_steps", "5"], ["optimizer.warmup_steps = 5", "pipeline.steps = 1", "fewer steps"]),
+    (["--optimizer.learning_rate", "0"], ["optimizer.learning_rate", "greater than 0"]),
+    (["--optimizer.beta2", "1"], ["optimizer.beta2", "less than 1"]),
+    (["--data.chat_template_kwargs", "[1]"], ["data.chat_template_kwargs", "JSON"]),
+    (["--weight_sync.bucket_mib", "0"], ["weight_sync.bucket_mib", "greater than or equal to 1"]),
+    (["--evaluation.kl_budget_mib", "0"], ["evaluation.kl_budget_mib"]),
+    (["--seed", "-1"], ["seed", "-1"]),
+    (["--optimizer.learning_rate", "inf"], ["optimizer.learning_rate", "'inf'", "finite number"]),
+    (["--optimizer.weight_decay", "nan"], ["optimizer.weight_decay", "'nan'"]),
+    (["--optimizer.max_grad_norm", "inf"], ["optimizer.max_grad_norm", "'inf'", "finite number"]),
+    (
+        ["--evaluation.max_new_tokens", "90", "--rollout.max_model_len", "90", "--sampling.max_new_tokens", "9"],
+        ["= 90"],
+    ),
+    (["--student.dtype", "fp32"], ["student.dtype", "'fp32'", "'bfloat16'"]),
+    (["--teacher.tokens_per_forward", "many"], ["teacher.tokens_per_forward", "'many'", "integer"]),
+    (["--data.shuffle", "maybe"], ["data.shuffle", "'maybe'", "boolean"]),
+    (["--loss", "3"], ["loss", "3", "dictionary"]),
+    (["--output.trackers", '["mlflow"]'], ["output.trackers", "'mlflow'", "'wandb'"]),
+    (["--loss.top_k"], ["--loss.top_k", "expected one argument", "distillserve up --help"]),
+    (["--loss.gama", "0.5"], ["--loss.gama is not an option", "did you mean --loss.gamma?"]),
+    (["--los.gamma=0.5"], ["--los.gamma=0.5 is not an option", "did you mean --loss.gamma?"]),
+    (["run.toml", "left-over"], ["'left-over'", "too many"]),
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a refused command line prints; exit code 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(argv))
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "expected"), BAD_OPTIONS, ids=[" ".join(o) for o, _ in BAD_OPTIONS])
+def test_a_bad_option_is_refused_in_one_line(
+    options: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "up", *COMPLETE, *options, "--dry-run")
+    assert line.startswith("distillserve: ") and line.count("\n") == 1
+    for text in expected:
+        assert text in line
+
+
+def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "teach")
+    assert line.count("\n") == 1
+    for text in ("'teach'", "'teacher'", "'rollout'", "distillserve --help"):
+        assert text in line
+
+
+def test_an_abbreviated_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--loss.gam" in refused(capsys, "train", "--loss.gam", "1")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[loss]\ngama = 0.5", ["loss.gama is not an option", "did you mean loss.gamma?"]),
+        ("[los]\ngamma = 0.5", ["los is not an option", "did you mean loss?"]),
+        ("[loss]\ngamma = 3", ["loss.gamma", "3"]),
+        ("[loss]\ngamma = 'x'\n[teacher]\nport = 0", ["loss.gamma", "teacher.port"]),
+        ("loss = 3", ["loss", "3", "dictionary"]),
+        ("[student]\nmodel = 7", ["student.model", "7", "string"]),
+        ("[loss]\ngamma = nan", ["loss.gamma", "nan"]),
+        ("[loss\n", ["run.toml", "line 1"]),
+    ],
+)
+def test_a_bad_run_file_is_refused_in_one_line(
+    content: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(content)
+    line = refused(capsys, "train", str(run_file))
+    assert line.startswith("distillserve: ") and line.count("\n") == 1
+    for text in expected:
+        assert text in line
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"loss": {"gama": 1}}', "did you mean loss.gamma?"),
+        (b'{"loss": {"top_k": true}, "sampling": {"top_p": 0}}', "sampling.top_p"),
+        (b"{", "run.json"),
+        (b"[1]", "run.json"),
+        (b"null", "run.json"),
+        (b"\xff\xfe", "run.json"),
+    ],
+)
+def test_a_bad_json_run_file_is_refused_in_one_line(
+    content: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.json"
+    run_file.write_bytes(content)
+    line = refused(capsys, "train", str(run_file))
+    assert line.count("\n") == 1 and expected in line
+
+
+def test_a_missing_run_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'no-such.toml' does not exist" in refused(capsys, "train", "no-such.toml")
+
+
+@pytest.mark.parametrize(
+    ("role", "left_out"),
+    [("rollout", "student.model"), ("teacher", "teacher.model"), ("train", "data.path"), ("up", "pipeline.steps")],
+)
+def test_what_a_role_needs_is_asked_for_by_name(role: str, left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = zip(COMPLETE[::2], COMPLETE[1::2], strict=True)
+    line = refused(capsys, role, *(text for pair in pairs if pair[0] != f"--{left_out}" for text in pair))
+    assert f"{left_out} is required by `distillserve {role}`" in line and f"--{left_out}" in line
+
+
+def test_the_command_line_wins_over_the_run_file_and_the_file_over_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[loss]\ngamma = 0.25\ntop_k = 7\n")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", str(run_file), "--loss.gamma", "0.5", "--dry-run"])
+    assert exit_info.value.code == 0
+    loss = json.loads(capsys.readouterr().out)["loss"]
+    assert (loss["gamma"], loss["top_k"], loss["aggregation"]) == (0.5, 7, "token_mean")
+
+
+def test_a_resolved_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig(loss={"advantage_clip": None, "gamma": 0.5}, rollout={"urls": ["http://a:1"]})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "config.json"), "--dry-run"])
+    assert RunConfig.model_validate_json(capsys.readouterr().out) == config
+
+
+@pytest.mark.parametrize("run_file", sorted(RUNS.glob("*.toml")), ids=lambda path: path.name)
+def test_shipped_run_files_parse(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["up", str(run_file), "--dry-run"])
+    assert exit_info.value.code == 0, capsys.readouterr().err
+
+
+def test_configs_are_immutable() -> None:
+    config = RunConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.loss.gamma = 0.5  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section", [None, *RunConfig.model_fields.keys() - {"seed"}])
+def test_every_section_refuses_unknown_keys(section: str | None) -> None:
+    options = {"bogus": 1} if section is None else {section: {"bogus": 1}}
+    with pytest.raises(ValidationError, match=r"bogus\s+Extra inputs are not permitted"):
+        RunConfig.model_validate(options)
+
+
+def test_a_section_given_as_json_is_merged_with_dotted_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--loss", '{"gamma": 0.25, "top_k": 7}', "--loss.top_k", "9", "--dry-run"])
+    loss = json.loads(capsys.readouterr().out)["loss"]
+    assert (loss["gamma"], loss["top_k"]) == (0.25, 9)
+
+
+def test_null_on_the_command_line_takes_an_option_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[loss]\nadvantage_clip = 3.0\n")
+    with pytest.raises(SystemExit):
+        main(["train", str(run_file), "--loss.advantage_clip", "null", "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["loss"]["advantage_clip"] is None
+
+
+def test_the_environment_sets_no_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("seed", "SEED", "DISTILLSERVE_SEED"):
+        monkeypatch.setenv(name, "7")
+    with pytest.raises(SystemExit):
+        main(["train", "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["seed"] == 0
+
+
+def test_keys_come_from_the_environment_and_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY", "s3cret")
+    monkeypatch.delenv("DISTILLSERVE_ROLLOUT_KEY", raising=False)
+    secrets = Secrets()
+    assert secrets.rollout_key is None
+    assert secrets.teacher_key is not None and secrets.teacher_key.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(secrets)
+
+
+@pytest.mark.parametrize("command", ["teacher", "rollout"])
+def test_a_public_server_without_a_key_does_not_start(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"DISTILLSERVE_{command.upper()}_KEY"
+    monkeypatch.delenv(name, raising=False)
+    line = refused(capsys, command, *COMPLETE, f"--{command}.host", "0.0.0.0")
+    for text in (f"{command}.host = '0.0.0.0'", name, "127.0.0.1"):
+        assert text in line
+
+
+@pytest.mark.parametrize("urls", [[], ["http://a:1/", "http://b:2"]])
+def test_servers_are_found_at_their_urls_or_at_host_and_port(urls: list[str]) -> None:
+    section = TeacherConfig(urls=urls, host="0.0.0.0", port=9)
+    assert section.server_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
+    assert TeacherConfig(host="::1", port=9).server_urls() == ["http://[::1]:9"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_listening_beyond_loopback_needs_a_key(host: str) -> None:
+    with pytest.raises(ConfigError, match="DISTILLSERVE_TEACHER_KEY"):
+        require_key_beyond_loopback("teacher", host, None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])
+def test_loopback_needs_none(host: str) -> None:
+    require_key_beyond_loopback("teacher", host, None)
+
+
+def test_a_key_opens_the_world_and_an_empty_one_does_not() -> None:
+    require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr("k"))
+    with pytest.raises(ConfigError, match="is not set"):
+        require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr(""))
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(ConfigError, match=r"holds a finished run.*output\.overwrite"):
+        check_output_dir(OutputConfig(dir=str(tmp_path)))
+    assert check_output_dir(OutputConfig(dir=str(tmp_path), overwrite=True)) == tmp_path
+
+
+def test_up_refuses_a_finished_run_before_it_starts_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "summary.json").touch()
+    options = {"--student.model": tmp_path, "--teacher.model": tmp_path, "--data.path": "d", "--pipeline.steps": 1}
+    argv = [str(text) for pair in options.items() for text in pair]
+    line = refused(capsys, "up", *argv, "--output.dir", str(tmp_path))
+    assert f"output.dir = '{tmp_path}'" in line and "--output.overwrite true" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("student", "rollout", "expected"),
+    [("1", "0", "nccl"), ("0", "0", "gloo"), ("0,1", "1,2", "gloo"), (None, "0", "gloo"), ("", "0", "gloo")],
+)
+def test_auto_takes_nccl_only_between_different_gpus(student: str | None, rollout: str, expected: str) -> None:
+    config = RunConfig(student={"cuda_devices": student}, rollout={"cuda_devices": rollout})
+    assert config.weight_sync_backend() == expected
+
+
+def test_every_option_has_a_help_text() -> None:
+    for section, field in RunConfig.model_fields.items():
+        for name, option in getattr(field.annotation, "model_fields", {}).items():
+            assert option.description, f"{section}.{name} has no docstring"
+
+
+def test_help_answers_within_two_seconds() -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "services.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert time.monotonic() - started < 2.0
+    for role in ("up", "rollout", "teacher", "train", "tiny"):
+        assert f"    {role} " in done.stdout
+
+
+def test_contracts_clients_and_help_load_no_model_library() -> None:
+    code = (
+        "import sys, services.config, services.schemas, services.wire, services.clients, services.cli\n"
+        "try: services.cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stderr.strip() == "[]"
+    assert "--loss.gamma" in done.stdout and "examples:" in done.stdout

@@ -1,0 +1,138 @@
+"""FAULTS 11: a teacher that means other tokens, ends or chats differently is refused before anything is trained."""
+
+import pytest
+
+from services.causal_lm import chat_template_probe, tokenizer_fingerprint
+from services.config import RunConfig
+from services.errors import StartupError
+from services.schemas import RolloutInfo, TeacherInfo
+from trainer import preflight
+from trainer.tiny_pair import build_tokenizer
+
+EOS = [256]
+
+
+def teacher_info(tokenizer, **changes) -> TeacherInfo:  # type: ignore[no-untyped-def]
+    fields = {
+        "protocol": 1,
+        "model": "the-teacher",
+        "fingerprint": "f",
+        "vocab_size": len(tokenizer),
+        "padded_vocab_size": len(tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "eos_token_ids": EOS,
+        "chat_template_probe": chat_template_probe(tokenizer),
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_top_k": len(tokenizer),
+        "max_tokens_per_request": 1,
+        "max_sequences_per_request": 1,
+        "max_answer_mib": 1,
+        "temperature_support": "any",
+    }
+    return TeacherInfo(**{**fields, **changes})
+
+
+def rollout_info(**changes) -> RolloutInfo:  # type: ignore[no-untyped-def]
+    fields = {
+        "protocol": 1,
+        "model": "the-student",
+        "boot_id": "b",
+        "policy_version": "default",
+        "dtype": "float32",
+        "max_model_len": 64,
+        "vocab_size": 261,
+        "max_logprobs": 64,
+        "world_size": 1,
+        "weight_transfer_backend": "gloo",
+    }
+    return RolloutInfo(**{**fields, **changes})
+
+
+class Servers:
+    """Stands for either client."""
+
+    def __init__(self, *infos: object, vocabulary: dict[str, int] | None = None) -> None:
+        self.infos, self._vocabulary = list(infos), vocabulary
+        self.urls = [f"http://server-{index}" for index in range(len(infos))]
+
+    async def wait_ready(self, timeout_s: float, on_wait: object) -> None:
+        pass
+
+    async def info(self) -> list[object]:
+        return self.infos
+
+    async def vocabulary(self) -> dict[str, int] | None:
+        return self._vocabulary
+
+
+def swapped_tokenizer():  # type: ignore[no-untyped-def]
+    """The same tokens, but the ids of "a" (97) and "b" (98) the other way round."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(build_tokenizer().backend_tokenizer.to_str())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>")
+
+
+async def test_swapped_tokens_are_refused_with_the_first_ids_that_differ() -> None:
+    other = swapped_tokenizer()
+    client = Servers(teacher_info(other), vocabulary=other.get_vocab())
+    config = RunConfig(student={"model": "the-student"})
+    with pytest.raises(StartupError) as error:
+        await preflight.check_same_tokens(config, build_tokenizer(), EOS, client.infos[0], client)  # type: ignore[arg-type]
+    assert "2 ids differ, first id 97 is 'a' here and 'b' there, id 98 is 'b' here and 'a' there" in str(error.value)
+    assert "the-teacher" in str(error.value) and "the-student" in str(error.value)
+
+
+async def test_a_padded_embedding_is_fine() -> None:
+    tokenizer = build_tokenizer()
+    info = teacher_info(tokenizer, padded_vocab_size=320, max_top_k=320)
+    await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "shown"),
+    [
+        ({"eos_token_ids": [256, 257]}, "eos", "[256, 257]"),
+        ({"chat_template_probe": "[INST]2+2=[/INST]"}, "chat_template", "[INST]2+2=[/INST]"),
+        ({"chat_template_probe": None}, "chat_template", "None"),
+    ],
+)
+async def test_other_ends_and_chat_formats_are_shown_and_must_be_accepted(change: dict, name: str, shown: str) -> None:
+    tokenizer = build_tokenizer()
+    info = teacher_info(tokenizer, **change)
+    with pytest.raises(StartupError) as error:
+        await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+    assert shown in str(error.value) and f"--teacher.accept_different '[\"{name}\"]'" in str(error.value)
+    accepting = RunConfig(teacher={"accept_different": [name]})
+    await preflight.check_same_tokens(accepting, tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+
+
+def test_text_that_is_cut_differently_with_one_vocabulary_is_said() -> None:
+    assert "cut into tokens differently" in preflight.first_differences({"a": 0}, {"a": 0})
+
+
+async def test_teachers_must_be_replicas() -> None:
+    tokenizer = build_tokenizer()
+    teachers = Servers(teacher_info(tokenizer), teacher_info(tokenizer, fingerprint="g"))
+    with pytest.raises(StartupError, match="do not serve the same model"):
+        await preflight.attach(RunConfig(), Servers(rollout_info()), teachers)  # type: ignore[arg-type]
+
+
+async def test_another_protocol_is_refused() -> None:
+    teachers = Servers(teacher_info(build_tokenizer()))
+    with pytest.raises(StartupError, match="http://server-0 speaks protocol 2, this trainer 1"):
+        await preflight.attach(RunConfig(), Servers(rollout_info(protocol=2)), teachers)  # type: ignore[arg-type]
+
+
+def test_the_shortest_context_counts_and_must_leave_room() -> None:
+    info = teacher_info(build_tokenizer())
+    rollouts = [rollout_info(), rollout_info(max_model_len=32)]
+    assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 31}), rollouts, info) == 32
+    with pytest.raises(StartupError, match="max_new_tokens = 32 leaves no room"):
+        preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 32}), rollouts, info)

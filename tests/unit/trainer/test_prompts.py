@@ -1,0 +1,155 @@
+"""FAULTS 26: bad rows are named by number and reason, and never reach a training step."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.config import DataConfig
+from services.errors import DataError
+from trainer.prompts import Prompt, PromptStream, load_prompts
+from trainer.tiny_pair import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+MAX_TOKENS = 20
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def load(path: str, **options: object) -> list[Prompt]:
+    return load_prompts(path, DataConfig(path=path, **options), TOKENIZER, MAX_TOKENS)  # type: ignore[arg-type]
+
+
+BAD_ROWS = [
+    ('{"text": "hello"}', "neither `prompt` nor `messages`"),
+    ('{"prompt": ""}', "non-empty text"),
+    ('{"prompt": null}', "non-empty text, got None"),
+    ('{"prompt": 7}', "non-empty text, got 7"),
+    ('{"prompt": "ok"', "invalid JSON"),
+    ('["prompt"]', "expected a JSON object, got list"),
+    ("{'prompt': 'ok'}", "invalid JSON"),
+    (json.dumps({"prompt": "x" * 21}), "21 tokens, more than the 20"),
+    ('{"messages": []}', "`messages` must be a non-empty list"),
+    ('{"messages": "hi"}', "`messages` must be a non-empty list"),
+    ('{"messages": [{"role": "user"}]}', "`messages` must be a non-empty list"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "`messages` must be a non-empty list"),
+    ('{"prompt": "ok", "answer": [1]}', "`answer` must be text, got list"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_ROWS)
+def test_a_bad_row_stops_the_run_with_its_number_and_reason(line: str, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"prompt": "fine"}', "", line)
+    with pytest.raises(DataError) as error:
+        load(path)
+    assert f"{path}, row 3: " in str(error.value)
+    assert reason in str(error.value)
+    assert "--data.on_bad_row skip" in str(error.value)
+
+
+def test_bad_rows_are_skipped_counted_and_named_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "d.jsonl", '{"prompt": "a"}', *(line for line, _ in BAD_ROWS), '{"prompt": "b"}')
+    with caplog.at_level(logging.WARNING):
+        prompts = load(path, on_bad_row="skip")
+    assert [(p.row, p.text) for p in prompts] == [(1, "a"), (len(BAD_ROWS) + 2, "b")]
+    assert f"skipped {len(BAD_ROWS)} of {len(BAD_ROWS) + 2} rows (row 2: neither" in caplog.text
+
+
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _blank_lines(path: Path) -> None:
+    path.write_text("\n \n")
+
+
+def _not_utf8(path: Path) -> None:
+    path.write_bytes(b'{"prompt": "\xff"}')
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_empty, "no usable row"),
+        (_blank_lines, "no usable row"),
+        (_not_utf8, "UTF-8"),
+        (lambda _: None, "No such file"),
+    ],
+)
+def test_a_file_without_rows_is_refused(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    make(tmp_path / "d.jsonl")
+    with pytest.raises(DataError, match=reason):
+        load(str(tmp_path / "d.jsonl"))
+
+
+def test_a_file_with_bad_rows_only_is_refused_although_they_may_be_skipped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable row"):
+        load(write(tmp_path / "d.jsonl", "{}"), on_bad_row="skip")
+
+
+def test_text_is_tokenized_and_other_columns_ride_along(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"question": "1+1=", "answer": 2, "source": {"page": 3}}')
+    (prompt,) = load(path, prompt_column="question")
+    assert prompt == Prompt(1, list(b"1+1="), "1+1=", "2", {"source": {"page": 3}})
+
+
+def test_messages_go_through_the_chat_template_with_its_arguments(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
+    (prompt,) = load(path)
+    assert prompt.text == "<|user|>hi<|assistant|>"
+    assert TOKENIZER.decode(prompt.token_ids) == prompt.text
+    assert len(prompt.token_ids) == 4  # two role tokens and two bytes: special tokens are not spelled out
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinking %}!{% endif %}"
+    config = DataConfig(chat_template_kwargs={"thinking": True})
+    assert load_prompts(path, config, tokenizer, MAX_TOKENS)[0].text == "hi!"
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    path = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(DataError, match="needs a chat template"):
+        load_prompts(path, DataConfig(), tokenizer, MAX_TOKENS)
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt(row, [row], str(row)) for row in range(count)]
+
+
+def rows(stream: PromptStream, count: int) -> list[int]:
+    return [p.row for p in stream.take(count)]
+
+
+def test_every_epoch_holds_every_prompt_once_in_a_new_order() -> None:
+    stream = PromptStream(numbered(50), seed=3, shuffle=True)
+    epochs = [rows(stream, 50) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_batch_may_span_epochs_and_cutting_changes_no_order() -> None:
+    whole, cut = (PromptStream(numbered(7), seed=0, shuffle=True) for _ in range(2))
+    assert rows(whole, 20) == [row for _ in range(4) for row in rows(cut, 5)]
+
+
+def test_the_order_follows_from_the_seed() -> None:
+    first, same, other = (rows(PromptStream(numbered(50), seed=s, shuffle=True), 50) for s in (1, 1, 2))
+    assert first == same != other
+
+
+def test_order_is_the_files_without_shuffling() -> None:
+    assert rows(PromptStream(numbered(3), seed=0, shuffle=False), 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_position_continues_where_another_stream_was() -> None:
+    stream = PromptStream(numbered(10), seed=0, shuffle=True)
+    stream.take(13)
+    resumed = PromptStream(numbered(10), seed=0, shuffle=True)
+    resumed.position = stream.position
+    assert rows(resumed, 9) == rows(stream, 9)
