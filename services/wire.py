@@ -29,7 +29,7 @@ _MAX_FRAME_BYTES = 1 << 30
 
 def encode_document(arrays: dict[str, np.ndarray | None], metadata: dict[str, Any]) -> bytes:
     """One safetensors document; absent arrays are left out, metadata values are stored as JSON."""
-    present = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+    present = {name: np.asarray(array, order="C") for name, array in arrays.items() if array is not None}
     return save(present, metadata={name: json.dumps(value) for name, value in metadata.items()})
 
 

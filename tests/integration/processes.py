@@ -33,12 +33,12 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with keys, and with threads that do not spin on a machine of two cores."""
+    """Ours, with keys."""
     return {
         **os.environ,
         "DISTILLSERVE_ROLLOUT_KEY": KEY,
         "DISTILLSERVE_TEACHER_KEY": KEY,
-        "GOMP_SPINCOUNT": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 

@@ -143,7 +143,7 @@ def test_a_bad_run_file_is_refused_in_one_line(
     ("content", "expected"),
     [
         (b'{"loss": {"gama": 1}}', "did you mean loss.gamma?"),
-        (b'{"loss": {"top_k": true}, "sampling": {"top_p": 0}}', "sampling.top_p"),
+        (b'{"sampling": {"top_p": 0}}', "sampling.top_p"),
         (b"{", "run.json"),
         (b"[1]", "run.json"),
         (b"null", "run.json"),
@@ -208,7 +208,7 @@ def test_configs_are_immutable() -> None:
         config.seed = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("section", [None, *RunConfig.model_fields.keys() - {"seed"}])
+@pytest.mark.parametrize("section", [None, *(name for name in RunConfig.model_fields if name != "seed")])
 def test_every_section_refuses_unknown_keys(section: str | None) -> None:
     options = {"bogus": 1} if section is None else {section: {"bogus": 1}}
     with pytest.raises(ValidationError, match=r"bogus\s+Extra inputs are not permitted"):
