@@ -6,6 +6,7 @@ refused again. Loads neither torch nor vllm. Weight control is services/weight_t
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -161,9 +162,10 @@ def wait_before_retry(error: Exception) -> bool | float:
 
 def _seconds(header: str | None) -> float | None:
     try:
-        return None if header is None else max(0.0, float(header))
+        seconds = float(header or "nan")
     except ValueError:
         return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 class RolloutClient(ServerClient):
@@ -196,6 +198,7 @@ class RolloutClient(ServerClient):
                 "student_top_k": student_top_k,
             }
             frames = await self._retrying(lambda: self._read_completions(self.urls[server], body))
+            _check_complete(self.urls[server], frames, len(indices), samples_per_prompt)
             return [_with_prompt_index(frame, indices[frame.prompt_index]) for frame in frames]
 
         shares = await asyncio.gather(*(share(server) for server in range(len(self.urls))))
@@ -219,6 +222,14 @@ class RolloutClient(ServerClient):
                 await response.aread()
                 raise_for_problem(response)
             return [decode_completion(document) async for document in read_frames(response.aiter_bytes())]
+
+
+def _check_complete(url: str, completions: list[RolloutCompletion], prompts: int, samples: int) -> None:
+    got = sorted((c.prompt_index, c.sample_index) for c in completions)
+    if got != [(prompt, sample) for prompt in range(prompts) for sample in range(samples)]:
+        raise PeerError(
+            f"{url} sent {len(got)} completions, not exactly one for each of {prompts} prompts x {samples} samples"
+        )
 
 
 def _with_prompt_index(completion: RolloutCompletion, prompt_index: int) -> RolloutCompletion:
@@ -290,9 +301,12 @@ def _check_shape(url: str, scores: TeacherScores, num_rows: list[int], top_k: in
     total = sum(num_rows)
     expected = np.concatenate([[0], np.cumsum(num_rows)])
     if not np.array_equal(scores.row_offsets, expected):
-        raise PeerError(f"{url} scored {scores.row_offsets[-1]} rows where {total} were asked, or cut them differently")
-    shapes = {"token_logprobs": (total,), "tail_logprobs": (total,), "topk_ids": (total, top_k)}
-    for name, shape in {**shapes, "topk_logprobs": (total, top_k)}.items():
+        raise PeerError(
+            f"{url} scored {len(scores.token_logprobs)} rows where {total} were asked, or cut them differently"
+        )
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_logprobs", "tail_logprobs", "entropies"), (total,))
+    shapes |= dict.fromkeys(("topk_ids", "topk_logprobs"), (total, top_k))
+    for name, shape in shapes.items():
         if getattr(scores, name).shape != shape:
             raise PeerError(f"{url} sent {name} of shape {getattr(scores, name).shape}, expected {shape}")
 

@@ -43,22 +43,15 @@ class Guard:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        answered = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = True
-                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id.encode())]}
-            await send(message)
-
+        exchange = _Exchange(receive, send, request_id, self._max_body_bytes)
         try:
             self._check_key(scope)
-            await self._app(scope, self._limited(scope, receive), send_with_id)
+            exchange.check_announced(scope)
+            await self._app(scope, exchange.receive, exchange.send)
         except RequestError as error:
-            if answered:
+            if exchange.answered:
                 raise
-            await send_problem(send_with_id, error, request_id)
+            await send_problem(exchange.send, error, request_id)
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in self._open_paths:
@@ -67,26 +60,51 @@ class Guard:
         if not hmac.compare_digest(given, b"Bearer " + self._key):
             raise RequestError(401, "Unauthorized", "a valid key is required: send `Authorization: Bearer KEY`")
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+
+class _Exchange:
+    """One request and its answer: counts what comes in, adds the request id to what goes out."""
+
+    def __init__(self, receive: Receive, send: Send, request_id: str, max_body_bytes: int) -> None:
+        self._receive, self._send = receive, send
+        self._request_id, self._max_body_bytes = request_id, max_body_bytes
+        self._received = 0
+        self._overrun: RequestError | None = None
+        self.answered = False
+
+    def check_announced(self, scope: Scope) -> None:
         announced = _header(scope, b"content-length") or b"0"
         if not announced.isdigit() or int(announced) > self._max_body_bytes:
             raise self._too_large()
-        received = 0
 
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large()
-            return message
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_body_bytes:
+            self._overrun = self._too_large()
+            raise self._overrun
+        return message
 
-        return limited
+    async def send(self, message: Message) -> None:
+        if self._overrun is not None:
+            # FastAPI turns what `receive` raised into a 400 of its own; the caller shall learn the reason.
+            overrun, self._overrun = self._overrun, None
+            await send_problem(self.send, overrun, self._request_id)
+            self._send = _discard
+            return
+        if message["type"] == "http.response.start":
+            self.answered = True
+            headers = [*message.get("headers", []), (b"x-request-id", self._request_id.encode())]
+            message = {**message, "headers": headers}
+        await self._send(message)
 
     def _too_large(self) -> RequestError:
         return RequestError(
             413, "Body too large", f"a request body has at most {self._max_body_bytes} bytes; send several requests"
         )
+
+
+async def _discard(_: Message) -> None:
+    return None
 
 
 async def send_problem(send: Send, error: RequestError, request_id: str) -> None:

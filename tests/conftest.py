@@ -1,0 +1,11 @@
+"""GPU tests run only where they are asked for: `make test ARGS="-m gpu"` on a machine with GPUs."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "gpu" in (config.getoption("-m") or ""):
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if item not in gpu]

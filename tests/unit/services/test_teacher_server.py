@@ -1,0 +1,253 @@
+"""The teacher's API in process: answers, refusals, the key, limits."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import numpy as np
+import pytest
+
+from services.clients import TeacherClient
+from services.config import TeacherConfig
+from services.errors import PROBLEM_MEDIA_TYPE
+from services.guard import Guard
+from services.teacher.server import OPEN_PATHS, create_app
+from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
+from tests.models import save_model
+
+KEY = "the-key"
+VOCAB = 261
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("teacher"), "qwen3")
+
+
+@asynccontextmanager
+async def serving(
+    folder: str, *, key: str | None = None, max_body: int = 1 << 20, wait: bool = True, **options: object
+):  # type: ignore[no-untyped-def]
+    """A client whose requests go straight into the guarded application."""
+    app = create_app(TeacherConfig(model=folder, **options))  # type: ignore[arg-type]
+    guard = Guard(app, key=key, open_paths=OPEN_PATHS, max_body_bytes=max_body)
+    async with app.router.lifespan_context(app):
+        while wait and app.state.service.engine is None:
+            await asyncio.sleep(0.01)
+        transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+            client.app, client.guard = app, guard  # type: ignore[attr-defined]
+            yield client
+
+
+@pytest.fixture
+async def client(folder: str) -> AsyncIterator[httpx.AsyncClient]:
+    limits = {"max_model_len": 16, "max_sequences_per_request": 4, "max_tokens_per_request": 40, "max_top_k": 50}
+    async with serving(folder, **limits) as client:
+        yield client
+
+
+async def score(client: httpx.AsyncClient, body: object, **headers: str) -> httpx.Response:
+    return await client.post("/v1/teacher/logprobs", json=body, headers=headers)
+
+
+async def test_json_and_safetensors_say_the_same(client: httpx.AsyncClient) -> None:
+    body = {
+        "sequences": [
+            {"token_ids": [5, 6, 7, 8], "prompt_length": 1, "support_ids": [[1], [2], [3]]},
+            {"token_ids": [9, 10], "prompt_length": 1, "support_ids": [[4]]},
+        ],
+        "top_k": 3,
+        "temperature": 0.5,
+    }
+    readable = (await score(client, body)).json()
+    binary = await score(client, body, accept=SAFETENSORS_MEDIA_TYPE)
+    assert binary.headers["content-type"] == SAFETENSORS_MEDIA_TYPE
+    scores = decode_scores(binary.content)
+    assert scores.row_offsets.tolist() == [0, 3, 4] and scores.temperature == readable["temperature"] == 0.5
+    for name in ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies", "support_logprobs"):
+        joined = [row for sequence in readable["sequences"] for row in sequence[name]]
+        assert getattr(scores, name) == pytest.approx(np.array(joined), abs=1e-6), name
+    half = decode_scores(
+        (await score(client, {**body, "logprob_dtype": "float16"}, accept=SAFETENSORS_MEDIA_TYPE)).content
+    )
+    assert half.topk_logprobs.dtype == np.float16 and half.topk_ids.dtype == np.int32
+    assert half.topk_logprobs.astype(np.float32) == pytest.approx(scores.topk_logprobs, abs=0.01)
+
+
+async def test_a_binary_answer_stays_in_its_budget(client: httpx.AsyncClient) -> None:
+    body = {"sequences": [{"token_ids": list(range(10)), "prompt_length": 1}] * 4, "top_k": 8}
+    rows, k = 36, 8
+    answer = await score(client, body, accept=SAFETENSORS_MEDIA_TYPE)
+    assert len(answer.content) <= 8 * rows * k + 16 * rows + 2048
+
+
+async def test_text_and_messages_are_tokenized_like_the_model_would(client: httpx.AsyncClient) -> None:
+    text = {"sequences": [{"prompt": "2+2=", "completion": "4"}], "top_k": 1}
+    ids = {"sequences": [{"token_ids": list(b"2+2=4"), "prompt_length": 4}], "top_k": 1}
+    assert (await score(client, text)).json() == (await score(client, ids)).json()
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    answer = (await score(client, {"sequences": [{"messages": messages}], "top_k": 1})).json()
+    assert len(answer["sequences"][0]["token_logprobs"]) == 3  # "y", "o" and the end that the template writes
+
+
+async def test_an_empty_tail_is_null_in_json(folder: str) -> None:
+    async with serving(folder) as client:
+        body = {"sequences": [{"token_ids": [5, 6], "prompt_length": 1}], "top_k": VOCAB}
+        answer = await score(client, body)
+    assert json.loads(answer.text)["sequences"][0]["tail_logprobs"] == [None]
+
+
+GOOD = {"token_ids": [5, 6], "prompt_length": 1}
+BAD_BODIES = [
+    ({"sequences": [GOOD], "top_k": -1}, "top_k", 422),
+    ({"sequences": [GOOD], "top_k": 0}, "top_k", 422),
+    ({"sequences": [GOOD], "top_k": 51}, "top_k", 422),
+    ({"sequences": [GOOD], "top_k": True}, "top_k", 422),
+    ({"sequences": [GOOD], "top_k": 1.0}, "top_k", 422),
+    ({"sequences": [GOOD]}, "top_k", 422),
+    ({"sequences": [], "top_k": 1}, "sequences", 422),
+    ({"sequences": [GOOD] * 5, "top_k": 1}, "sequences", 413),
+    ({"sequences": [{"token_ids": [5] * 16, "prompt_length": 1}] * 3, "top_k": 1}, "sequences", 413),
+    ({"sequences": [{"token_ids": [5] * 17, "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids", 422),
+    ({"sequences": [{"token_ids": [5, 261], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids", 422),
+    ({"sequences": [{"token_ids": [5, -1], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids.1", 422),
+    ({"sequences": [{"token_ids": [5, 2**40], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids.1", 422),
+    ({"sequences": [{"token_ids": [5, 1.5], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids.1", 422),
+    ({"sequences": [{"token_ids": [5, True], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids.1", 422),
+    ({"sequences": [{"token_ids": [5, "6"], "prompt_length": 1}], "top_k": 1}, "sequences.0.token_ids.1", 422),
+    ({"sequences": [{"token_ids": [], "prompt_length": 1}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [{"token_ids": [5, 6], "prompt_length": 0}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [{"token_ids": [5, 6], "prompt_length": 2}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [{"token_ids": [5, 6]}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{**GOOD, "prompt": "a", "completion": "b"}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{"prompt": "a"}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{"messages": [{"role": "user", "content": "a"}]}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{**GOOD, "support_ids": [[1], [2]]}], "top_k": 1}, "sequences.0.support_ids", 422),
+    ({"sequences": [{**GOOD, "support_ids": [[261]]}], "top_k": 1}, "sequences.0.support_ids", 422),
+    ({"sequences": [{**GOOD, "support_ids": [[1]]}, GOOD], "top_k": 1}, "sequences", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": 0}, "temperature", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": -1}, "temperature", 422),
+    ({"sequences": [GOOD], "top_k": 1, "logprob_dtype": "float64"}, "logprob_dtype", 422),
+    ({"sequences": [GOOD], "top_k": 1, "topk": 2}, "topk", 422),
+    ([], "body", 422),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "status"), BAD_BODIES)
+async def test_a_bad_request_is_a_problem_that_names_the_field(
+    body: object, field: str, status: int, client: httpx.AsyncClient
+) -> None:
+    response = await score(client, body, **{"X-Request-ID": "abc-1"})
+    problem = response.json()
+    assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
+    assert (response.status_code, problem["status"], problem["field"]) == (status, status, field)
+    assert problem["request_id"] == response.headers["x-request-id"] == "abc-1"
+    assert problem["title"] and problem["detail"] and "type" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])
+async def test_bytes_that_are_no_request_are_refused(content: bytes, client: httpx.AsyncClient) -> None:
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/teacher/logprobs", content=content, headers=headers)
+    assert 400 <= response.status_code < 500
+    assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
+
+
+async def test_unknown_routes_and_methods_are_problems_too(client: httpx.AsyncClient) -> None:
+    for response, status in ((await client.get("/nowhere"), 404), (await client.get("/v1/teacher/logprobs"), 405)):
+        assert response.status_code == status and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+async def test_every_route_but_health_and_readiness_needs_the_key(folder: str) -> None:
+    async with serving(folder, key=KEY) as client:
+        paths = {route.path for route in client.app.routes} | {"/nowhere"}  # type: ignore[attr-defined]
+        assert len(paths) > 7
+        for path in paths - OPEN_PATHS:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"X-API-Key": KEY}):
+                response = await client.get(f"{path}?key={KEY}", headers=headers)
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
+        for path in OPEN_PATHS:
+            assert (await client.get(path)).status_code == 200
+        info = await client.get("/v1/teacher/info", headers={"Authorization": f"Bearer {KEY}"})
+    assert info.status_code == 200 and info.json()["padded_vocab_size"] == VOCAB
+
+
+async def test_large_bodies_are_refused_announced_or_not(folder: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100
+
+    async with serving(folder, max_body=1000) as client:
+        announced = await client.post("/v1/teacher/logprobs", content=b" " * 1001)
+        streamed = await client.post("/v1/teacher/logprobs", content=chunks())
+    for response in (announced, streamed):
+        assert response.status_code == 413 and "1000 bytes" in response.json()["detail"]
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
+    async with serving(folder, max_pending_requests=1) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        release = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        blocked = loop.run_in_executor(
+            service._thread, lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
+        )
+        body = {"sequences": [GOOD], "top_k": 1}
+        accepted = asyncio.create_task(score(client, body))
+        while service._pending == 0:
+            await asyncio.sleep(0)
+        refused = await score(client, body)
+        release.set()
+        await blocked
+        assert (await accepted).status_code == 200
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+
+
+async def test_it_is_not_ready_before_the_model_is_loaded_and_while_it_drains(folder: str) -> None:
+    async with serving(folder, wait=False) as client:
+        early = await client.get("/ready")
+        assert (early.status_code, early.json()["title"]) == (503, "Loading")
+        assert (await client.get("/health")).status_code == 200
+        while client.app.state.service.engine is None:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+        assert (await client.get("/ready")).status_code == 200
+        client.app.state.service.draining = True  # type: ignore[attr-defined]
+        assert (await client.get("/ready")).status_code == 503
+
+
+async def test_an_engine_failure_is_a_problem_without_its_insides(folder: str) -> None:
+    async with serving(folder) as client:
+        client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+        response = await score(client, {"sequences": [GOOD], "top_k": 1})
+    assert response.status_code == 500 and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
+    assert "division" not in response.text
+
+
+async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
+    await score(client, {"sequences": [{"token_ids": [5, 6, 7], "prompt_length": 1}], "top_k": 1})
+    await score(client, {})
+    text = (await client.get("/metrics")).text
+    assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="200"} 1.0' in text
+    assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="422"} 1.0' in text
+    assert "distillserve_teacher_rows_total 2.0" in text and "distillserve_teacher_tokens_total 3.0" in text
+
+
+async def test_the_client_gets_what_the_server_computes(folder: str) -> None:
+    async with serving(folder) as http:
+        transport = httpx.ASGITransport(http.guard)  # type: ignore[attr-defined]
+        async with TeacherClient(["http://teacher"], transport=transport) as client:
+            sequences = [([5, 6, 7], 1), ([8, 9], 1), ([10, 11, 12, 13], 2)]
+            whole = await client.score(sequences, top_k=3)
+            cut = await client.score(sequences, top_k=3, max_rows_per_request=2)
+            assert (await client.info())[0].eos_token_ids == [256]
+            assert (await client.vocabulary())["a"] == 97
+    assert whole.row_offsets.tolist() == cut.row_offsets.tolist() == [0, 2, 3, 5]
+    assert cut.token_logprobs == pytest.approx(whole.token_logprobs, abs=1e-5)
