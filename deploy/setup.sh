@@ -16,7 +16,13 @@ say() { echo "setup: $1"; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     || fail "'$python' is not Python 3.11 or newer; install it, or run: make setup PYTHON=/path/to/python3.11"
 
-if command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; then backend=gpu; else backend=cpu; fi
+# BACKEND and EXTRAS are for the images, which are built where there is no driver and without the tests.
+if [ -n "${BACKEND:-}" ]; then backend="$BACKEND"
+elif command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; 
+then backend=gpu
+else backend=cpu
+fi
+extras="${EXTRAS:-$backend,dev}"
 lock="deploy/locks/$backend.txt"
 torch=$(sed -n 's/^torch==//p' "$lock")
 
@@ -33,7 +39,7 @@ if [ "$backend" = cpu ]; then
 fi
 
 say "distillserve and what it needs"
-pip install --quiet -c "$lock" -e ".[$backend,dev]" || fail "pip could not install the locked versions of $lock"
+pip install --quiet -c "$lock" -e ".[$extras]" || fail "pip could not install the locked versions of $lock"
 
 # They come with vLLM, are built for CUDA torch, and where they do not import they take transformers' models down.
 for addon in torchvision torchaudio torchcodec; do

@@ -1,5 +1,6 @@
 """What a score request may ask, checked in full before anything is allocated; text becomes token ids here."""
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
@@ -26,7 +27,7 @@ def encode_request(
     total = sum(len(s.token_ids) for s in encoded)
     if total > config.max_tokens_per_request:
         raise _refusal("sequences", f"{total} tokens", config.max_tokens_per_request, status=413)
-    widths = {None if s.support_ids is None else len(s.support_ids[0]) for s in encoded}
+    widths = {None if s.support_ids is None else len((s.support_ids or [[]])[0]) for s in encoded}
     if len(widths) > 1:
         raise RequestError(
             422,
@@ -72,8 +73,8 @@ def _encode(index: int, sequence: TeacherSequence, tokenizer: PreTrainedTokenize
         return _encode_messages(field, sequence, tokenizer)
     if sequence.prompt is None or sequence.completion is None:
         raise RequestError(422, "Missing field", f"{field} needs both prompt and completion", field=field)
-    prompt = tokenizer(sequence.prompt)["input_ids"]
-    completion = tokenizer(sequence.completion, add_special_tokens=False)["input_ids"]
+    prompt = _tokenize(f"{field}.prompt", sequence.prompt, tokenizer, special=True)
+    completion = _tokenize(f"{field}.completion", sequence.completion, tokenizer)
     return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
 
 
@@ -85,8 +86,16 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
         raise RequestError(
             422, "Nothing to score", f"{field}.messages must end with an assistant message after a prompt", field=field
         )
-    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:  # many templates refuse roles or their order this way
+        raise RequestError(
+            422,
+            "Chat template",
+            f"{field}.messages: the chat template refuses them: {error}",
+            field=f"{field}.messages",
+        ) from error
     if not whole.startswith(before):
         raise RequestError(
             422,
@@ -94,9 +103,19 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
             f"{field}: the template rewrites earlier messages; send token_ids instead",
             field=field,
         )
-    prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
-    completion = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    prompt = _tokenize(f"{field}.messages", before, tokenizer)
+    completion = _tokenize(f"{field}.messages", whole[len(before) :], tokenizer)
     return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
+
+
+def _tokenize(field: str, text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
+        raise RequestError(
+            422, "Invalid text", f"{field} holds half a surrogate pair at {error.start}, which is no text", field=field
+        ) from error
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 def _check_sequence(index: int, sequence: EncodedSequence, info: TeacherInfo) -> None:

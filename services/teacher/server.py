@@ -7,6 +7,7 @@ unblocked  by the forward pass before
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -77,13 +78,16 @@ class TeacherService:
         sequences = encode_request(request, engine.info, self.config, engine.tokenizer)
         self._pending += 1
         self.metrics.pending.set(self._pending)
-        try:
+        accepted = time.monotonic()
+
+        def work() -> TeacherScores:
+            self.metrics.wait_seconds.observe(time.monotonic() - accepted)
             with self.metrics.score_seconds.time():
-                # The one place where a batcher across requests goes.
-                scores = await asyncio.get_running_loop().run_in_executor(
-                    self._thread,
-                    lambda: engine.score(sequences, top_k=request.top_k, temperature=request.temperature),
-                )
+                return engine.score(sequences, top_k=request.top_k, temperature=request.temperature)
+
+        try:
+            # The one place where a batcher across requests goes.
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         finally:
             self._pending -= 1
             self.metrics.pending.set(self._pending)
@@ -198,11 +202,15 @@ def as_json(scores: TeacherScores) -> dict[str, Any]:
 
 
 async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    route = request.scope.get("route")
-    path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
-    request.app.state.service.metrics.requests.labels(path, response.status_code).inc()
-    return response
+    status = 500  # what an exception becomes further out
+    try:
+        response = await call_next(request)
+        status = response.status_code
+        return response
+    finally:
+        route = request.scope.get("route")
+        path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
+        request.app.state.service.metrics.requests.labels(path, status).inc()
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -221,13 +229,17 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        # Of broken JSON, "loc" says at which byte, which is no field.
+        location = () if first["type"] == "json_invalid" else first["loc"]
+        field = ".".join(str(part) for part in location if part != "body") or "body"
         return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}", field=field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         detail = f"{request.method} {request.url.path}: {error.detail}"
-        return problem(request, RequestError(error.status_code, str(error.detail), detail))
+        response = problem(request, RequestError(error.status_code, str(error.detail), detail))
+        response.headers.update(error.headers or {})  # Allow of a 405
+        return response
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:

@@ -456,7 +456,7 @@ async def test_a_busy_rollout_server_is_asked_again(waits: list[float]) -> None:
 
 async def test_a_refused_rollout_names_the_problem() -> None:
     script = Script(httpx.Response(422, json={"detail": "prompts.0 holds id 99", "field": "prompts.0"}))
-    with pytest.raises(ProblemError, match="answered 422: prompts.0 holds id 99") as caught:
+    with pytest.raises(ProblemError, match=r"answered 422: prompts\.0 holds id 99") as caught:
         await rollout(script).generate([[99]], SAMPLING)
     assert caught.value.problem["field"] == "prompts.0"
 

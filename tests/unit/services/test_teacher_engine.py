@@ -1,6 +1,9 @@
-"""The teacher's numbers against a float64 forward of the same model, sequence by sequence."""
+"""The teacher's engine against a full float64 forward pass, and its reductions against numbers worked by hand."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,112 +11,321 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.config import TeacherConfig
-from services.errors import DistillServeError
-from services.teacher.engine_transformers import EncodedSequence, TransformersEngine, log_mass_outside, top_k_ids
-from tests.models import save_model
+from services.errors import DistillServeError, StartupError
+from services.schemas import TeacherScores
+from services.teacher.engine_transformers import (
+    EncodedSequence,
+    TransformersEngine,
+    _Columns,
+    _length_sorted_groups,
+    log_mass_outside,
+    top_k_ids,
+)
 
-VOCAB = 261
-ARRAYS = ("token_logprobs", "topk_logprobs", "tail_logprobs", "entropies")
-
-
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("teacher"), request.param)
-
-
-def engine(folder: str, **options: object) -> TransformersEngine:
-    return TransformersEngine(TeacherConfig(model=folder, **options))  # type: ignore[arg-type]
-
-
-def sequences(seed: int = 0, count: int = 9) -> list[EncodedSequence]:
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        length = int(random.integers(2, 40))
-        ids = random.integers(0, VOCAB, length).tolist()
-        found.append(EncodedSequence(ids, int(random.integers(1, length))))
-    return found
+VOCABULARY = 261  # 256 bytes and five special tokens
+ARCHITECTURES = ["qwen3", "llama"]
+PER_ROW = ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies")
 
 
-@torch.no_grad()
-def reference(folder: str, sequence: EncodedSequence, temperature: float) -> torch.Tensor:
-    """[rows, V] logprobs in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    logits = model(torch.tensor([sequence.token_ids])).logits[0] / temperature
-    return logits.log_softmax(-1)[sequence.prompt_length - 1 : -1]
+@pytest.fixture(scope="module")
+def engines(tiny_model_folder: Callable[[str], str]) -> Callable[..., TransformersEngine]:
+    """Engines by architecture and options, each loaded once."""
+    loaded: dict[Any, TransformersEngine] = {}
+
+    def engine(architecture: str = "qwen3", **options: Any) -> TransformersEngine:
+        key = (architecture, *sorted(options.items()))
+        if key not in loaded:
+            config = TeacherConfig(model=tiny_model_folder(architecture), device="cpu", **options)
+            loaded[key] = TransformersEngine(config)
+        return loaded[key]
+
+    return engine
+
+
+def random_sequences(seed: int, *shapes: tuple[int, int], support: int | None = None) -> list[EncodedSequence]:
+    """One sequence per (prompt length, completion length)."""
+    rng = np.random.default_rng(seed)
+    return [
+        EncodedSequence(
+            rng.integers(0, VOCABULARY, prompt + rows).tolist(),
+            prompt,
+            None if support is None else [rng.permutation(VOCABULARY)[:support].tolist() for _ in range(rows)],
+        )
+        for prompt, rows in shapes
+    ]
+
+
+def exact_logprobs(folder: str, sequence: EncodedSequence, temperature: float) -> torch.Tensor:
+    """[rows, V] from the model's own forward pass over this sequence alone, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([sequence.token_ids])).logits[0]
+    assert logits.dtype == torch.float64
+    return (logits[sequence.prompt_length - 1 : -1] / temperature).log_softmax(-1)
+
+
+def rows_of(scores: TeacherScores, index: int) -> slice:
+    return slice(int(scores.row_offsets[index]), int(scores.row_offsets[index + 1]))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_scores_are_those_of_a_float64_forward(folder: str, temperature: float) -> None:
-    batch = sequences()
-    scores = engine(folder, tokens_per_forward=64, rows_per_head_chunk=7).score(batch, top_k=5, temperature=temperature)
-    for index, sequence in enumerate(batch):
-        rows = slice(scores.row_offsets[index], scores.row_offsets[index + 1])
-        exact = reference(folder, sequence, temperature)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_a_full_float64_forward(
+    architecture: str,
+    temperature: float,
+    engines: Callable[..., TransformersEngine],
+    tiny_model_folder: Callable[[str], str],
+) -> None:
+    sequences = random_sequences(1, (3, 5), (1, 1), (7, 20), (2, 11), support=4)
+    scores = engines(architecture).score(sequences, top_k=6, temperature=temperature)
+    assert scores.row_offsets.tolist() == [0, 5, 6, 26, 37]
+    for index, sequence in enumerate(sequences):
+        part = rows_of(scores, index)
+        exact = exact_logprobs(tiny_model_folder(architecture), sequence, temperature)
         targets = torch.tensor(sequence.token_ids[sequence.prompt_length :])
-        best, ids = exact.topk(5)
-        rest = exact.scatter(1, ids, -torch.inf).logsumexp(-1)
+        order = exact.argsort(-1, descending=True)
+        support = torch.tensor(sequence.support_ids)
+        inside = torch.zeros_like(exact, dtype=torch.bool).scatter(1, order[:, :6], True)
+        supported = torch.zeros_like(inside).scatter(1, support, True)
         expected = {
             "token_logprobs": exact.gather(1, targets[:, None])[:, 0],
-            "topk_logprobs": best,
-            "tail_logprobs": rest,
+            "topk_ids": order[:, :6],
+            "topk_logprobs": exact.gather(1, order[:, :6]),
+            "tail_logprobs": exact.masked_fill(inside, -math.inf).logsumexp(-1),
             "entropies": -(exact.exp() * exact).sum(-1),
+            "support_logprobs": exact.gather(1, support),
+            "support_tail_logprobs": exact.masked_fill(supported, -math.inf).logsumexp(-1),
         }
-        assert (scores.topk_ids[rows] == ids.numpy()).all()
-        for name, value in expected.items():
-            assert np.abs(getattr(scores, name)[rows] - value.numpy()).max() <= 1e-4, name
+        for name, values in expected.items():
+            np.testing.assert_allclose(getattr(scores, name)[part], values.numpy(), rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_what_else_is_in_the_batch_changes_nothing(folder: str) -> None:
-    batch = sequences(count=12)
-    together = engine(folder, tokens_per_forward=4096).score(batch, top_k=4, temperature=1.0)
-    alone = engine(folder, tokens_per_forward=1, rows_per_head_chunk=1).score(batch, top_k=4, temperature=1.0)
-    assert (together.row_offsets == alone.row_offsets).all() and (together.topk_ids == alone.topk_ids).all()
-    for name in ARRAYS:
-        assert np.abs(getattr(together, name) - getattr(alone, name)).max() <= 1e-5, name
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_company_in_a_batch_changes_nothing(architecture: str, engines: Callable[..., TransformersEngine]) -> None:
+    sequences = random_sequences(2, (4, 9), (1, 3), (30, 40), (2, 1), (4, 9))
+    together = engines(architecture).score(sequences, top_k=5, temperature=1.0)
+    backwards = engines(architecture).score(sequences[::-1], top_k=5, temperature=1.0)
+    for index, sequence in enumerate(sequences):
+        alone = engines(architecture).score([sequence], top_k=5, temperature=1.0)
+        for name in PER_ROW:
+            mine = getattr(alone, name)
+            for batch, place in ((together, index), (backwards, len(sequences) - 1 - index)):
+                np.testing.assert_allclose(getattr(batch, name)[rows_of(batch, place)], mine, rtol=0, atol=1e-5)
 
 
-def test_candidates_that_cover_the_vocabulary_leave_no_tail(folder: str) -> None:
-    scores = engine(folder).score(sequences(count=2), top_k=VOCAB, temperature=1.0)
-    assert np.isneginf(scores.tail_logprobs).all()
-    assert np.exp(scores.topk_logprobs.astype(np.float64)).sum(1) == pytest.approx(1.0, abs=1e-5)
-    assert (np.sort(scores.topk_ids, axis=1) == np.arange(VOCAB)).all()
+def test_sizes_of_forward_and_head_change_nothing(engines: Callable[..., TransformersEngine]) -> None:
+    sequences = random_sequences(3, (4, 9), (1, 3), (10, 20), (2, 1), support=3)
+    whole = engines().score(sequences, top_k=5, temperature=0.7)
+    in_pieces = engines(tokens_per_forward=31, rows_per_head_chunk=4).score(sequences, top_k=5, temperature=0.7)
+    for name in (*PER_ROW, "support_logprobs", "support_tail_logprobs"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(in_pieces, name), rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_requested_ids_are_scored_beside_the_candidates(folder: str) -> None:
-    plain = EncodedSequence([5, 6, 7, 8], 2)
-    asked = EncodedSequence([5, 6, 7, 8], 2, support_ids=[[7, 100, 3], [0, 1, 2]])
-    scores = engine(folder).score([asked], top_k=2, temperature=1.0)
-    exact = reference(folder, plain, 1.0)
-    ids = torch.tensor(asked.support_ids)
-    assert scores.support_logprobs == pytest.approx(exact.gather(1, ids).numpy(), abs=1e-4)
-    outside = 1 - exact.gather(1, ids).exp().sum(-1)
-    assert np.exp(scores.support_tail_logprobs) == pytest.approx(outside.numpy(), abs=1e-4)
+def test_scoring_twice_gives_the_same_bits(engines: Callable[..., TransformersEngine]) -> None:
+    sequences = random_sequences(4, (4, 9), (1, 3))
+    first, second = (engines().score(sequences, top_k=5, temperature=1.0) for _ in range(2))
+    for name in PER_ROW:
+        assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
 
 
-def test_ties_go_to_the_lower_id() -> None:
-    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.5], [2.0, 2.0, 2.0, 2.0, 2.0], [5.0, 1.0, 2.0, 3.0, 4.0]])
-    assert top_k_ids(logits, 2).tolist() == [[1, 2], [0, 1], [0, 4]]
-    assert top_k_ids(logits, 5).tolist() == [[1, 2, 3, 4, 0], [0, 1, 2, 3, 4], [0, 4, 3, 2, 1]]
+def test_types_and_shapes_are_those_of_the_contract(engines: Callable[..., TransformersEngine]) -> None:
+    scores = engines().score(random_sequences(5, (2, 3), (1, 1), support=2), top_k=4, temperature=2.0)
+    described = {n: (v.dtype.name, v.shape) for n, v in vars(scores).items() if isinstance(v, np.ndarray)}
+    assert described == {
+        "row_offsets": ("int64", (3,)),
+        "token_logprobs": ("float32", (4,)),
+        "topk_ids": ("int32", (4, 4)),
+        "topk_logprobs": ("float32", (4, 4)),
+        "tail_logprobs": ("float32", (4,)),
+        "entropies": ("float32", (4,)),
+        "support_logprobs": ("float32", (4, 2)),
+        "support_tail_logprobs": ("float32", (4,)),
+    }
+    assert (scores.temperature, scores.top_k, scores.fingerprint) == (2.0, 4, engines().info.fingerprint)
 
 
-def test_a_small_tail_keeps_its_digits() -> None:
-    logprobs = torch.tensor([[0.0, -30.0, -31.0]]).log_softmax(-1)
-    tail = float(log_mass_outside(logprobs, torch.tensor([[0]])))
-    assert tail == pytest.approx(-30 + np.log1p(np.exp(-1)), abs=1e-5)  # 1 - p would be 0 in float32
+def test_candidates_and_tail_add_up_to_one(engines: Callable[..., TransformersEngine]) -> None:
+    scores = engines().score(random_sequences(6, (2, 30)), top_k=8, temperature=1.0)
+    mass = np.exp(scores.topk_logprobs.astype(np.float64)).sum(-1) + np.exp(scores.tail_logprobs.astype(np.float64))
+    np.testing.assert_allclose(mass, 1.0, atol=1e-5)
+    assert (np.diff(scores.topk_logprobs, axis=1) <= 0).all()
 
 
-def test_logits_that_are_not_finite_are_an_error(folder: str) -> None:
-    broken = engine(folder)
-    with torch.no_grad():
-        broken._model.get_output_embeddings().weight[3] = torch.nan
+def test_the_whole_vocabulary_leaves_no_tail(engines: Callable[..., TransformersEngine]) -> None:
+    sequences = random_sequences(7, (2, 6))
+    scores = engines().score(sequences, top_k=VOCABULARY, temperature=1.0)
+    assert (scores.tail_logprobs == -np.inf).all()
+    assert (np.sort(scores.topk_ids, axis=1) == np.arange(VOCABULARY)).all()
+    one_short = engines().score(sequences, top_k=VOCABULARY - 1, temperature=1.0)
+    np.testing.assert_allclose(one_short.tail_logprobs, scores.topk_logprobs[:, -1], atol=1e-6)
+
+
+def test_support_of_the_sampled_token_is_its_logprob(engines: Callable[..., TransformersEngine]) -> None:
+    (sequence,) = random_sequences(8, (2, 4))
+    support = [[token, token, 0] for token in sequence.token_ids[2:]]
+    scores = engines().score([EncodedSequence(sequence.token_ids, 2, support)], top_k=1, temperature=1.0)
+    assert scores.support_logprobs is not None
+    assert (scores.support_logprobs[:, 0] == scores.token_logprobs).all()
+    assert (scores.support_logprobs[:, 0] == scores.support_logprobs[:, 1]).all()
+
+
+# ----------------------------------------------------------------------------------- reductions by hand
+
+
+def reduced(
+    logits: list[list[float]], targets: list[int], top_k: int, support: list[list[int]] | None = None
+) -> _Columns:
+    columns = _Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
+    columns.fill(
+        np.arange(len(logits)),
+        torch.tensor(logits),
+        torch.tensor(targets),
+        None if support is None else torch.tensor(support),
+    )
+    return columns
+
+
+def test_one_row_worked_by_hand() -> None:
+    # p = 1/2, 1/4, 1/8, 1/8; the entropy is 1/2 log 2 + 1/4 log 4 + 2/8 log 8 = 1.75 log 2
+    logits = [[math.log(4), math.log(2), 0.0, 0.0]]
+    columns = reduced(logits, [1], top_k=2, support=[[3, 0]])
+    log2 = math.log(2)
+    assert columns.topk_ids.tolist() == [[0, 1]]
+    np.testing.assert_allclose(columns.topk_logprobs, [[-log2, -2 * log2]], atol=1e-6)
+    np.testing.assert_allclose(columns.token_logprobs, [-2 * log2], atol=1e-6)
+    np.testing.assert_allclose(columns.tail_logprobs, [-2 * log2], atol=1e-6)  # 1/8 + 1/8
+    np.testing.assert_allclose(columns.entropies, [1.75 * log2], atol=1e-6)
+    np.testing.assert_allclose(columns.support_logprobs, [[-3 * log2, -log2]], atol=1e-6)
+    np.testing.assert_allclose(columns.support_tail_logprobs, [math.log(3 / 8)], atol=1e-6)
+
+
+def test_entropy_of_a_uniform_row_is_the_logarithm_of_its_width() -> None:
+    np.testing.assert_allclose(reduced([[0.0] * 1000], [0], top_k=1).entropies, [math.log(1000)], rtol=1e-5)
+
+
+def test_tokens_without_probability_are_safe() -> None:
+    # p = 1/2, 1/2, 0, 0, once by masked logits and once by underflow
+    columns = reduced([[0.0, 0.0, -math.inf, -math.inf], [0.0, 0.0, -1e4, -1e4]], [2, 2], top_k=2, support=[[2, 3]] * 2)
+    assert columns.token_logprobs.tolist() == [-math.inf, pytest.approx(-1e4 - math.log(2))]
+    np.testing.assert_allclose(columns.entropies, [math.log(2)] * 2, atol=1e-6)
+    assert columns.tail_logprobs.tolist() == [-math.inf, pytest.approx(-1e4)]
+    assert columns.support_logprobs is not None and columns.support_logprobs[0].tolist() == [-math.inf] * 2
+    np.testing.assert_allclose(columns.support_tail_logprobs, [0.0, 0.0], atol=1e-6)
+    for values in vars(columns).values():
+        assert not np.isnan(values).any()
+
+
+def test_a_sure_row_has_no_entropy_and_an_exact_tail() -> None:
+    # 1 - exp(-50) is 1 in float32; the tail of three times exp(-50) must survive all the same
+    columns = reduced([[50.0, 0.0, 0.0, 0.0]], [0], top_k=1)
+    assert 0.0 <= columns.entropies[0] < 1e-6
+    np.testing.assert_allclose(columns.tail_logprobs, [math.log(3) - 50], atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(DistillServeError, match="not finite"):
-        broken.score(sequences(count=1), top_k=2, temperature=1.0)
+        reduced([[0.0, 1.0], [bad, 0.0]], [0, 0], top_k=1)
 
 
-def test_the_description_is_of_the_model(folder: str, tmp_path: Path) -> None:
-    info = engine(folder, max_model_len=100, max_top_k=50).info
-    assert (info.vocab_size, info.padded_vocab_size, info.max_model_len, info.max_top_k) == (VOCAB, VOCAB, 100, 50)
+@pytest.mark.parametrize(
+    ("values", "k", "expected"),
+    [
+        ([0, 0, 0, 0, 0], 3, [0, 1, 2]),
+        ([-1, -3, -1, -2, -1], 4, [0, 2, 4, 3]),
+        ([-2, -1, -1, -1], 2, [1, 2]),  # the tie reaches across the cut
+        ([-4, -3, -2, -1], 4, [3, 2, 1, 0]),
+        ([-math.inf, -1, -math.inf, -2], 3, [1, 3, 0]),
+        ([0.0, -1], 1, [0]),
+    ],
+)
+def test_equal_logprobs_are_ordered_by_id(values: list[float], k: int, expected: list[int]) -> None:
+    logprobs = torch.tensor([values, values], dtype=torch.float32)
+    assert top_k_ids(logprobs, k).tolist() == [expected, expected]
+
+
+def test_ties_in_a_large_row_do_not_depend_on_topks_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randint(0, 20, (50, 3000), generator=generator).float()
+    for k in (1, 7, 200, 3000):
+        expected = [sorted(range(3000), key=lambda i, row=row: (-row[i], i))[:k] for row in logprobs.tolist()]
+        assert top_k_ids(logprobs, k).tolist() == expected
+
+
+def test_log_mass_outside_by_hand() -> None:
+    logprobs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert log_mass_outside(logprobs, torch.tensor([[0, 2]])).item() == pytest.approx(math.log(0.375))
+    assert log_mass_outside(logprobs, torch.tensor([[0, 0]])).item() == pytest.approx(math.log(0.5))
+    assert log_mass_outside(logprobs, torch.tensor([[3, 1, 2, 0]])).item() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "expected"),
+    [
+        ([3, 9, 3, 8], 18, [[1, 3], [0, 2]]),
+        ([3, 9, 3, 8], 1000, [[1, 3, 0, 2]]),
+        ([3, 9, 3, 8], 1, [[1], [3], [0], [2]]),
+        ([50, 2, 2, 2], 6, [[0], [1, 2, 3]]),
+    ],
+)
+def test_groups_are_sorted_by_length_and_bounded(lengths: list[int], tokens: int, expected: list[list[int]]) -> None:
+    sequences = [EncodedSequence([0] * length, 1) for length in lengths]
+    assert _length_sorted_groups(sequences, tokens) == expected
+
+
+# ------------------------------------------------------------------------------------------ description
+
+
+def test_info_describes_model_tokenizer_and_limits(
+    engines: Callable[..., TransformersEngine], tiny_model_folder: Callable[[str], str]
+) -> None:
+    info = engines(max_model_len=100, max_top_k=7).info
+    assert (info.model, info.dtype, info.protocol) == (tiny_model_folder("qwen3"), "float32", 1)
+    assert (info.vocab_size, info.padded_vocab_size, info.max_top_k) == (VOCABULARY, VOCABULARY, 7)
     assert info.eos_token_ids == [256]
-    assert engine(folder).info.fingerprint == info.fingerprint
-    assert engine(save_model(tmp_path, "qwen3", seed=1)).info.fingerprint != info.fingerprint
+    assert info.chat_template_probe == "<|user|>2+2=<|assistant|>"
+    assert info.max_model_len == 100
+    assert engines().info.max_model_len == engines(max_model_len=9999).info.max_model_len == 256
+    assert engines(max_top_k=9999).info.max_top_k == VOCABULARY
+
+
+def test_fingerprints_tell_models_and_dtypes_apart_but_not_folders(
+    engines: Callable[..., TransformersEngine], tiny_model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for file in Path(tiny_model_folder("qwen3")).iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    same = TransformersEngine(TeacherConfig(model=str(copy), device="cpu")).info
+    assert same.fingerprint == engines().info.fingerprint
+    assert same.model != engines().info.model
+    fingerprints = {
+        engines().info.fingerprint,
+        engines("llama").info.fingerprint,
+        engines(dtype="bfloat16").info.fingerprint,
+    }
+    assert len(fingerprints) == 3
+    assert engines("llama").info.tokenizer_fingerprint == engines().info.tokenizer_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ({}, "no config.json"), ({"config.json": "{}"}, "cannot load the tokenizer")],
+)
+def test_a_folder_without_a_model_is_named(content: dict[str, str] | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(StartupError, match=message) as caught:
+        TransformersEngine(TeacherConfig(model=str(folder), device="cpu"))
+    assert str(folder) in str(caught.value)
+
+
+def test_weights_that_are_missing_are_named(tiny_model_folder: Callable[[str], str], tmp_path: Path) -> None:
+    for file in Path(tiny_model_folder("llama")).iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(StartupError, match=r"cannot load the model.*safetensors"):
+        TransformersEngine(TeacherConfig(model=str(tmp_path), device="cpu"))

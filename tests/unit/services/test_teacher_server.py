@@ -129,6 +129,24 @@ BAD_BODIES = [
     ({"sequences": [{**GOOD, "support_ids": [[1], [2]]}], "top_k": 1}, "sequences.0.support_ids", 422),
     ({"sequences": [{**GOOD, "support_ids": [[261]]}], "top_k": 1}, "sequences.0.support_ids", 422),
     ({"sequences": [{**GOOD, "support_ids": [[1]]}, GOOD], "top_k": 1}, "sequences", 422),
+    ({"sequences": [{**GOOD, "support_ids": []}], "top_k": 1}, "sequences.0.support_ids", 422),
+    ({"sequences": [{**GOOD, "support_ids": [[1, True]]}], "top_k": 1}, "sequences.0.support_ids.0.1", 422),
+    (
+        {"sequences": [{"token_ids": [5, 6, 7], "prompt_length": 1, "support_ids": [[1], [2, 3]]}], "top_k": 1},
+        "sequences.0.support_ids",
+        422,
+    ),
+    (
+        {"sequences": [{**GOOD, "support_ids": [[1]]}, {**GOOD, "support_ids": [[1, 2]]}], "top_k": 1},
+        "sequences",
+        422,
+    ),
+    ({"sequences": [{"prompt": "", "completion": "b"}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [{"prompt": "a", "completion": ""}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [{"prompt": "a", "completion": "b" * 16}], "top_k": 1}, "sequences.0.token_ids", 422),
+    ({"sequences": [{"prompt": "a\ud800", "completion": "b"}], "top_k": 1}, "sequences.0.prompt", 422),
+    ({"sequences": [{**GOOD, "prompt_length": 1.0}], "top_k": 1}, "sequences.0.prompt_length", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": "warm"}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": 0}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": -1}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "logprob_dtype": "float64"}, "logprob_dtype", 422),
@@ -157,10 +175,54 @@ async def test_bytes_that_are_no_request_are_refused(content: bytes, client: htt
     assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
 
 
+async def test_broken_json_and_wrong_content_are_problems_of_the_body(client: httpx.AsyncClient) -> None:
+    good = json.dumps({"sequences": [GOOD], "top_k": 1})
+    for content, media_type in (('{"top_k', "application/json"), (good, "text/plain"), ("top_k=1", "text/csv")):
+        response = await client.post("/v1/teacher/logprobs", content=content, headers={"content-type": media_type})
+        assert (response.status_code, response.json()["field"]) == (422, "body")
+
+
+async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_words(client: httpx.AsyncClient) -> None:
+    template = "{{ raise_exception('Conversation roles must alternate') }}"
+    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
+    assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
+    assert "Conversation roles must alternate" in response.json()["detail"]
+
+
+async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
+    client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
+    assert response.status_code == 422 and "no chat template" in response.json()["detail"]
+
+
+async def test_an_answer_that_would_be_too_large_is_refused_before_it_is_computed(folder: str) -> None:
+    # 100 sequences of 12 rows with 110 candidates of 8 bytes: 1,056,000 bytes, above 1 MiB = 1,048,576
+    sequence = {"token_ids": [1] * 13, "prompt_length": 1}
+    async with serving(folder, max_answer_mib=1) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        service.engine.score = None
+        refused = await score(client, {"sequences": [sequence] * 100, "top_k": 110})
+        text = (await client.get("/metrics")).text
+    assert (refused.status_code, refused.json()["field"]) == (413, "top_k")
+    assert "max_answer_mib = 1" in refused.json()["detail"] and "lower top_k" in refused.json()["detail"]
+    assert "distillserve_teacher_rows_total 0.0" in text
+
+
 async def test_unknown_routes_and_methods_are_problems_too(client: httpx.AsyncClient) -> None:
     for response, status in ((await client.get("/nowhere"), 404), (await client.get("/v1/teacher/logprobs"), 405)):
         assert response.status_code == status and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
         assert response.json()["request_id"] == response.headers["x-request-id"]
+    assert (await client.get("/v1/teacher/logprobs")).headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "naïve", "a\tb"])
+async def test_an_unreasonable_request_id_is_replaced(given: str, client: httpx.AsyncClient) -> None:
+    response = await client.get("/health", headers={"X-Request-ID": given.encode()})  # type: ignore[dict-item]
+    assert response.headers["x-request-id"] != given
+    assert len(response.headers["x-request-id"]) == 32
 
 
 async def test_every_route_but_health_and_readiness_needs_the_key(folder: str) -> None:
@@ -175,6 +237,10 @@ async def test_every_route_but_health_and_readiness_needs_the_key(folder: str) -
                 assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
+        refused = await score(client, {"sequences": [GOOD], "top_k": 1}, Authorization="Bearer")
+        assert refused.status_code == 401 and KEY not in refused.text
+        accepted = await score(client, {"sequences": [GOOD], "top_k": 1}, Authorization=f"Bearer {KEY}")
+        assert accepted.status_code == 200
         info = await client.get("/v1/teacher/info", headers={"Authorization": f"Bearer {KEY}"})
     assert info.status_code == 200 and info.json()["padded_vocab_size"] == VOCAB
 
@@ -238,6 +304,21 @@ async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
     assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="200"} 1.0' in text
     assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="422"} 1.0' in text
     assert "distillserve_teacher_rows_total 2.0" in text and "distillserve_teacher_tokens_total 3.0" in text
+    assert "distillserve_teacher_sequences_total 1.0" in text
+    assert "distillserve_teacher_score_seconds_count 1.0" in text
+    assert "distillserve_teacher_wait_seconds_count 1.0" in text
+    assert "distillserve_teacher_pending_requests 0.0" in text
+
+
+async def test_failures_and_unknown_paths_are_counted_under_few_labels(client: httpx.AsyncClient) -> None:
+    client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+    await score(client, {"sequences": [GOOD], "top_k": 1})
+    for path in ("/a", "/b"):
+        await client.get(path)
+    text = (await client.get("/metrics")).text
+    assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="500"} 1.0' in text
+    assert 'distillserve_teacher_requests_total{route="(unknown)",status="404"} 2.0' in text
+    assert "distillserve_teacher_pending_requests 0.0" in text
 
 
 async def test_the_client_gets_what_the_server_computes(folder: str) -> None:
