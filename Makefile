@@ -41,7 +41,7 @@ check: $(STAMP)  ## lint, format, types, import boundaries
 bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
-lock: $(STAMP)  ## write deploy/locks/cpu.txt anew from the tested environment
+lock: $(STAMP)  ## write deploy/locks/*.txt anew from the tested environment
 	@$(BIN)/python deploy/locks/freeze.py
 
 images:  ## build the containers (BACKEND=gpu or cpu)

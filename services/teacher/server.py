@@ -8,7 +8,7 @@ unblocked  by the forward pass before
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -159,12 +159,30 @@ async def get_vocabulary(service: Service) -> dict[str, int]:
 
 async def create_logprobs(body: TeacherRequest, request: Request, service: Service) -> Response:
     """Log-probabilities of completions under the teacher, top-k candidates included."""
-    scores = await service.score(body)
+    scores = await _unless_gone(request, service.score(body))
     if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
         narrowed = _as_dtype(scores, body.logprob_dtype)
         content = await asyncio.to_thread(encode_scores, narrowed)
         return Response(content, media_type=SAFETENSORS_MEDIA_TYPE)
     return JSONResponse(await asyncio.to_thread(as_json, scores))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, TeacherScores]) -> TeacherScores:
+    """The result of `work`, which is cancelled when the caller hangs up: what has not begun is never scored."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RequestError(499, "Client closed request", "the caller went away before its turn")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:

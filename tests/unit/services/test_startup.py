@@ -2,11 +2,14 @@
 
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from services import startup
+from services.cli import main
 from services.errors import StartupError
 from services.startup import bind, check_model_folder, check_output_room, check_port, free_port
 
@@ -14,7 +17,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @pytest.fixture
-def taken_port() -> int:
+def taken_port() -> Iterator[int]:
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         listener.listen()
@@ -74,3 +77,77 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     check_output_room(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_free_port_is_never_one_that_another_role_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind("x", LOOPBACK, 0) as one, bind("x", LOOPBACK, 0) as two:
+        offered, free = one.getsockname()[1], two.getsockname()[1]
+    offers = iter([offered, offered, free])
+    really_bind = startup.bind
+    monkeypatch.setattr(startup, "bind", lambda section, host, port: really_bind(section, host, port or next(offers)))
+    # the preferred port and what the system offers first are both taken by other roles
+    assert free_port(LOOPBACK, offered, frozenset({offered})) == free
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(StartupError, match=r"rollout\.port = 8100 cannot be used on 192\.0\.2\.1"):
+        check_port("rollout", "192.0.2.1", 8100)
+
+
+def test_a_model_file_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(StartupError, match="is no model folder"):
+        check_model_folder("student.model", str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_an_output_folder_that_cannot_be_written_says_why(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests may run as root, whom no file mode keeps out.
+    def refuse(path: Path, **_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(StartupError, match=rf"output\.dir = .*out.* cannot be written: {error.strerror}"):
+        check_output_room(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("free", "fits"), [((1 << 30) - 1, False), (1 << 30, True)])
+def test_a_run_needs_one_gibibyte(free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    if fits:
+        check_output_room(tmp_path)
+    else:
+        with pytest.raises(StartupError, match=r"1023 MiB left.*at least 1024.*--output\.dir on another disk"):
+            check_output_room(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["teacher", "--teacher.model", "./no-such"], "teacher.model = './no-such'"),
+        (
+            ["up", "--student.model", "./none", "--teacher.model", "t", "--data.path", "d", "--pipeline.steps", "1"],
+            "student.model = './none'",
+        ),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_code_3(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    line = capsys.readouterr().err
+    assert exit_info.value.code == 3
+    assert line.startswith("distillserve: ") and line.count("\n") == 1 and expected in line
+
+
+def test_a_teacher_on_a_taken_port_ends_with_one_line_and_code_3(
+    taken_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["teacher", "--teacher.model", str(tmp_path), "--teacher.port", str(taken_port)])
+    assert exit_info.value.code == 3
+    assert f"teacher.port = {taken_port} cannot be used on 127.0.0.1" in capsys.readouterr().err

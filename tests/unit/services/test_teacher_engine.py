@@ -21,6 +21,7 @@ from services.teacher.engine_transformers import (
     log_mass_outside,
     top_k_ids,
 )
+from tests.models import save_model
 
 VOCABULARY = 261  # 256 bytes and five special tokens
 ARCHITECTURES = ["qwen3", "llama"]
@@ -228,6 +229,14 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
         reduced([[0.0, 1.0], [bad, 0.0]], [0, 0], top_k=1)
 
 
+def test_weights_that_are_not_finite_are_refused(tiny_model_folder: Callable[[str], str]) -> None:
+    broken = TransformersEngine(TeacherConfig(model=tiny_model_folder("qwen3"), device="cpu"))
+    with torch.no_grad():
+        broken._model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(DistillServeError, match="not finite"):
+        broken.score(random_sequences(9, (1, 2)), top_k=2, temperature=1.0)
+
+
 @pytest.mark.parametrize(
     ("values", "k", "expected"),
     [
@@ -299,12 +308,14 @@ def test_fingerprints_tell_models_and_dtypes_apart_but_not_folders(
     same = TransformersEngine(TeacherConfig(model=str(copy), device="cpu")).info
     assert same.fingerprint == engines().info.fingerprint
     assert same.model != engines().info.model
+    other_weights = save_model(tmp_path / "other", "qwen3", seed=1)
     fingerprints = {
+        TransformersEngine(TeacherConfig(model=other_weights, device="cpu")).info.fingerprint,
         engines().info.fingerprint,
         engines("llama").info.fingerprint,
         engines(dtype="bfloat16").info.fingerprint,
     }
-    assert len(fingerprints) == 3
+    assert len(fingerprints) == 4
     assert engines("llama").info.tokenizer_fingerprint == engines().info.tokenizer_fingerprint
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,6 +15,8 @@ from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE
 from services.guard import Guard
+from services.schemas import TeacherScores
+from services.teacher.engine_transformers import EncodedSequence
 from services.teacher.server import OPEN_PATHS, create_app
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.models import save_model
@@ -144,7 +148,6 @@ BAD_BODIES = [
     ({"sequences": [{"prompt": "", "completion": "b"}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": ""}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": "b" * 16}], "top_k": 1}, "sequences.0.token_ids", 422),
-    ({"sequences": [{"prompt": "a\ud800", "completion": "b"}], "top_k": 1}, "sequences.0.prompt", 422),
     ({"sequences": [{**GOOD, "prompt_length": 1.0}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": "warm"}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": 0}, "temperature", 422),
@@ -180,6 +183,24 @@ async def test_broken_json_and_wrong_content_are_problems_of_the_body(client: ht
     for content, media_type in (('{"top_k', "application/json"), (good, "text/plain"), ("top_k=1", "text/csv")):
         response = await client.post("/v1/teacher/logprobs", content=content, headers={"content-type": media_type})
         assert (response.status_code, response.json()["field"]) == (422, "body")
+
+
+@pytest.mark.parametrize(
+    ("sequence", "field"),
+    [
+        (r'{"prompt": "a\ud800", "completion": "b"}', "sequences.0.prompt"),
+        (r'{"prompt": "a", "completion": "b\udfff"}', "sequences.0.completion"),
+        (
+            r'{"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]}',
+            "sequences.0.messages",
+        ),
+    ],
+)
+async def test_half_a_surrogate_pair_is_no_text(sequence: str, field: str, client: httpx.AsyncClient) -> None:
+    content = f'{{"sequences": [{sequence}], "top_k": 1}}'
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/teacher/logprobs", content=content, headers=headers)
+    assert (response.status_code, response.json()["field"]) == (422, field)
 
 
 async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_words(client: httpx.AsyncClient) -> None:
@@ -275,6 +296,60 @@ async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
         await blocked
         assert (await accepted).status_code == 200
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+
+
+async def test_a_caller_that_goes_away_before_its_turn_is_not_scored(folder: str) -> None:
+    async with serving(folder, max_pending_requests=1) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        scored: list[int] = []
+        really_score = service.engine.score
+
+        def record(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
+            scored.append(sequences[0].token_ids[0])
+            return really_score(sequences, **options)
+
+        service.engine.score = record
+        busy = threading.Event()
+        service._thread.submit(busy.wait)
+        body = json.dumps({"sequences": [GOOD], "top_k": 1}).encode()
+        hang_up = asyncio.Event()
+        messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await hang_up.wait()
+            return {"type": "http.disconnect"}
+
+        answered: list[Any] = []
+
+        async def send(message: Any) -> None:
+            answered.append(message)
+
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/v1/teacher/logprobs",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        leaving = asyncio.create_task(client.guard(scope, receive, send))  # type: ignore[attr-defined]
+        while service._pending == 0:
+            await asyncio.sleep(0)
+        hang_up.set()
+        await leaving
+        next_one = asyncio.create_task(
+            score(client, {"sequences": [{"token_ids": [9, 6], "prompt_length": 1}], "top_k": 1})
+        )
+        while service._pending == 0:
+            await asyncio.sleep(0)
+        busy.set()
+        assert (await next_one).status_code == 200
+        text = (await client.get("/metrics")).text
+    assert scored == [9]
+    assert answered[0]["status"] == 499 and "distillserve_teacher_pending_requests 0.0" in text
 
 
 async def test_it_is_not_ready_before_the_model_is_loaded_and_while_it_drains(folder: str) -> None:

@@ -1,0 +1,108 @@
+"""Tokens, positions and logprobs line up: against each sequence run alone through the model's own head."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from services.config import LossConfig, RunConfig
+from services.schemas import RolloutCompletion, VersionSpan
+from tests.models import save_model
+from trainer.batch import MicroBatch, cut_by_padded_tokens, pack
+from trainer.loss import LossTotals, minillm_loss
+from trainer.model import load_student, student_logprobs
+from trainer.prompts import Prompt
+from trainer.rollouts import Rollout
+from trainer.step import loss_inputs
+from trainer.teacher_scores import ScoredSample
+
+VOCAB, TOP_K = 261, 4
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    folder = save_model(tmp_path_factory.mktemp("student"), request.param)
+    return load_student(RunConfig(student={"model": folder}).student)
+
+
+def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "stop") -> ScoredSample:
+    random = np.random.default_rng(seed)
+    logprobs = np.log(random.dirichlet(np.ones(TOP_K + 1), length)).astype(np.float32)
+    completion = RolloutCompletion(
+        prompt_index=0,
+        sample_index=0,
+        token_ids=random.integers(0, VOCAB, length).astype(np.int32),
+        rollout_logprobs=random.normal(-3, 0.1, length).astype(np.float32),
+        finish_reason=finish_reason,  # type: ignore[arg-type]
+        policy_versions=[VersionSpan("0", 0, length)],
+    )
+    prompt = Prompt(seed, random.integers(0, VOCAB, prompt_length).tolist(), "")
+    return ScoredSample(
+        Rollout(prompt, completion),
+        teacher_token_logprobs=random.normal(-2, 0.5, length).astype(np.float32),
+        support_ids=np.stack([random.permutation(VOCAB)[:TOP_K] for _ in range(length)]).astype(np.int32),
+        teacher_support_logprobs=logprobs[:, :TOP_K],
+        teacher_tail_logprobs=logprobs[:, TOP_K],
+    )
+
+
+SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5), (1, 1), (7, 2), (2, 9), (4, 4)])]
+
+
+def forward(model: PreTrainedModel, batch: MicroBatch):  # type: ignore[no-untyped-def]
+    return student_logprobs(
+        model, batch.input_ids, batch.attention_mask, batch.positions, batch.token_ids, batch.support_ids, 1.0
+    )
+
+
+def test_every_completion_token_is_scored_by_the_state_before_it(model: PreTrainedModel) -> None:
+    for batch in pack(SAMPLES, LossConfig(), tokens_per_micro_batch=30):
+        output = forward(model, batch)
+        for index, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
+            ids = batch.token_ids[start:end].tolist()
+            owner = next(s for s in SAMPLES if s.rollout.completion.token_ids.tolist() == ids)
+            sequence = torch.tensor([owner.rollout.sequence])
+            alone = model(sequence).logits[0].log_softmax(-1)[len(owner.rollout.prompt.token_ids) - 1 : -1]
+            expected = alone.gather(1, batch.token_ids[start:end, None]).squeeze(1)
+            assert torch.allclose(output.token_logprobs[start:end], expected, atol=1e-5), index
+            support = alone.gather(1, batch.support_ids[start:end])
+            assert torch.allclose(output.support_logprobs[start:end], support, atol=1e-5)
+            assert batch.rollout_logprobs[start:end].tolist() == owner.rollout.completion.rollout_logprobs.tolist()
+            assert batch.teacher_token_logprobs[start:end].tolist() == owner.teacher_token_logprobs.tolist()
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_cutting_and_order_change_no_gradient(aggregation: str, model: PreTrainedModel) -> None:
+    config = LossConfig(gamma=0.9, aggregation=aggregation)  # type: ignore[arg-type]
+
+    def gradient(samples: list[ScoredSample], limit: int) -> torch.Tensor:
+        model.zero_grad()
+        batches = pack(samples, config, limit)
+        totals = LossTotals.sum([LossTotals.of(b.loss_mask, b.cu_seqlens, 16) for b in batches])
+        for batch in batches:
+            minillm_loss(loss_inputs(batch, forward(model, batch)), config, totals)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole = gradient(SAMPLES, 10_000)
+    assert whole.abs().max() > 1e-3
+    assert torch.allclose(whole, gradient(SAMPLES, 1), atol=1e-5)
+    assert torch.allclose(whole, gradient(SAMPLES[::-1], 30), atol=1e-5)
+
+
+def test_padded_size_stays_below_the_limit_and_nothing_is_lost() -> None:
+    lengths = [5, 9, 1, 9, 3, 40, 2]
+    groups = cut_by_padded_tokens(lengths, 20)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 20
+
+
+@pytest.mark.parametrize(("truncated", "tokens", "trained"), [("train", 5, 5), ("mask", 5, 2), ("drop", 2, 2)])
+def test_truncated_completions_are_trained_masked_or_left_out(truncated: str, tokens: int, trained: int) -> None:
+    samples = [sample(0, 2, 3, "length"), sample(1, 2, 2, "stop")]
+    (batch,) = pack(samples, LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
+    assert len(batch.token_ids) == tokens and int(batch.loss_mask.sum()) == trained
+
+
+def test_dropping_everything_leaves_no_batch() -> None:
+    assert pack([sample(0, 2, 3, "length")], LossConfig(truncated="drop"), 1000) == []

@@ -1,0 +1,101 @@
+"""The yardstick itself: full-vocabulary reverse KL and exact match."""
+
+import numpy as np
+import pytest
+import torch
+
+from services.config import RunConfig
+from services.schemas import TeacherScores
+from tests.models import save_model
+from tests.unit.trainer.test_batch import SAMPLES, VOCAB
+from tests.unit.trainer.test_preflight import teacher_info
+from trainer.evaluate import Evaluator, dense_logprobs, reverse_kl_sum, within_rows
+from trainer.model import load_student
+from trainer.prompts import Prompt
+from trainer.tiny_pair import build_tokenizer
+
+ROLLOUTS = [s.rollout for s in SAMPLES]
+NUM_ROWS = sum(len(r.completion.token_ids) for r in ROLLOUTS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    return load_student(RunConfig(student={"model": save_model(tmp_path_factory.mktemp("m"), "llama")}).student)
+
+
+def exact_kl(model, teacher: torch.Tensor) -> float:  # type: ignore[no-untyped-def]
+    total, row = 0.0, 0
+    for rollout in ROLLOUTS:
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.sequence])).logits[0].double()
+        q = logits.log_softmax(-1)[len(rollout.prompt.token_ids) - 1 : -1]
+        p = teacher[row : row + len(q)].double()
+        total += float((q.exp() * (q - p[:, :VOCAB])).sum())
+        row += len(q)
+    return total
+
+
+@pytest.mark.parametrize("padding", [0, 59])
+def test_reverse_kl_is_over_the_full_vocabulary_whatever_its_padding(model, padding: int) -> None:  # type: ignore[no-untyped-def]
+    logits = torch.randn(NUM_ROWS, VOCAB + padding, generator=torch.Generator().manual_seed(0))
+    logits[:, VOCAB:] = -40.0
+    teacher = logits.log_softmax(-1)
+    assert reverse_kl_sum(model, ROLLOUTS, teacher) == pytest.approx(exact_kl(model, teacher), rel=1e-5)
+
+
+def test_candidates_in_any_order_become_dense() -> None:
+    ids, logprobs = np.array([[2, 0, 1]], np.int32), np.array([[-1.0, -2.0, -3.0]], np.float32)
+    assert dense_logprobs(ids, logprobs, 3).tolist() == [[-2.0, -3.0, -1.0]]
+
+
+def test_a_budget_takes_a_seeded_subset_of_at_least_one() -> None:
+    assert within_rows(ROLLOUTS, NUM_ROWS, seed=0) == ROLLOUTS
+    assert len(within_rows(ROLLOUTS, 0, seed=0)) == 1
+    some = within_rows(ROLLOUTS, 10, seed=0)
+    assert sum(len(r.completion.token_ids) for r in some) <= 10 and some == within_rows(ROLLOUTS, 10, seed=0)
+
+
+class GreedyTeacher:
+    """Scores as if its likeliest token at every row were given."""
+
+    def __init__(self, best: list[list[int]]) -> None:
+        self.best = best
+
+    async def score(self, sequences: list[tuple[list[int], int]], *, top_k: int) -> TeacherScores:
+        assert [len(ids) - prompt for ids, prompt in sequences] == [len(b) for b in self.best]
+        flat = np.array([token for row in self.best for token in row])
+        zeros = np.zeros(len(flat), np.float32)
+        offsets = np.concatenate([[0], np.cumsum([len(b) for b in self.best])])
+        return TeacherScores("t", "f", 1.0, 1, offsets, zeros, flat[:, None], zeros[:, None], zeros, zeros)
+
+
+async def test_the_teachers_exact_match_is_what_greedy_decoding_would_give() -> None:
+    tokenizer = build_tokenizer()
+    end = tokenizer.eos_token_id
+    prompts = [Prompt(i, [1], "", answer) for i, answer in enumerate(["12", "34", "56", None])]
+    best = [[*b"12", end], [*b"35", end], [*b"56", ord("7")]]  # right; a wrong digit; does not stop
+    evaluator = Evaluator(
+        RunConfig(),
+        prompts,
+        tokenizer,
+        None,  # type: ignore[arg-type]
+        GreedyTeacher(best),  # type: ignore[arg-type]
+        teacher_info(tokenizer),
+        [end],
+    )
+    assert await evaluator.teacher_exact_match() == pytest.approx(1 / 3)
+
+
+def test_the_students_exact_match_ignores_rows_without_an_answer() -> None:
+    tokenizer = build_tokenizer()
+    evaluator = Evaluator(RunConfig(), [], tokenizer, None, None, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+
+    def rollout(answer: str | None, said: bytes):  # type: ignore[no-untyped-def]
+        from dataclasses import replace
+
+        completion = replace(ROLLOUTS[0].completion, token_ids=np.array([*said, 256], np.int32))
+        return replace(ROLLOUTS[0], prompt=Prompt(1, [1], "", answer), completion=completion)
+
+    assert evaluator._exact_match([rollout("12", b"12"), rollout("12", b"13"), rollout(None, b"x")]) == 0.5
+    assert evaluator._exact_match([rollout(" 12", b"12 ")]) == 1.0
+    assert evaluator._exact_match([rollout(None, b"x")]) is None

@@ -1,0 +1,55 @@
+"""Who may start when: the rule that no sample is born too old."""
+
+import asyncio
+
+import pytest
+
+from trainer.staleness_buffer import StalenessBuffer
+
+
+async def starts(buffer: StalenessBuffer[str]) -> bool:
+    """Whether a batch may be started now."""
+    try:
+        await asyncio.wait_for(buffer.slot(), timeout=0.01)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def test_with_staleness_zero_rollouts_and_pushes_take_turns() -> None:
+    buffer: StalenessBuffer[str] = StalenessBuffer(0)
+    assert await starts(buffer)
+    assert not await starts(buffer)
+    buffer.put("first", 0)
+    assert await buffer.get() == ("first", 0)
+    assert not await starts(buffer)  # trained, but its weights are not live yet
+    buffer.weights_live(1)
+    assert await starts(buffer)
+
+
+async def test_with_staleness_one_a_batch_may_be_one_version_behind() -> None:
+    buffer: StalenessBuffer[str] = StalenessBuffer(1)
+    assert await starts(buffer) and await starts(buffer)
+    assert not await starts(buffer)
+    buffer.put("first", 0)
+    buffer.put("second", 0)
+    assert await buffer.get() == ("first", 0)
+    buffer.weights_live(1)
+    assert await buffer.get() == ("second", 1)
+
+
+async def test_a_consumer_waits_for_a_batch() -> None:
+    buffer: StalenessBuffer[str] = StalenessBuffer(0)
+    waiting = asyncio.create_task(buffer.get())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    buffer.put("late", 0)
+    assert await waiting == ("late", 0)
+
+
+async def test_a_batch_that_is_too_old_is_a_bug() -> None:
+    buffer: StalenessBuffer[str] = StalenessBuffer(0)
+    buffer.put("old", 0)
+    buffer.version = 1
+    with pytest.raises(AssertionError, match="version 0 reached version 1"):
+        await buffer.get()
