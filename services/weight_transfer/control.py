@@ -22,14 +22,22 @@ class WeightControlClient:
         world_sizes: worker processes of each server, data parallel included.
         key: bearer token of the servers.
         stage_timeout_s: deadline of each call.
+        transport: replaces the network in tests.
     """
 
-    def __init__(self, urls: list[str], world_sizes: list[int], key: str | None, stage_timeout_s: float) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        world_sizes: list[int],
+        key: str | None,
+        stage_timeout_s: float,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         self.urls, self.world_sizes = urls, world_sizes
         self.version: str | None = None
         """What the next finish announces; set before each push."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=stage_timeout_s)
+        self._http = httpx.Client(headers=headers, timeout=stage_timeout_s, transport=transport)
         self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
 
     # ---- vLLM's protocol
