@@ -7,6 +7,7 @@ unblocked  by the forward pass before
 """
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +295,8 @@ def run(config: RunConfig) -> None:
             server.should_exit = True
 
     app.state.on_loaded = on_loaded
+    # uvicorn raises the signal that ended it once more when it is done; an orderly end on SIGTERM is a success.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]

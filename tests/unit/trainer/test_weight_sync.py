@@ -1,0 +1,115 @@
+"""A push is repeated once in full, then the run stops; nothing wrong passes the canary."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from services.config import RunConfig
+from services.errors import PeerError, StartupError, WeightSyncError
+from services.schemas import RolloutCompletion, VersionSpan
+from tests.models import save_model
+from tests.unit.trainer.test_preflight import rollout_info
+from trainer.model import load_student
+from trainer.prompts import Prompt
+from trainer.weight_sync import WeightSync
+
+URL = "http://rollout"
+PROMPT = [40, 50]
+
+
+@dataclass
+class Server:
+    """A rollout server and the engine that pushes to it; `script` says what goes wrong, one entry a push."""
+
+    script: list[str]
+    connections: int = 0
+    version: str = "default"
+    events: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=lambda: [URL])
+
+    def connect(self, sync: WeightSync) -> "Server":
+        self.connections += 1
+        self.sync = sync
+        return self
+
+    def send_weights(self) -> None:
+        self.trouble = self.script.pop(0)
+        if self.trouble == "breaks":
+            raise RuntimeError("Connection closed by peer\nand a long story")
+        if self.trouble != "keeps the old version":
+            self.version = str(self.sync._control.version)
+
+    def shutdown(self) -> None:
+        self.events.append("shutdown")
+
+    async def generate_on(self, url: str, prompts: list[list[int]], _: object) -> list[RolloutCompletion]:
+        if self.trouble == "is silent":
+            raise PeerError("no answer")
+        shift = 0.01 if self.trouble == "garbles" else 0.0
+        tokens = np.array([60, 61], np.int32)
+        found = []
+        for index in range(len(prompts)):
+            blank = RolloutCompletion(
+                index, 0, tokens, np.zeros(2, np.float32), "stop", [VersionSpan(self.version, 0, 2)]
+            )
+            logprobs = self.sync._differences([prompts[index]], [blank])  # |ours - 0| is minus our logprob
+            found.append(RolloutCompletion(index, 0, tokens, shift - logprobs, "stop", blank.policy_versions))
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("m"), "llama")
+
+
+def attach(server: Server, folder: str, monkeypatch: pytest.MonkeyPatch, **info: object) -> WeightSync:
+    config = RunConfig(student={"model": folder})
+    model = load_student(config.student)
+    canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
+    sync = WeightSync(config, model, server, [rollout_info(**info)], canaries, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(sync, "_connect", lambda: server.connect(sync))
+    monkeypatch.setattr(sync._control, "pause", lambda: server.events.append("pause"))
+    monkeypatch.setattr(sync._control, "resume", lambda: server.events.append("resume"))
+    return sync
+
+
+async def test_a_push_pauses_sends_and_resumes_over_one_connection(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(["works", "works"])
+    sync = attach(server, folder, monkeypatch)
+    assert (await sync.push(0))["canary_residual"] <= 1e-6
+    await sync.push(1)
+    assert server.events == ["pause", "resume"] * 2
+    assert (server.connections, server.version) == (1, "1")
+
+
+@pytest.mark.parametrize("trouble", ["breaks", "keeps the old version", "garbles", "is silent"])
+async def test_a_failed_push_is_repeated_in_full_over_a_new_connection(
+    trouble: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server([trouble, "works"])
+    metrics = await attach(server, folder, monkeypatch).push(4)
+    assert server.connections == 2 and server.version == "4" and metrics["canary_residual"] <= 1e-6
+    assert "shutdown" in server.events
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("breaks", "push of version 4: Connection closed by peer$"),
+        ("keeps the old version", r"answers under version \['default'\] after a push of version 4"),
+        ("garbles", r"canary of version 4 on http://rollout: .* by 0\.01, more than 0\.0001 \(float32\)"),
+    ],
+)
+async def test_a_push_that_fails_twice_stops_the_run(
+    trouble: str, message: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WeightSyncError, match=message):
+        await attach(Server([trouble] * 2), folder, monkeypatch).push(4)
+
+
+def test_both_ends_must_mean_the_same_backend(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match=r"over nccl, this trainer would send over gloo.*weight_sync\.backend"):
+        attach(Server([]), folder, monkeypatch, weight_transfer_backend="nccl")
