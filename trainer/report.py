@@ -6,6 +6,7 @@ student/         the trained model               summary.json     before -> afte
 (TensorBoard events and other trackers through accelerate)
 """
 
+import importlib.util
 import json
 import logging
 import time
@@ -19,11 +20,24 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import RunConfig, check_output_dir
-from services.errors import StartupError
+from services.errors import ConfigError, StartupError
 from trainer.evaluate import Evaluation
 from trainer.teacher_scores import ScoredSample
 
 logger = logging.getLogger(__name__)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """accelerate leaves out a tracker whose package is missing without a word.
+
+    Raises:
+        ConfigError: names the package to install.
+    """
+    for tracker in config.output.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(
+                f"output.trackers names {tracker!r}, which is not installed; run: .venv/bin/pip install {tracker}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class RunRecord:
             (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
+        check_trackers(config)
         accelerator.init_trackers(config.output.project, config=_flat(config.model_dump(mode="json")))
 
     @property

@@ -28,11 +28,12 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches])
     if totals.num_valid_tokens == 0:
         return {"num_valid_tokens": 0.0}
-    collected = []
+    collected, total_loss = [], 0.0
     for micro_batch in micro_batches:
         loss, metrics = _forward(run, micro_batch.to(run.accelerator.device), totals)
         run.accelerator.backward(loss)
         collected.append(metrics)
+        total_loss += float(loss.detach())  # micro-batch losses add up to the step's
     grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
     if not math.isfinite(float(grad_norm)):
         raise DistillServeError(
@@ -42,7 +43,12 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return {**merge_metrics(collected), "grad_norm": float(grad_norm), "learning_rate": float(learning_rate)}
+    return {
+        "loss": total_loss,
+        **merge_metrics(collected),
+        "grad_norm": float(grad_norm),
+        "learning_rate": float(learning_rate),
+    }
 
 
 def _forward(run: Session, batch: MicroBatch, totals: LossTotals) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
