@@ -1,5 +1,6 @@
 """`up` with small scripts in the place of the roles: start, watch, end, leave nothing behind."""
 
+import io
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from services.config import RunConfig
-from services.errors import StartupError
+from services.errors import ConfigError, StartupError
+from services.panel import last_step, render
 from services.supervisor import up, with_free_ports
 
 # A server that answers /ready on the port that the run file gives it, and starts a child of its own, as vLLM does.
@@ -39,6 +43,15 @@ time.sleep(float(sys.argv[2]))
 sys.exit(int(sys.argv[3]))
 """
 DIES = "import sys; print('out of luck'); sys.exit(9)"
+# Ends after a while, and leaves a process behind that keeps its output open, as trackers and vLLM's engine can.
+LEAVES_A_HOLDER = """
+import os, subprocess, sys, time
+holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(f"{sys.argv[1]}/holder.pids", "w").write(f"{os.getpid()} {holder.pid}")
+time.sleep(1.0)
+sys.exit(int(sys.argv[2]))
+"""
+CHATTY = "while True: print('x' * 1000)"
 
 
 class Roles:
@@ -65,9 +78,27 @@ def config(tmp_path: Path) -> RunConfig:
     return RunConfig(student={"model": model}, teacher={"model": model}, output={"dir": str(tmp_path / "out")})
 
 
+class Replaced(Roles):
+    """Roles, with another script for one of them."""
+
+    def __init__(self, folder: Path, role: str, *script: str, trainer_s: float = 600.0):
+        super().__init__(folder, trainer_s=trainer_s)
+        self._role, self._script = role, script
+
+    def __call__(self, role: str, run_file: Path) -> list[str]:
+        return [sys.executable, "-c", *self._script] if role == self._role else super().__call__(role, run_file)
+
+
 def living(folder: Path) -> list[int]:
     pids = [int(pid) for file in folder.glob("*.pids") for pid in file.read_text().split()]
     return [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
+
+
+def wait_until_nobody_lives(folder: Path) -> None:
+    """A killed process needs a moment to be gone, a longer one on a busy machine."""
+    for _ in _until(10.0):
+        if not living(folder):
+            return
 
 
 def _state(pid: int) -> str:
@@ -82,7 +113,7 @@ def test_a_trainer_that_succeeds_ends_the_run_and_everybody_else(
 ) -> None:
     assert up(config, Roles(tmp_path)) == 0
     assert sorted(file.stem for file in tmp_path.glob("*.pids")) == ["rollout", "teacher", "trainer"]
-    assert living(tmp_path) == []
+    wait_until_nobody_lives(tmp_path)
     lines = capfd.readouterr().out.splitlines()
     assert "rollout | listening" in lines and "teacher | listening" in lines and "trainer | training" in lines
     ready = max(index for index, line in enumerate(lines) if "server is ready" in line)
@@ -93,7 +124,7 @@ def test_the_exit_code_of_a_failing_trainer_is_the_runs(
     config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert up(config, Roles(tmp_path, exit_code=5)) == 5
-    assert living(tmp_path) == []
+    wait_until_nobody_lives(tmp_path)
     assert "the trainer exited with code 5" in capfd.readouterr().out
 
 
@@ -102,7 +133,7 @@ def test_a_server_that_dies_at_start_ends_the_run(
     role: str, config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert up(config, Roles(tmp_path, trainer_s=600, dies=role)) == 9
-    assert living(tmp_path) == []
+    wait_until_nobody_lives(tmp_path)
     out = capfd.readouterr().out
     assert f"{role} | out of luck" in out and f"the {role} exited with code 9" in out
 
@@ -112,25 +143,73 @@ def test_a_child_that_ignores_sigterm_is_killed(
 ) -> None:
     monkeypatch.setattr("services.supervisor._GRACE_S", 0.5)
     assert up(config, Roles(tmp_path, ignores="teacher")) == 0
-    assert living(tmp_path) == []
+    wait_until_nobody_lives(tmp_path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("role", "exit_code"), [("trainer", 0), ("trainer", 6), ("rollout", 7)])
+def test_a_process_that_keeps_the_output_open_does_not_hide_the_end_of_its_role(
+    role: str, exit_code: int, config: RunConfig, tmp_path: Path
+) -> None:
+    script = (LEAVES_A_HOLDER, str(tmp_path), str(exit_code))
+    started = time.monotonic()
+    assert up(config, Replaced(tmp_path, role, *script)) == exit_code
+    assert time.monotonic() - started < 20.0
+    wait_until_nobody_lives(tmp_path)
+
+
+def start_up(config: RunConfig, roles: str, tmp_path: Path, **options: Any) -> "subprocess.Popen[bytes]":
+    """`up` as a process of its own; `roles` is the expression of its command factory, with `folder` in scope."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom services.config import RunConfig\n"
+        "from services.supervisor import up\nfrom tests.unit.services.test_supervisor import *\n"
+        f"config, folder = RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2])\nsys.exit(up(config, {roles}))"
+    )
+    arguments = [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path)]
+    return subprocess.Popen(arguments, cwd=Path(__file__).parents[3], start_new_session=True, **options)
+
+
+def wait_until_training(process: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    for _ in _until(30.0):
+        assert process.poll() is None, "ended too early"
+        if (tmp_path / "trainer.pids").exists():
+            return
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_leaves_no_orphan(number: int, code: int, config: RunConfig, tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom services.config import RunConfig\n"
-        "from services.supervisor import up\nfrom tests.unit.services.test_supervisor import Roles\n"
-        "config = RunConfig.model_validate_json(sys.argv[1])\n"
-        "sys.exit(up(config, Roles(Path(sys.argv[2]), trainer_s=600)))"
-    )
-    arguments = [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path)]
-    process = subprocess.Popen(arguments, cwd=Path(__file__).parents[3], start_new_session=True)
-    for _ in _until(30.0):
-        if (tmp_path / "trainer.pids").exists():
-            break
+    process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
+    wait_until_training(process, tmp_path)
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == code
-    assert living(tmp_path) == []
+    wait_until_nobody_lives(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_roles_do_not_outlive_an_up_that_was_killed(config: RunConfig, tmp_path: Path) -> None:
+    process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
+    wait_until_training(process, tmp_path)
+    process.kill()
+    process.wait(timeout=10)
+    roles = [int((tmp_path / f"{role}.pids").read_text().split()[0]) for role in ("rollout", "teacher", "trainer")]
+    for _ in _until(10.0):
+        if all(_state(pid) == "Z" for pid in roles):
+            break
+    for pid in living(tmp_path):  # the servers' own children, which a real server ends itself
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(60)
+def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(config: RunConfig, tmp_path: Path) -> None:
+    roles = "Replaced(folder, 'trainer', CHATTY)"
+    process = start_up(config, roles, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+    assert "Traceback" not in said and "never retrieved" not in said
+    wait_until_nobody_lives(tmp_path)
 
 
 def _until(patience_s: float) -> Iterator[None]:
@@ -153,6 +232,18 @@ def test_taken_ports_are_replaced_and_said(config: RunConfig, capsys: pytest.Cap
     assert f"rollout.port = {port} is in use, taking {moved.rollout.port}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("role", ["rollout", "teacher"])
+def test_urls_of_servers_that_run_elsewhere_are_refused(role: str, config: RunConfig) -> None:
+    section = getattr(config, role).model_copy(update={"urls": ["http://10.0.0.5:8100"]})
+    with pytest.raises(ConfigError, match=rf"{role}\.urls = .*10\.0\.0\.5.*distillserve train"):
+        with_free_ports(config.model_copy(update={role: section}))
+
+
+def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
+    again = with_free_ports(with_free_ports(config))
+    assert again.rollout.server_urls() == [f"http://127.0.0.1:{again.rollout.port}"]
+
+
 def test_the_children_get_the_resolved_run(config: RunConfig, tmp_path: Path) -> None:
     up(config, Roles(tmp_path))
     resolved = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -165,3 +256,41 @@ def test_a_missing_model_is_refused_before_anything_starts(config: RunConfig, tm
     with pytest.raises(StartupError, match=r"teacher\.model"):
         up(missing, Roles(tmp_path))
     assert list(tmp_path.glob("*.pids")) == []
+
+
+ROW = {"step": 30, "num_steps": 120, "single_step_kl": 0.25, "reverse_kl_k1": 0.5, "loss": -1.5, "staleness": 0}
+SPEEDS = {"rollout_tokens_per_s": 1234.6, "teacher_tokens_per_s": 99.0, "step_s": 2.0}
+
+
+def shown(row: dict[str, Any], elapsed_s: float = 75.0) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render(row, {"rollout": "ready"}, elapsed_s))
+    return " ".join(console.export_text().split())
+
+
+def test_the_panel_shows_where_the_run_is() -> None:
+    text = shown(ROW | SPEEDS)
+    assert "step 30/120" in text and "1:15 elapsed" in text and "3:00 left" in text
+    assert "reverse KL 0.2500" in text and "loss -1.5000" in text and "staleness 0" in text
+    assert "rollout ready 1,235 tok/s" in text and "teacher - 99 tok/s" in text and "trainer - - tok/s" in text
+
+
+def test_the_panel_needs_no_row() -> None:
+    text = shown({}, elapsed_s=3725.0)
+    assert "step 0/?" in text and "1:02:05 elapsed" in text and "left" not in text
+
+
+def test_the_last_step_is_the_last_whole_row_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path, since=0.0) == {}
+    rows = [ROW, ROW | {"step": 31}, {"step": 31, "eval_reverse_kl": 0.1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 32, "num_')
+    assert last_step(path, since=0.0)["step"] == 31
+
+
+def test_rows_of_the_run_before_are_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    os.utime(path, (1000.0, 1000.0))
+    assert last_step(path, since=1000.5) == {}
+    assert last_step(path, since=999.5) == ROW
