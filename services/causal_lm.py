@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from services.errors import StartupError
 
+# Rows of a half-precision output embedding that are widened to float32 at once.
+_WEIGHT_BLOCK_ROWS = 8192
+
 _PROBE_TEXT = "The 3 quick foxes: jump(over) {lazy} dogs, naïvely; 12+34=46 — 你好\n\tend"
 
 
@@ -32,6 +35,32 @@ class OutputHead:
         """[N, H] hidden states to [N, V] logits in the weight's dtype; for few positions only."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def float32_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] hidden states to [N, V] logits that never were anything but float32; for few positions only.
+
+        Logits rounded to bfloat16 have three significant digits: neighbouring candidates become equal.
+        """
+        logits = _float32_product(hidden, self.weight)
+        if self.bias is not None:
+            logits += self.bias
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _float32_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[N, V] = hidden [N, H] @ weight.T in float32, without a float32 copy of the whole weight."""
+    if weight.dtype == torch.float32:
+        return hidden @ weight.t()
+    if weight.device.type == "cuda":
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    product = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
+    wide = hidden.float()
+    for start in range(0, len(weight), _WEIGHT_BLOCK_ROWS):
+        block = slice(start, start + _WEIGHT_BLOCK_ROWS)
+        product[:, block] = wide @ weight[block].float().t()
+    return product
 
 
 def load_causal_lm(

@@ -253,7 +253,7 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(
-        level=os.environ.get("DISTILLSERVE_LOG_LEVEL", "INFO"),
+        level=os.environ.get("DISTILLSERVE_LOG_LEVEL", "INFO").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )

@@ -7,7 +7,7 @@ import hmac
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,12 +24,22 @@ class Guard:
         key: required as `Authorization: Bearer KEY` on every path but `open_paths`; None lets everybody in.
         open_paths: health and readiness.
         max_body_bytes: larger bodies are refused, by their announced length or while they arrive.
+        on_refused: told of every refusal, for metrics.
 
     A RequestError that `app` raises before it has answered becomes the problem document it describes.
     """
 
-    def __init__(self, app: ASGIApp, *, key: str | None, open_paths: Collection[str], max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key: str | None,
+        open_paths: Collection[str],
+        max_body_bytes: int,
+        on_refused: Callable[[RequestError], None] | None = None,
+    ) -> None:
         self._app = app
+        self._on_refused = on_refused
         self._key = key.encode() if key else None
         self._open_paths = frozenset(open_paths)
         self._max_body_bytes = max_body_bytes
@@ -51,6 +61,8 @@ class Guard:
         except RequestError as error:
             if exchange.answered:
                 raise
+            if self._on_refused is not None:
+                self._on_refused(error)
             await send_problem(exchange.send, error, request_id)
 
     def _check_key(self, scope: Scope) -> None:

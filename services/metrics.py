@@ -17,6 +17,11 @@ class TeacherMetrics:
         self.requests = Counter(
             documentation="Answered requests by route and status.", labelnames=["route", "status"], **named("requests")
         )
+        self.rejected = Counter(
+            documentation="Requests refused, by the title of their problem document.",
+            labelnames=["reason"],
+            **named("rejected"),
+        )
         self.sequences = Counter(documentation="Scored sequences.", **named("sequences"))
         self.rows = Counter(documentation="Scored completion positions.", **named("rows"))
         self.tokens = Counter(documentation="Tokens of scored sequences, prompts included.", **named("tokens"))

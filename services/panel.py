@@ -10,9 +10,16 @@ from rich.table import Table
 _TAIL_BYTES = 64 << 10
 
 
-def last_step(path: Path) -> dict[str, Any]:
-    """The last complete step row of a metrics.jsonl, or {} when there is none yet."""
+def last_step(path: Path, since: float) -> dict[str, Any]:
+    """The last complete step row of a metrics.jsonl, or {} when there is none yet.
+
+    Args:
+        since: a file last written before this (seconds since the epoch) is that of an earlier run in the same
+            folder, which the trainer deletes only when it starts.
+    """
     try:
+        if path.stat().st_mtime < since:
+            return {}
         with path.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - _TAIL_BYTES))
@@ -29,12 +36,13 @@ def last_step(path: Path) -> dict[str, Any]:
     return {}
 
 
-def render(row: dict[str, Any], status: dict[str, str]) -> Table:
-    """One table: a progress bar with time left, the metrics, the state of each role."""
+def render(row: dict[str, Any], status: dict[str, str], elapsed_s: float) -> Table:
+    """One table: a progress bar with time elapsed and left, the metrics, the state of each role."""
     table = Table.grid(padding=(0, 2))
     step, total = row.get("step", 0), row.get("num_steps", 0)
     bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total=total or 1, completed=step, width=40), f"step {step}/{total or '?'}", _time_left(row))
+    times = f"{_clock(elapsed_s)} elapsed{_time_left(row)}"
+    bar.add_row(ProgressBar(total=total or 1, completed=step, width=40), f"step {step}/{total or '?'}", times)
     table.add_row(bar)
     numbers = {
         "reverse KL": _number(row, "single_step_kl", ".4f"),
@@ -58,5 +66,10 @@ def _time_left(row: dict[str, Any]) -> str:
     step, total, step_s = row.get("step", 0), row.get("num_steps", 0), row.get("step_s")
     if not step or not total or step_s is None:
         return ""
-    left = int((total - step) * step_s)
-    return f"{left // 60}:{left % 60:02d} left"
+    return f", {_clock((total - step) * step_s)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,20 +5,33 @@ codec in `services.wire`. Loads neither torch nor vllm.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 PROTOCOL_VERSION = 1
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+# A list is given up at its first wrong item: one error object for each of a million items would cost gigabytes.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+
+# Unknown keys that are reported one by one; more are refused as a whole, for the same reason.
+_MAX_UNKNOWN_KEYS = 16
 
 
 class WireModel(BaseModel):
     """Base of everything that arrives over HTTP: unknown fields are refused, not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many_keys(cls, data: Any) -> Any:
+        limit = len(cls.model_fields) + _MAX_UNKNOWN_KEYS
+        if isinstance(data, dict) and len(data) > limit:
+            raise ValueError(f"an object with {len(data)} keys, only {len(cls.model_fields)} are known")
+        return data
 
 
 # ---------------------------------------------------------------------------------------------- rollouts
@@ -38,7 +51,7 @@ class RolloutSampling(WireModel):
 class RolloutRequest(WireModel):
     """`POST /v1/rollouts`: a batch of prompts, completed `samples_per_prompt` times each."""
 
-    prompts: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(min_length=1)
+    prompts: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(fail_fast=True)] = Field(min_length=1)
     """Token ids of each prompt."""
     samples_per_prompt: int = Field(1, ge=1)
     sampling: RolloutSampling
@@ -107,22 +120,28 @@ class TeacherSequence(WireModel):
     Give exactly one of: token_ids + prompt_length; prompt + completion; messages (the last one is scored).
     """
 
-    token_ids: list[TokenId] | None = None
+    token_ids: TokenIds | None = None
     prompt_length: StrictInt | None = Field(None, ge=1)
-    support_ids: list[list[TokenId]] | None = None
+    support_ids: Annotated[list[TokenIds], Field(fail_fast=True)] | None = None
     """[rows][M] further token ids to score at each row."""
     prompt: str | None = None
     completion: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prompt_length is not None and self.token_ids is None:
+            raise ValueError("prompt_length belongs to token_ids; of text, the prompt is what is not scored")
+        return self
 
 
 class TeacherRequest(WireModel):
     """`POST /v1/teacher/logprobs`."""
 
-    sequences: list[TeacherSequence] = Field(min_length=1)
+    sequences: Annotated[list[TeacherSequence], Field(fail_fast=True)] = Field(min_length=1)
     top_k: StrictInt = Field(ge=1)
     """Likeliest tokens to return at each row."""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
     """Divides the logits before the softmax, exactly."""
     logprob_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of logprobs in the binary answer."""

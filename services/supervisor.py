@@ -14,9 +14,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections import deque
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from services.config import RunConfig, check_output_dir
-from services.errors import StartupError
+from services.config import RunConfig, ServerSection, check_output_dir
+from services.errors import ConfigError, StartupError
 from services.panel import last_step, render
 from services.startup import check_model_folder, check_output_room, free_port
 
@@ -39,6 +39,7 @@ _COLOURS = {"rollout": "cyan", "teacher": "magenta", "trainer": "green"}
 _SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _GRACE_S = 20.0
 _POLL_S = 0.25
+_LAST_WORDS_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -52,6 +53,7 @@ def up(config: RunConfig, command: Command = role_command) -> int:
     """Run all three roles; returns the exit code of the whole.
 
     Raises:
+        ConfigError: the run names servers that somebody else starts, or its folder holds a finished run.
         StartupError: a model folder is missing, or the output folder cannot be used.
     """
     check_model_folder("student.model", config.student.model or "")
@@ -65,7 +67,13 @@ def up(config: RunConfig, command: Command = role_command) -> int:
 
 
 def with_free_ports(config: RunConfig) -> RunConfig:
-    """The same run on ports that are free now, with URLs that name them."""
+    """The same run on ports that are free now, with URLs that name them.
+
+    Raises:
+        ConfigError: the run names servers that `up` would not use.
+    """
+    for name in ("rollout", "teacher"):
+        _refuse_urls(name, getattr(config, name))
     rollout_port = free_port(config.rollout.host, config.rollout.port)
     teacher_port = free_port(config.teacher.host, config.teacher.port, frozenset({rollout_port}))
     sections = {}
@@ -78,14 +86,37 @@ def with_free_ports(config: RunConfig) -> RunConfig:
     return config.model_copy(update=sections)
 
 
+def _refuse_urls(name: str, section: ServerSection) -> None:
+    # A run.json that `up` wrote names its own servers; that is no contradiction.
+    if section.urls and section.server_urls() != section.model_copy(update={"urls": []}).server_urls():
+        raise ConfigError(
+            f"{name}.urls = {section.urls} names servers that run elsewhere, but `distillserve up` starts its own; "
+            f"leave {name}.urls out, or attach with `distillserve train`"
+        )
+
+
 @dataclass
 class Child:
-    """A role's process and the end of what it said."""
+    """A role's process and the task that shows what it says."""
 
     role: str
     process: asyncio.subprocess.Process
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=15))
     reader: asyncio.Task[None] | None = None
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended.
+
+        Not process.wait(): that waits for the pipe as well (python/cpython#119710), which a process that the role
+        left behind, a tracker's or vLLM's engine, may hold open for ever.
+        """
+        while (code := self.process.returncode) is None:
+            await asyncio.sleep(_POLL_S)
+        return code
+
+    async def last_words(self, patience_s: float) -> None:
+        """Let what it said appear before what is said about it; the pipe may stay open, so not for ever."""
+        if self.reader is not None:
+            await asyncio.wait([self.reader], timeout=patience_s)
 
     def signal(self, number: int) -> None:
         """To the whole session: vLLM's engine processes are in it."""
@@ -102,6 +133,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._status: dict[str, str] = {}
         self._interrupted: asyncio.Future[int]
+        self._started = time.time()
 
     async def run(self) -> int:
         """Start, watch, end. Returns 0, the exit code of the role that failed, or 128 + the signal's number."""
@@ -141,7 +173,7 @@ class Supervisor:
 
     async def _first(self, goal: "asyncio.Future[Any] | None") -> int | None:
         """Wait for `goal`, an interruption, or the end of any child; returns None when the goal came first."""
-        exits = {asyncio.create_task(child.process.wait()): child for child in self._children.values()}
+        exits = {asyncio.create_task(child.wait()): child for child in self._children.values()}
         waiting: set[asyncio.Future[Any]] = {*exits, self._interrupted, *([goal] if goal is not None else [])}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in exits:
@@ -151,8 +183,9 @@ class Supervisor:
             await asyncio.gather(goal, return_exceptions=True)
         if self._interrupted in done:
             return self._interrupted.result()
-        ended = [exits[task] for task in done if task in exits]
+        ended = sorted((exits[task] for task in done if task in exits), key=_cause_first)
         if ended:
+            await ended[0].last_words(_LAST_WORDS_S)
             return self._explain_end(ended[0])
         assert goal is not None
         goal.result()
@@ -178,7 +211,7 @@ class Supervisor:
             stderr=asyncio.subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_end_with_parent(),
             limit=1 << 20,
         )
         child = Child(role, process)
@@ -191,9 +224,8 @@ class Supervisor:
         while line := await _read_line(child.process.stdout):
             text = line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]  # of a progress bar, the last state
             if text:
-                child.tail.append(text)
                 prefix = Text(f"{child.role:<8}| ", style=_COLOURS[child.role])
-                self._console.print(prefix + Text.from_ansi(text), soft_wrap=True)
+                self._print(prefix + Text.from_ansi(text))
 
     async def _wait_ready(self, role: str, url: str, timeout_s: float) -> None:
         async with httpx.AsyncClient(timeout=5.0) as client:
@@ -220,14 +252,14 @@ class Supervisor:
 
     async def _end(self, child: Child) -> None:
         try:
-            await asyncio.wait_for(child.process.wait(), _GRACE_S)
+            await asyncio.wait_for(child.wait(), _GRACE_S)
         except TimeoutError:
             self._say(f"the {child.role} did not end within {_GRACE_S:.0f} s, killing it", style="red")
         child.signal(signal.SIGKILL)  # whatever is left of its session
-        await child.process.wait()
+        await child.wait()
         self._status[child.role] = "ended"
+        await child.last_words(_LAST_WORDS_S)
         if child.reader is not None:
-            await asyncio.wait([child.reader], timeout=2.0)
             child.reader.cancel()
 
     async def _show_panel(self) -> None:
@@ -236,11 +268,20 @@ class Supervisor:
         path = Path(self._config.output.dir) / "metrics.jsonl"
         with Live(console=self._console, transient=True, auto_refresh=False) as live:
             while True:
-                live.update(render(last_step(path), self._status), refresh=True)
+                row, elapsed_s = last_step(path, since=self._started), time.time() - self._started
+                live.update(render(row, self._status, elapsed_s), refresh=True)
                 await asyncio.sleep(_POLL_S)
 
     def _say(self, message: str, style: str = "bold") -> None:
-        self._console.print(Text("up      | ", style="yellow") + Text(message, style=style), soft_wrap=True)
+        self._print(Text("up      | ", style="yellow") + Text(message, style=style))
+
+    def _print(self, text: Text) -> None:
+        try:
+            self._console.print(text, soft_wrap=True)
+        except SystemExit:
+            # rich's answer to a reader that has gone away (`| head`), after which it prints nothing more. A task
+            # that ended with it would leave the roles blocked on a full pipe.
+            self._interrupt(signal.SIGPIPE)
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:
@@ -265,6 +306,16 @@ def _share_a_gpu(config: RunConfig) -> bool:
     return Path("/proc/driver/nvidia").exists()
 
 
-def _end_with_parent() -> None:
-    """Let the kernel end this child when `up` is killed without a chance to do it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _cause_first(child: Child) -> int:
+    """Of several that ended at once: a trainer that is done, then servers, then a trainer that failed for want of one."""
+    if child.role != "trainer":
+        return 1
+    return 0 if child.process.returncode == 0 else 2
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """For the child, before exec: let the kernel end it when `up` is killed without a chance to do so (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the loader's lock may be held in the child
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

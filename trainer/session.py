@@ -18,6 +18,7 @@ from services.config import RunConfig, Secrets
 from services.errors import ConfigError
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
+from trainer.loss import is_exclusive
 from trainer.model import build_optimizer, build_schedule, load_student
 from trainer.prompts import PromptStream, load_prompts
 from trainer.report import RunRecord, Summary
@@ -145,6 +146,8 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     stack.push_async_callback(rollout_client.close)
     stack.push_async_callback(teacher_client.close)
     rollouts, teacher = await preflight.attach(config, rollout_client, teacher_client)
+    if config.loss.rkl_advantage and config.loss.gamma == 0 and is_exclusive(config.loss):
+        logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
     eos = eos_token_ids(model, tokenizer)
     await preflight.check_same_tokens(config, tokenizer, eos, teacher, teacher_client)
 
@@ -169,7 +172,8 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         schedule=build_schedule(optimizer, config.optimizer, num_steps),
         prompts=PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
         num_steps=num_steps,
-        top_k=min(config.loss.top_k, teacher.max_top_k),
+        # One token stays outside, so that teacher and student both have a tail, however their embeddings are padded.
+        top_k=min(config.loss.top_k, teacher.max_top_k, teacher.padded_vocab_size - 1),
         rollout_client=rollout_client,
         teacher_client=teacher_client,
         buffer=StalenessBuffer(config.pipeline.max_staleness),

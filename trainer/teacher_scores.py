@@ -72,10 +72,13 @@ def defect(sample: ScoredSample) -> str | None:
         return f"the teacher scored {len(sample.teacher_token_logprobs)} of {length} tokens"
     if not np.isfinite(sample.teacher_token_logprobs).all():
         return "the teacher gave a logprob that is not finite to a sampled token"
+    # A student that puts mass where the teacher has none at all would make the loss infinite.
+    if not np.isfinite(sample.teacher_support_logprobs).all() or not np.isfinite(sample.teacher_tail_logprobs).all():
+        return "the teacher's candidates hold a value that is no finite logprob"
     mass = np.exp(sample.teacher_support_logprobs.astype(np.float64)).sum(-1)
     mass += np.exp(sample.teacher_tail_logprobs.astype(np.float64))
-    if not np.isfinite(mass).all():
-        return "the teacher's candidates hold a value that is no logprob"
+    if any(len(set(row)) < len(row) for row in sample.support_ids.tolist()):
+        return "the teacher named a candidate twice in one row"
     if mass.max(initial=0.0) > 1 + _MASS_TOLERANCE:
         return f"the teacher's probabilities of one row sum to {mass.max():.4f}"
     return None

@@ -23,7 +23,7 @@ from services.causal_lm import (
     tokenizer_fingerprint,
 )
 from services.config import TeacherConfig
-from services.errors import DistillServeError
+from services.errors import DistillServeError, RequestError, StartupError
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TransformersEngine:
     def __init__(self, config: TeacherConfig) -> None:
         assert config.model is not None
         self._config = config
-        self._device = torch.device(config.device if config.device != "auto" else _best_device())
+        self._device = _device(config.device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             config.model, trust_remote_code=config.trust_remote_code
         )
@@ -109,8 +109,10 @@ class TransformersEngine:
             temperature: divides the logits before the softmax.
 
         Raises:
+            RequestError: no row to score, or more candidates than the vocabulary has; nothing was computed.
             DistillServeError: the model's logits are not finite.
         """
+        _check_scorable(sequences, top_k, self.info.padded_vocab_size)
         started = time.monotonic()
         offsets = np.concatenate([[0], np.cumsum([s.num_rows for s in sequences])])
         columns = _Columns.empty(int(offsets[-1]), top_k, _support_width(sequences))
@@ -148,7 +150,7 @@ class TransformersEngine:
         size = max(1, min(self._config.rows_per_head_chunk, _MAX_CHUNK_ELEMENTS // self.info.padded_vocab_size))
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            logits = self._head.logits(hidden[part]).float() / temperature
+            logits = self._head.float32_logits(hidden[part]).div_(temperature)
             columns.fill(rows[part], logits, targets[part], None if support is None else support[part])
 
 
@@ -242,5 +244,34 @@ def _fingerprint(model: PreTrainedModel, tokenizer: str, dtype: str) -> str:
     return hashlib.sha256(b"|".join([architecture, probe, tokenizer.encode(), dtype.encode()])).hexdigest()[:16]
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _check_scorable(sequences: list[EncodedSequence], top_k: int, vocabulary: int) -> None:
+    if not 1 <= top_k <= vocabulary:
+        raise RequestError(
+            422, "Over a limit", f"top_k = {top_k} must be between 1 and the vocabulary's {vocabulary}", field="top_k"
+        )
+    if not sequences:
+        raise RequestError(422, "Nothing to score", "sequences is empty; give at least one", field="sequences")
+    for index, sequence in enumerate(sequences):
+        if sequence.num_rows < 1 or sequence.prompt_length < 1:
+            field = f"sequences.{index}.prompt_length"
+            raise RequestError(
+                422,
+                "Nothing to score",
+                f"{field} = {sequence.prompt_length} must leave at least one of {len(sequence.token_ids)} tokens on both sides",
+                field=field,
+            )
+
+
+def _device(name: str) -> torch.device:
+    """The device that `teacher.device` names, seen to work.
+
+    Raises:
+        StartupError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StartupError(f"teacher.device = {name!r} cannot be used: {reason}; pass auto, cpu or cuda:N") from error

@@ -2,16 +2,20 @@
 
 consumes   POST /v1/teacher/logprobs
 produces   logprobs of the given completions, as JSON or safetensors
-waits for  the one engine thread; past max_pending_requests a client is told to come back
+waits for  the one engine thread; past max_pending_requests a client is told to come back, its body unread
 unblocked  by the forward pass before
+
+On SIGTERM or SIGINT the server drains: /ready and new requests get 503 while accepted ones finish, then the
+port closes. A second signal closes it at once.
 """
 
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +23,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -28,11 +33,18 @@ from services.guard import Guard
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
-from services.teacher.engine_transformers import TransformersEngine
+from services.teacher.engine_transformers import EncodedSequence, TransformersEngine
 from services.teacher.requests import encode_request
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+
+# How long accepted requests may take to finish after SIGTERM, seconds.
+_GRACE_S = 60
+# Of a wrong value, what its problem document repeats.
+_SHOWN_CHARACTERS = 80
+# Weight of the newest request in the running mean of their time in the engine, which Retry-After is.
+_MEAN_WEIGHT = 0.2
 
 
 class TeacherService:
@@ -43,8 +55,13 @@ class TeacherService:
         self.engine: TransformersEngine | None = None
         self.metrics = TeacherMetrics()
         self.draining = False
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[Exception], None] = lambda error: None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-engine")
+        # Tokenizers must not be called by two threads at once, and long texts must not hold up /health.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-requests")
         self._pending = 0
+        self._mean_score_s = 0.0
 
     async def load(self) -> None:
         """Load the model on the engine's thread; /ready answers 503 until then."""
@@ -54,51 +71,112 @@ class TeacherService:
         """The engine, or a 503.
 
         Raises:
-            RequestError: still loading, or shutting down.
+            RequestError: still loading, shutting down, or broken.
         """
+        self.check_alive()
         if self.draining:
             raise RequestError(503, "Shutting down", "this server takes no more requests", retry_after_s=5)
         if self.engine is None:
             raise RequestError(503, "Loading", "the teacher is still being loaded", retry_after_s=2)
         return self.engine
 
-    async def score(self, request: TeacherRequest) -> TeacherScores:
-        """Score one request; a caller that goes away before its turn is skipped.
+    def check_alive(self) -> None:
+        """Raises a 503 RequestError when the engine broke: this process will not score again."""
+        if self.failure is not None:
+            raise RequestError(503, "Engine failed", f"the engine failed ({type(self.failure).__name__})")
+
+    @property
+    def pending(self) -> int:
+        """Accepted requests without an answer."""
+        return self._pending
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the accepted requests, given back at the end.
 
         Raises:
-            RequestError: the request is refused, or too many wait already.
+            RequestError: too many are accepted already, or the engine is not ready.
         """
-        engine = self.ready_engine()
+        self.ready_engine()
         if self._pending >= self.config.max_pending_requests:
             raise RequestError(
                 429,
                 "Too many requests",
                 f"{self._pending} requests wait already (max_pending_requests); try again later",
-                retry_after_s=1,
+                retry_after_s=max(1.0, self._mean_score_s),
             )
-        sequences = encode_request(request, engine.info, self.config, engine.tokenizer)
         self._pending += 1
         self.metrics.pending.set(self._pending)
+        try:
+            yield
+        finally:
+            self._pending -= 1
+            self.metrics.pending.set(self._pending)
+
+    async def score(self, request: TeacherRequest) -> TeacherScores:
+        """Score one request that has its `place`; one that is cancelled before its turn is skipped.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        engine, loop = self.engine, asyncio.get_running_loop()
+        assert engine is not None
+        sequences = await loop.run_in_executor(
+            self._reader, encode_request, request, engine.info, self.config, engine.tokenizer
+        )
         accepted = time.monotonic()
 
         def work() -> TeacherScores:
             self.metrics.wait_seconds.observe(time.monotonic() - accepted)
-            with self.metrics.score_seconds.time():
-                return engine.score(sequences, top_k=request.top_k, temperature=request.temperature)
+            return self._run(engine, sequences, request)
 
-        try:
-            # The one place where a batcher across requests goes.
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        finally:
-            self._pending -= 1
-            self.metrics.pending.set(self._pending)
+        # The one place where a batcher across requests goes.
+        scores = await loop.run_in_executor(self._thread, work)
         self.metrics.sequences.inc(len(sequences))
         self.metrics.rows.inc(len(scores.token_logprobs))
         self.metrics.tokens.inc(sum(len(s.token_ids) for s in sequences))
         return scores
 
+    def _run(
+        self, engine: TransformersEngine, sequences: list[EncodedSequence], request: TeacherRequest
+    ) -> TeacherScores:
+        """One request on the engine's thread; an unexpected error makes the engine prove that it still works."""
+        self.check_alive()
+        started = time.monotonic()
+        try:
+            with self.metrics.score_seconds.time():
+                return engine.score(sequences, top_k=request.top_k, temperature=request.temperature)
+        except RequestError:
+            raise
+        except Exception:
+            self._probe(engine)
+            raise
+        finally:
+            self._mean_score_s += _MEAN_WEIGHT * (time.monotonic() - started - self._mean_score_s)
+
+    def _probe(self, engine: TransformersEngine) -> None:
+        try:
+            engine.score([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0)
+        except Exception as error:  # a dead CUDA context, for one, never comes back in this process
+            self.failure = error
+            self.on_failure(error)
+
     def close(self) -> None:
+        self._reader.shutdown(wait=True)
         self._thread.shutdown(wait=True)
+
+
+class PlacedRoute(APIRoute):
+    """Takes a place in the queue before the body is read, so that a flood of large bodies costs no memory."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_in_place(request: Request) -> Response:
+            with _service(request).place():
+                return await handle(request)
+
+        return handle_in_place
 
 
 def create_app(config: TeacherConfig) -> FastAPI:
@@ -124,8 +202,13 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.add_api_route("/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics")
     app.add_api_route("/v1/teacher/info", get_teacher_info, methods=["GET"], summary="Model, limits, tokenizer")
     app.add_api_route("/v1/teacher/vocabulary", get_vocabulary, methods=["GET"], summary="Token to id")
-    app.add_api_route(
-        "/v1/teacher/logprobs", create_logprobs, methods=["POST"], summary="Score completions", response_model=None
+    app.router.add_api_route(
+        "/v1/teacher/logprobs",
+        create_logprobs,
+        methods=["POST"],
+        summary="Score completions",
+        response_model=None,
+        route_class_override=PlacedRoute,
     )
     return app
 
@@ -137,7 +220,8 @@ def _service(request: Request) -> TeacherService:
 Service = Annotated[TeacherService, Depends(_service)]
 
 
-async def get_health() -> dict[str, str]:
+async def get_health(service: Service) -> dict[str, str]:
+    service.check_alive()
     return {"status": "alive"}
 
 
@@ -187,14 +271,16 @@ async def _disconnected(request: Request) -> None:
 
 
 def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
+    """Logprobs in `dtype`; one below the least float16 becomes that, for minus infinity would mean "impossible"."""
     if dtype == "float32":
         return scores
-    columns = {n: v.astype(dtype) if _is_float(v) else v for n, v in vars(scores).items()}
+    least = np.finfo(dtype).min
+
+    def narrowed(values: np.ndarray) -> np.ndarray:
+        return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(dtype)
+
+    columns = {n: narrowed(v) if n.endswith("logprobs") and v is not None else v for n, v in vars(scores).items()}
     return TeacherScores(**columns)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
 def as_json(scores: TeacherScores) -> dict[str, Any]:
@@ -236,6 +322,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Every error of every route becomes a problem document."""
 
     def problem(request: Request, error: RequestError) -> JSONResponse:
+        if error.status < 500 or error.retry_after_s is not None:
+            app.state.service.metrics.rejected.labels(error.title).inc()
         request_id = request.scope.get("state", {}).get("request_id", "")
         document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
         headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
@@ -251,7 +339,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         # Of broken JSON, "loc" says at which byte, which is no field.
         location = () if first["type"] == "json_invalid" else first["loc"]
         field = ".".join(str(part) for part in location if part != "body") or "body"
-        return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}", field=field))
+        value = first.get("input")
+        got = f" (got {repr(value)[:_SHOWN_CHARACTERS]})" if isinstance(value, str | int | float) else ""
+        return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}{got}", field=field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -267,12 +357,34 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(500, "Server error", detail))
 
 
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that the port stays open until accepted requests are answered."""
+
+    def __init__(self, config: uvicorn.Config, service: TeacherService) -> None:
+        super().__init__(config)
+        self._service = service
+        self._deadline = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if not self._service.draining:
+            self._service.draining = True
+            self._deadline = time.monotonic() + _GRACE_S
+            self.should_exit = False
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._service.draining and (self._service.pending == 0 or time.monotonic() > self._deadline):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
 def run(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are finished first.
 
     Raises:
         ConfigError: no teacher, or a public address without a key.
         StartupError: the port is taken, or the model cannot be loaded.
+        DistillServeError: the engine broke while it served.
     """
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
@@ -280,13 +392,15 @@ def run(config: RunConfig) -> None:
     check_model_folder("teacher.model", teacher.model or "")
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
+    service: TeacherService = app.state.service
     guard = Guard(
         app,
         key=key.get_secret_value() if key else None,
         open_paths=OPEN_PATHS,
         max_body_bytes=teacher.max_body_mib << 20,
+        on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),
     )
-    server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=60))
+    server = DrainingServer(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=_GRACE_S), service)
     failures: list[BaseException] = []
 
     def on_loaded(task: asyncio.Task[None]) -> None:
@@ -294,7 +408,11 @@ def run(config: RunConfig) -> None:
             failures.append(error)
             server.should_exit = True
 
-    app.state.on_loaded = on_loaded
+    def on_failure(error: Exception) -> None:
+        failures.append(DistillServeError(f"the teacher's engine failed: {type(error).__name__}: {error}"))
+        server.should_exit = True
+
+    app.state.on_loaded, service.on_failure = on_loaded, on_failure
     # uvicorn raises the signal that ended it once more when it is done; an orderly end on SIGTERM is a success.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[listener])

@@ -18,6 +18,7 @@ from rich.console import Console
 from services.config import RunConfig
 from services.errors import ConfigError, StartupError
 from services.panel import last_step, render
+from services.startup import free_port
 from services.supervisor import up, with_free_ports
 
 # A server that answers /ready on the port that the run file gives it, and starts a child of its own, as vLLM does.
@@ -75,7 +76,15 @@ def config(tmp_path: Path) -> RunConfig:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     model = str(tmp_path / "model")
-    return RunConfig(student={"model": model}, teacher={"model": model}, output={"dir": str(tmp_path / "out")})
+    # Ports of its own: another run on this machine may be about to take the default ones.
+    rollout_port = free_port("127.0.0.1", 0)
+    teacher_port = free_port("127.0.0.1", 0, frozenset({rollout_port}))
+    return RunConfig(
+        student={"model": model},
+        rollout={"port": rollout_port},
+        teacher={"model": model, "port": teacher_port},
+        output={"dir": str(tmp_path / "out")},
+    )
 
 
 class Replaced(Roles):

@@ -23,7 +23,6 @@ def with_value(name: str, value: float) -> ScoredSample:
 
 def test_a_good_sample_has_no_defect() -> None:
     assert defect(sample(0, 2, 3)) is None
-    assert defect(changed(teacher_tail_logprobs=np.full(3, -np.inf, np.float32))) is None
 
 
 @pytest.mark.parametrize(
@@ -31,9 +30,11 @@ def test_a_good_sample_has_no_defect() -> None:
     [
         (with_value("teacher_token_logprobs", np.nan), "not finite"),
         (with_value("teacher_token_logprobs", -np.inf), "not finite"),
-        (with_value("teacher_support_logprobs", np.nan), "no logprob"),
-        (with_value("teacher_support_logprobs", np.inf), "no logprob"),
-        (with_value("teacher_tail_logprobs", np.nan), "no logprob"),
+        (with_value("teacher_support_logprobs", np.nan), "no finite logprob"),
+        (with_value("teacher_support_logprobs", np.inf), "no finite logprob"),
+        (with_value("teacher_tail_logprobs", np.nan), "no finite logprob"),
+        (with_value("teacher_tail_logprobs", -np.inf), "no finite logprob"),
+        (with_value("support_ids", int(sample(0, 2, 3).support_ids[0, 1])), "twice in one row"),
         (with_value("teacher_support_logprobs", 0.0), "sum to"),
         (changed(teacher_token_logprobs=np.zeros(2, np.float32)), "scored 2 of 3 tokens"),
     ],
