@@ -1,6 +1,6 @@
 """Scored samples to tensors: padded rows for the forward pass, packed completion positions for the loss.
 
-The shift happens here, once: the hidden state at position prompt_length - 1 + t predicts completion token t.
+The shift, that position prompt_length - 1 + t predicts completion token t, is in services/padding.py, once.
 
 Shapes: B samples of a micro-batch, T padded length, N completion positions, K teacher candidates.
 """
@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from services.config import LossConfig
+from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from trainer.teacher_scores import ScoredSample
-
-# Right padding is masked out of attention and never read, so any id does.
-_PAD_ID = 0
 
 
 @dataclass(frozen=True)
@@ -48,37 +46,6 @@ def pack(samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch
     used = [s for s in samples if not (config.truncated == "drop" and s.rollout.completion.truncated)]
     groups = cut_by_padded_tokens([len(s.rollout.sequence) for s in used], tokens_per_micro_batch)
     return [_pack_group([used[index] for index in group], config.truncated) for group in groups]
-
-
-def cut_by_padded_tokens(lengths: list[int], limit: int) -> list[list[int]]:
-    """Indices in groups of similar length whose size times longest length stays below `limit`."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if not groups or (len(groups[-1]) + 1) * longest > limit:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
-
-
-def pad_rows(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] token ids padded on the right, and their [B, T] attention mask."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
-
-
-def predicting_positions(prompt_lengths: list[int], completion_lengths: list[int], padded_length: int) -> torch.Tensor:
-    """[N] indices into the flattened [B * T] hidden states: those whose next token is a completion token."""
-    rows = [
-        np.arange(length) + (row * padded_length + prompt - 1)
-        for row, (prompt, length) in enumerate(zip(prompt_lengths, completion_lengths, strict=True))
-    ]
-    return torch.from_numpy(np.concatenate(rows))
 
 
 def _pack_group(samples: list[ScoredSample], truncated: Literal["train", "mask", "drop"]) -> MicroBatch:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.causal_lm import hidden_states
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
+from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import RolloutSampling, TeacherInfo
-from trainer.batch import cut_by_padded_tokens, pad_rows, predicting_positions
 from trainer.model import head_of
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts

@@ -1,7 +1,6 @@
 """The student in the trainer: loading, the forward pass over a micro-batch, optimizer and schedule.
 
-Sequences run as padded rows: sdpa has no variable-length path and would build a dense mask over packed
-sequences. Only positions that predict a completion token reach the head.
+Sequences run as padded rows (services/padding.py). Only positions that predict a completion token reach the head.
 """
 
 import math

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from services.config import DataConfig
@@ -78,7 +79,7 @@ def _parse_row(
 ) -> Prompt:
     try:
         content = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits or brackets are no JSONDecodeError
         raise DataError(f"invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"expected a JSON object, got {type(content).__name__}")
@@ -92,6 +93,7 @@ def _parse_row(
     answer = content.get(config.answer_column)
     if answer is not None and not isinstance(answer, str | int | float):
         raise DataError(f"`{config.answer_column}` must be text, got {type(answer).__name__}")
+    _check_is_text(config.answer_column, str(answer))
     used = {config.prompt_column, config.answer_column, "messages"}
     columns = {name: value for name, value in content.items() if name not in used}
     return Prompt(row, token_ids, text, None if answer is None else str(answer), columns)
@@ -102,6 +104,7 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         prompt = row[config.prompt_column]
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"`{config.prompt_column}` must be non-empty text, got {prompt!r}")
+        _check_is_text(config.prompt_column, prompt)
         return prompt, tokenizer(prompt)["input_ids"]
     if "messages" not in row:
         raise DataError(f"neither `{config.prompt_column}` nor `messages` in the row (found: {sorted(row)})")
@@ -110,11 +113,22 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         raise DataError('`messages` must be a non-empty list of {"role": text, "content": text}')
     if tokenizer.chat_template is None:
         raise DataError("`messages` needs a chat template, which this tokenizer does not have")
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
+        )
+    except TemplateError as error:  # many templates refuse roles or their order this way
+        raise DataError(f"the chat template refuses `messages`: {error}") from error
+    _check_is_text("messages", text)
     # The template writes its own special tokens.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _check_is_text(column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
+        raise DataError(f"`{column}` holds half a surrogate pair at {error.start}, which is no text") from error
 
 
 def _is_message(message: Any) -> bool:

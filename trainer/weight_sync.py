@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import DistillServeError, StartupError, WeightSyncError
+from services.padding import pad_rows, predicting_positions
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.weight_transfer import trainer_engine
 from services.weight_transfer.control import WeightControlClient
-from trainer.batch import pad_rows, predicting_positions
 from trainer.model import student_logprobs
 from trainer.prompts import Prompt
 

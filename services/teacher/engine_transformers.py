@@ -24,6 +24,7 @@ from services.causal_lm import (
 )
 from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
+from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ class TransformersEngine:
         started = time.monotonic()
         offsets = np.concatenate([[0], np.cumsum([s.num_rows for s in sequences])])
         columns = _Columns.empty(int(offsets[-1]), top_k, _support_width(sequences))
-        for group in _length_sorted_groups(sequences, self._config.tokens_per_forward):
+        lengths = [len(s.token_ids) for s in sequences]
+        for group in cut_by_padded_tokens(lengths, self._config.tokens_per_forward):
             rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in group])
             self._score_group([sequences[i] for i in group], rows, columns, temperature)
         self.forward_s += time.monotonic() - started
@@ -132,17 +134,11 @@ class TransformersEngine:
     def _score_group(
         self, sequences: list[EncodedSequence], rows: np.ndarray, columns: "_Columns", temperature: float
     ) -> None:
-        longest = max(len(s.token_ids) for s in sequences)
-        ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-            mask[row, : len(sequence.token_ids)] = 1
-        positions = np.concatenate(
-            [np.arange(s.prompt_length - 1, len(s.token_ids) - 1) + row * longest for row, s in enumerate(sequences)]
-        )
+        ids, mask = pad_rows([s.token_ids for s in sequences])
+        prompts, lengths = [s.prompt_length for s in sequences], [s.num_rows for s in sequences]
+        positions = predicting_positions(prompts, lengths, ids.shape[1])
         hidden = hidden_states(self._model, ids.to(self._device), mask.to(self._device)).flatten(0, 1)
-        hidden = hidden[torch.from_numpy(positions).to(self._device)]
+        hidden = hidden[positions.to(self._device)]
         targets = torch.from_numpy(np.concatenate([s.token_ids[s.prompt_length :] for s in sequences])).long()
         support = None
         if columns.support_logprobs is not None:
@@ -216,18 +212,6 @@ def log_mass_outside(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     A logsumexp over the complement: log(1 - sum) would lose everything below float32's resolution of 1.
     """
     return logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
-
-
-def _length_sorted_groups(sequences: list[EncodedSequence], tokens: int) -> list[list[int]]:
-    """Indices in groups of similar length whose padded size stays below `tokens`; a longer one stands alone."""
-    groups: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i].token_ids)):
-        if not groups or (len(groups[-1]) + 1) * longest > tokens:
-            groups.append([])
-            longest = len(sequences[index].token_ids)
-        groups[-1].append(index)
-    return groups
 
 
 def _support_width(sequences: list[EncodedSequence]) -> int | None:

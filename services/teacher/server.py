@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
 from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, problem_document
@@ -174,6 +175,10 @@ class PlacedRoute(APIRoute):
 
         async def handle_in_place(request: Request) -> Response:
             with _service(request).place():
+                try:
+                    await request.body()  # kept by the request; FastAPI would call every failure here a 400
+                except ClientDisconnect as error:
+                    raise _gone("the caller went away before its body was complete") from error
                 return await handle(request)
 
         return handle_in_place
@@ -258,11 +263,15 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, TeacherScores
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise RequestError(499, "Client closed request", "the caller went away before its turn")
+            raise _gone("the caller went away before its turn")
         return working.result()
     finally:
         working.cancel()
         gone.cancel()
+
+
+def _gone(detail: str) -> RequestError:
+    return RequestError(499, "Client closed request", detail)
 
 
 async def _disconnected(request: Request) -> None:
@@ -279,7 +288,9 @@ def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
     def narrowed(values: np.ndarray) -> np.ndarray:
         return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(dtype)
 
-    columns = {n: narrowed(v) if n.endswith("logprobs") and v is not None else v for n, v in vars(scores).items()}
+    columns: dict[str, Any] = {
+        n: narrowed(v) if n.endswith("logprobs") and v is not None else v for n, v in vars(scores).items()
+    }
     return TeacherScores(**columns)
 
 

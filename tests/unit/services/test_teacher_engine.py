@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from services import causal_lm
+from services.causal_lm import OutputHead
 from services.config import TeacherConfig
-from services.errors import DistillServeError, StartupError
+from services.errors import DistillServeError, RequestError, StartupError
+from services.padding import cut_by_padded_tokens
 from services.schemas import TeacherScores
 from services.teacher.engine_transformers import (
     EncodedSequence,
     TransformersEngine,
     _Columns,
-    _length_sorted_groups,
     log_mass_outside,
     top_k_ids,
 )
@@ -170,6 +172,59 @@ def test_support_of_the_sampled_token_is_its_logprob(engines: Callable[..., Tran
     assert (scores.support_logprobs[:, 0] == scores.support_logprobs[:, 1]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "softcap", "biased"), [(1.0, None, False), (0.25, 30.0, True), (2.0, None, True)])
+def test_logits_of_a_half_precision_head_are_not_rounded(
+    dtype: torch.dtype, scale: float, softcap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "_WEIGHT_BLOCK_ROWS", 7)  # 50 rows: seven blocks and a rest
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 64, generator=generator).to(dtype)
+    weight = torch.randn(50, 64, generator=generator).to(dtype)
+    bias = torch.randn(50, generator=generator).to(dtype) if biased else None
+    exact = hidden.double() @ weight.double().t()
+    exact = (exact if bias is None else exact + bias.double()) * scale
+    exact = exact if softcap is None else torch.tanh(exact / softcap) * softcap
+    logits = OutputHead(weight, bias, scale, softcap).float32_logits(hidden)
+    assert logits.dtype == torch.float32
+    np.testing.assert_allclose(logits.numpy(), exact.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_bfloat16_teacher_tells_candidates_apart(engines: Callable[..., TransformersEngine]) -> None:
+    scores = engines(dtype="bfloat16").score(random_sequences(10, (4, 40)), top_k=32, temperature=1.0)
+    equal_neighbours = (np.diff(scores.topk_logprobs, axis=1) == 0).mean()
+    assert equal_neighbours < 0.01  # rounded to bfloat16, most neighbours are equal
+
+
+@pytest.mark.parametrize(
+    ("sequences", "top_k", "field"),
+    [
+        ([EncodedSequence([1, 2], 1)], VOCABULARY + 1, "top_k"),
+        ([EncodedSequence([1, 2], 1)], 0, "top_k"),
+        ([EncodedSequence([1, 2], 1), EncodedSequence([1, 2], 2)], 1, "sequences.1.prompt_length"),
+        ([EncodedSequence([1, 2], 0)], 1, "sequences.0.prompt_length"),
+        ([], 1, "sequences"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_any_forward(
+    sequences: list[EncodedSequence],
+    top_k: int,
+    field: str,
+    engines: Callable[..., TransformersEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TransformersEngine, "_score_group", None)
+    with pytest.raises(RequestError) as caught:
+        engines().score(sequences, top_k=top_k, temperature=1.0)
+    assert (caught.value.status, caught.value.field) == (422, field)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:what"])
+def test_a_device_that_is_not_there_is_named(device: str, tiny_model_folder: Callable[[str], str]) -> None:
+    with pytest.raises(StartupError, match=f"teacher.device = '{device}' cannot be used"):
+        TransformersEngine(TeacherConfig(model=tiny_model_folder("qwen3"), device=device))
+
+
 # ----------------------------------------------------------------------------------- reductions by hand
 
 
@@ -278,8 +333,7 @@ def test_log_mass_outside_by_hand() -> None:
     ],
 )
 def test_groups_are_sorted_by_length_and_bounded(lengths: list[int], tokens: int, expected: list[list[int]]) -> None:
-    sequences = [EncodedSequence([0] * length, 1) for length in lengths]
-    assert _length_sorted_groups(sequences, tokens) == expected
+    assert cut_by_padded_tokens(lengths, tokens) == expected
 
 
 # ------------------------------------------------------------------------------------------ description

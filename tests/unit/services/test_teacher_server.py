@@ -10,14 +10,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from services.clients import TeacherClient
 from services.config import TeacherConfig
-from services.errors import PROBLEM_MEDIA_TYPE
+from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.guard import Guard
-from services.schemas import TeacherScores
+from services.schemas import TeacherRequest, TeacherScores
 from services.teacher.engine_transformers import EncodedSequence
-from services.teacher.server import OPEN_PATHS, create_app
+from services.teacher.server import OPEN_PATHS, _as_dtype, create_app
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.models import save_model
 
@@ -145,6 +146,8 @@ BAD_BODIES = [
         "sequences",
         422,
     ),
+    ({"sequences": [{"prompt": "a", "completion": "b", "prompt_length": 1}], "top_k": 1}, "sequences.0", 422),
+    ({"sequences": [{**GOOD, **{f"key{i}": 1 for i in range(100)}}], "top_k": 1}, "sequences.0", 422),
     ({"sequences": [{"prompt": "", "completion": "b"}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": ""}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": "b" * 16}], "top_k": 1}, "sequences.0.token_ids", 422),
@@ -168,6 +171,39 @@ async def test_a_bad_request_is_a_problem_that_names_the_field(
     assert (response.status_code, problem["status"], problem["field"]) == (status, status, field)
     assert problem["request_id"] == response.headers["x-request-id"] == "abc-1"
     assert problem["title"] and problem["detail"] and "type" in problem
+
+
+async def test_a_problem_repeats_the_wrong_value_but_not_all_of_it(client: httpx.AsyncClient) -> None:
+    assert "(got -7)" in (await score(client, {"sequences": [GOOD], "top_k": -7})).json()["detail"]
+    long = await score(client, {"sequences": [GOOD], "top_k": "x" * 10_000})
+    assert len(long.content) < 500
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [{"token_ids": [1.5] * 1000, "prompt_length": 1}],
+        [{**GOOD, "support_ids": [[1.5] * 1000] * 1000}],
+        [{"token_ids": "no"}] * 1000,
+        [{"messages": [{}] * 1000}],
+        [{**GOOD, **{f"key{i}": 1 for i in range(1000)}}],
+    ],
+)
+def test_a_flood_of_mistakes_makes_few_error_objects(sequences: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TeacherRequest.model_validate({"sequences": sequences, "top_k": 1})
+    assert caught.value.error_count() <= 2  # of a message, role and content
+
+
+def test_float16_keeps_what_is_possible_possible() -> None:
+    rows = np.array([-1.5, -1e5, -np.inf], np.float32)
+    scores = TeacherScores(
+        "m", "f", 1.0, 1, np.array([0, 3]), rows, rows[:, None].astype(np.int32), rows[:, None], rows, rows
+    )
+    half = _as_dtype(scores, "float16")
+    assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
+    assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
+    assert half.entropies.dtype == np.float32 and half.topk_ids.dtype == np.int32 and half.support_logprobs is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])
@@ -298,6 +334,55 @@ async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
 
 
+async def test_a_full_queue_does_not_read_the_body_it_refuses(folder: str) -> None:
+    read: list[bytes] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        read.append(b" ")
+        yield read[0]
+
+    async with serving(folder, max_pending_requests=1) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        with service.place():
+            refused = await client.post("/v1/teacher/logprobs", content=chunks())
+        assert refused.status_code == 429 and read == []
+        assert (await score(client, {"sequences": [GOOD], "top_k": 1})).status_code == 200
+        text = (await client.get("/metrics")).text
+    assert 'distillserve_teacher_rejected_total{reason="Too many requests"} 1.0' in text
+    assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="429"} 1.0' in text
+
+
+async def test_a_caller_that_goes_away_in_its_body_frees_its_place(folder: str) -> None:
+    async with serving(folder, max_pending_requests=1) as client:
+        messages: list[Any] = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
+        answered: list[Any] = []
+
+        async def receive() -> Any:
+            return messages.pop()
+
+        async def send(message: Any) -> None:
+            answered.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "query_string": b""}
+        await client.guard({**scope, "path": "/v1/teacher/logprobs", "headers": headers}, receive, send)  # type: ignore[attr-defined]
+        assert answered[0]["status"] == 499
+        assert client.app.state.service.pending == 0  # type: ignore[attr-defined]
+
+
+async def test_a_long_text_does_not_hold_up_health(folder: str) -> None:
+    async with serving(folder) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        busy = threading.Event()
+        service._reader.submit(busy.wait)  # stands for a tokenizer at work
+        waiting = asyncio.create_task(score(client, {"sequences": [{"prompt": "a", "completion": "b"}], "top_k": 1}))
+        while service.pending == 0:
+            await asyncio.sleep(0)
+        assert (await client.get("/health")).status_code == 200
+        busy.set()
+        assert (await waiting).status_code == 200
+
+
 async def test_a_caller_that_goes_away_before_its_turn_is_not_scored(folder: str) -> None:
     async with serving(folder, max_pending_requests=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
@@ -370,6 +455,46 @@ async def test_an_engine_failure_is_a_problem_without_its_insides(folder: str) -
         response = await score(client, {"sequences": [GOOD], "top_k": 1})
     assert response.status_code == 500 and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
     assert "division" not in response.text
+
+
+async def test_one_request_that_fails_leaves_the_engine_in_service(folder: str) -> None:
+    async with serving(folder) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        really_score = service.engine.score
+
+        def fail_on_seven(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
+            if 7 in sequences[0].token_ids:
+                raise IndexError("a bug")
+            return really_score(sequences, **options)
+
+        service.engine.score = fail_on_seven
+        bad = {"sequences": [{"token_ids": [7, 6], "prompt_length": 1}], "top_k": 1}
+        assert (await score(client, bad)).status_code == 500
+        assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
+        assert (await score(client, {"sequences": [GOOD], "top_k": 1})).status_code == 200
+
+
+async def test_a_dead_engine_says_so_and_fails_fast(folder: str) -> None:
+    failures: list[Exception] = []
+    async with serving(folder) as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        service.on_failure = failures.append
+        service.engine.score = lambda *_, **__: 1 / 0
+        body = {"sequences": [GOOD], "top_k": 1}
+        assert (await score(client, body)).status_code == 500
+        service.engine.score = None  # nothing is asked of it any more
+        for response in (await client.get("/health"), await client.get("/ready"), await score(client, body)):
+            assert (response.status_code, response.json()["title"]) == (503, "Engine failed")
+    assert [type(error) for error in failures] == [ZeroDivisionError]
+
+
+async def test_the_guard_tells_of_what_it_refuses(folder: str) -> None:
+    told: list[RequestError] = []
+    async with serving(folder, key=KEY) as client:
+        client.guard._on_refused = told.append  # type: ignore[attr-defined]
+        await client.get("/v1/teacher/info")
+        await client.get("/health")
+    assert [(error.status, error.title) for error in told] == [(401, "Unauthorized")]
 
 
 async def test_answers_are_counted(client: httpx.AsyncClient) -> None:

@@ -6,9 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from services.config import LossConfig, RunConfig
+from services.padding import cut_by_padded_tokens
 from services.schemas import RolloutCompletion, VersionSpan
 from tests.models import save_model
-from trainer.batch import MicroBatch, cut_by_padded_tokens, pack
+from trainer.batch import MicroBatch, pack
 from trainer.loss import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
 from trainer.prompts import Prompt
@@ -72,21 +73,26 @@ def test_every_completion_token_is_scored_by_the_state_before_it(model: PreTrain
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
-def test_cutting_and_order_change_no_gradient(aggregation: str, model: PreTrainedModel) -> None:
+def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, model: PreTrainedModel) -> None:
     config = LossConfig(gamma=0.9, aggregation=aggregation)  # type: ignore[arg-type]
 
-    def gradient(samples: list[ScoredSample], limit: int) -> torch.Tensor:
+    def step(samples: list[ScoredSample], limit: int) -> tuple[float, torch.Tensor]:
         model.zero_grad()
+        total = 0.0
         batches = pack(samples, config, limit)
         totals = LossTotals.sum([LossTotals.of(b.loss_mask, b.cu_seqlens, 16) for b in batches])
         for batch in batches:
-            minillm_loss(loss_inputs(batch, forward(model, batch)), config, totals)[0].backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            loss = minillm_loss(loss_inputs(batch, forward(model, batch)), config, totals)[0]
+            loss.backward()
+            total += float(loss.detach())
+        return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    whole = gradient(SAMPLES, 10_000)
-    assert whole.abs().max() > 1e-3
-    assert torch.allclose(whole, gradient(SAMPLES, 1), atol=1e-5)
-    assert torch.allclose(whole, gradient(SAMPLES[::-1], 30), atol=1e-5)
+    loss, gradient = step(SAMPLES, 10_000)
+    assert gradient.abs().max() > 1e-2
+    for samples, limit in ((SAMPLES, 1), (SAMPLES[::-1], 10_000), (SAMPLES[::-1], 30)):
+        other_loss, other_gradient = step(samples, limit)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert torch.allclose(other_gradient, gradient, rtol=0, atol=1e-6)
 
 
 def test_padded_size_stays_below_the_limit_and_nothing_is_lost() -> None:
@@ -97,11 +103,31 @@ def test_padded_size_stays_below_the_limit_and_nothing_is_lost() -> None:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 20
 
 
+@pytest.mark.parametrize("limit", [1, 12, 22, 1000])
+def test_micro_batches_stay_within_their_tokens_or_hold_one_sample(limit: int) -> None:
+    batches = pack(SAMPLES, LossConfig(), limit)  # sequences of 8, 2, 9, 11 and 8 tokens
+    assert [list(b.input_ids.shape) for b in batches] == {
+        1: [[1, 11], [1, 9], [1, 8], [1, 8], [1, 2]],
+        12: [[1, 11], [1, 9], [1, 8], [1, 8], [1, 2]],
+        22: [[2, 11], [2, 8], [1, 2]],
+        1000: [[5, 11]],
+    }[limit]
+    assert sum(len(b.token_ids) for b in batches) == 21
+
+
+def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
+    (batch,) = pack([sample(0, 3, 2), sample(1, 1, 3)], LossConfig(), 1000)  # rows of 5 and 4 tokens, padded to 5
+    assert batch.positions.tolist() == [2, 3, 5, 6, 7]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
+
+
 @pytest.mark.parametrize(("truncated", "tokens", "trained"), [("train", 5, 5), ("mask", 5, 2), ("drop", 2, 2)])
 def test_truncated_completions_are_trained_masked_or_left_out(truncated: str, tokens: int, trained: int) -> None:
     samples = [sample(0, 2, 3, "length"), sample(1, 2, 2, "stop")]
     (batch,) = pack(samples, LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
     assert len(batch.token_ids) == tokens and int(batch.loss_mask.sum()) == trained
+    assert batch.loss_mask[-2:].all()  # the completion that stopped by itself always counts
 
 
 def test_dropping_everything_leaves_no_batch() -> None:

@@ -39,6 +39,11 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user"}]}', "`messages` must be a non-empty list"),
     ('{"messages": [{"role": "user", "content": 3}]}', "`messages` must be a non-empty list"),
     ('{"prompt": "ok", "answer": [1]}', "`answer` must be text, got list"),
+    ("[" * 100_000, "invalid JSON"),
+    ('{"prompt": "ok", "n": ' + "1" * 5000 + "}", "invalid JSON"),  # more digits than Python converts
+    (r'{"prompt": "a\ud800"}', "`prompt` holds half a surrogate pair at 1"),
+    (r'{"prompt": "ok", "answer": "\ud800"}', "`answer` holds half a surrogate pair at 0"),
+    (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "`messages` holds half a surrogate pair"),
 ]
 
 
@@ -116,6 +121,38 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
     with pytest.raises(DataError, match="needs a chat template"):
         load_prompts(path, DataConfig(), tokenizer, MAX_TOKENS)
+
+
+REFUSING_TEMPLATES = [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ messages[0].name.upper() }}", "has no attribute 'name'"),
+]
+
+
+@pytest.mark.parametrize(("template", "reason"), REFUSING_TEMPLATES)
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_messages_that_a_chat_template_refuses_are_a_bad_row(
+    on_bad_row: str, template: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    path = write(tmp_path / "d.jsonl", '{"prompt": "fine"}', '{"messages": [{"role": "user", "content": "hi"}]}')
+    config = DataConfig(on_bad_row=on_bad_row)  # type: ignore[arg-type]
+    if on_bad_row == "stop":
+        with pytest.raises(DataError, match=f"row 2: the chat template refuses `messages`.*{reason}"):
+            load_prompts(path, config, tokenizer, MAX_TOKENS)
+    else:
+        assert [p.row for p in load_prompts(path, config, tokenizer, MAX_TOKENS)] == [1]
+        assert "skipped 1 of 2 rows (row 2: the chat template refuses" in caplog.text
+
+
+def test_the_tighter_of_both_length_limits_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"prompt": "1234567"}')
+    assert len(load(path, max_prompt_tokens=7)[0].token_ids) == 7
+    with pytest.raises(DataError, match="7 tokens, more than the 6"):
+        load(path, max_prompt_tokens=6)
+    with pytest.raises(DataError, match="7 tokens, more than the 5"):
+        load_prompts(path, DataConfig(max_prompt_tokens=7), TOKENIZER, 5)
 
 
 def numbered(count: int) -> list[Prompt]:

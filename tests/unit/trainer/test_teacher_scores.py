@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from services.errors import PeerError
+from services.schemas import TeacherScores
 from tests.unit.trainer.test_batch import sample
-from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, defect
+from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, defect, score_rollouts
 
 
 def changed(**arrays: np.ndarray) -> ScoredSample:
@@ -41,6 +42,57 @@ def test_a_good_sample_has_no_defect() -> None:
 )
 def test_unusable_rows_are_named(bad: ScoredSample, reason: str) -> None:
     assert reason in (defect(bad) or "")
+
+
+def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
+    def row(over: float) -> ScoredSample:
+        return changed(
+            teacher_support_logprobs=np.log(np.full((3, 4), 0.2)),
+            teacher_tail_logprobs=np.log(np.full(3, 0.2 + over)),
+        )
+
+    assert defect(row(0.0009)) is None
+    assert defect(row(0.0011)) == "the teacher's probabilities of one row sum to 1.0011"
+
+
+def test_a_teacher_that_holds_a_sampled_token_for_unlikely_but_possible_is_fine() -> None:
+    assert defect(with_value("teacher_token_logprobs", -80.0)) is None
+
+
+class Teacher:
+    """Answers with the rows of the given samples, and remembers what it was asked."""
+
+    def __init__(self, samples: list[ScoredSample]) -> None:
+        self.samples = samples
+
+    async def score(self, sequences: list[tuple[list[int], int]], **options: object) -> TeacherScores:
+        self.asked = (sequences, options)
+        tokens, ids, support, tail = (
+            np.concatenate([getattr(s, name) for s in self.samples])
+            for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs")
+        )
+        offsets = np.cumsum([0, *(len(s.teacher_token_logprobs) for s in self.samples)])
+        return TeacherScores("t", "f", 0.5, 4, offsets, tokens, ids, support, tail, np.zeros(len(tokens)))
+
+
+async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> None:
+    good, other = sample(1, 2, 3), sample(2, 4, 5)
+    teacher = Teacher([good, with_value("teacher_token_logprobs", np.nan), other])
+    samples, quarantined = await score_rollouts(
+        teacher,  # type: ignore[arg-type]
+        [s.rollout for s in teacher.samples],
+        top_k=4,
+        temperature=0.5,
+    )
+    sequences, options = teacher.asked
+    assert options == {"top_k": 4, "temperature": 0.5}
+    assert [(len(ids), prompt) for ids, prompt in sequences] == [(5, 2), (5, 2), (9, 4)]
+    assert sequences[2][0] == [*other.rollout.prompt.token_ids, *other.rollout.completion.token_ids]
+    assert [s.rollout for s in samples] == [good.rollout, other.rollout]
+    for found, expected in zip(samples, (good, other), strict=True):
+        for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert [(q.rollout, "not finite" in q.reason) for q in quarantined] == [(teacher.samples[1].rollout, True)]
 
 
 def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Sequences to padded rows, and where in them completion tokens are predicted; for the teacher and the trainer.
+
+Rows, not packed sequences: sdpa has no variable-length path and would build a dense mask over a packed batch.
+"""
+
+import numpy as np
+import torch
+
+# Right padding is masked out of attention and never read, so any id does.
+_PAD_ID = 0
+
+
+def cut_by_padded_tokens(lengths: list[int], limit: int) -> list[list[int]]:
+    """Indices in groups of similar length whose size times longest length stays below `limit`."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if not groups or (len(groups[-1]) + 1) * longest > limit:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def pad_rows(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] token ids padded on the right, and their [B, T] attention mask."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def predicting_positions(prompt_lengths: list[int], completion_lengths: list[int], padded_length: int) -> torch.Tensor:
+    """[N] indices into the flattened [B * T] hidden states: those whose next token is a completion token."""
+    rows = [
+        np.arange(length) + (row * padded_length + prompt - 1)
+        for row, (prompt, length) in enumerate(zip(prompt_lengths, completion_lengths, strict=True))
+    ]
+    return torch.from_numpy(np.concatenate(rows))

@@ -1,0 +1,150 @@
+"""The teacher's client when work is too large, a replica fails, or replicas differ; see test_clients for the rest."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from services import clients
+from services.clients import TeacherClient
+from services.errors import PeerError, ProblemError
+from services.schemas import TeacherScores
+from services.wire import encode_scores
+
+A, B, C = "http://a:1", "http://b:2", "http://c:3"
+Handler = Callable[[httpx.Request], Any]
+
+
+def teacher(handler: Handler, *urls: str) -> TeacherClient:
+    return TeacherClient(list(urls or (A,)), transport=httpx.MockTransport(handler))
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    really_sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda _: really_sleep(0))
+
+
+def answer(request: httpx.Request, **changes: Any) -> httpx.Response:
+    """Scores whose token logprobs are minus the scored ids, and minus the support ids."""
+    body = json.loads(request.content)
+    completions = [s["token_ids"][s["prompt_length"] :] for s in body["sequences"]]
+    tokens = np.concatenate(completions).astype(np.float32)
+    support = [row for s in body["sequences"] for row in s.get("support_ids", [])]
+    fields: dict[str, Any] = {
+        "model": "m",
+        "fingerprint": "f",
+        "temperature": body["temperature"],
+        "top_k": body["top_k"],
+        "row_offsets": np.cumsum([0, *map(len, completions)]),
+        "token_logprobs": -tokens,
+        "topk_ids": np.zeros((len(tokens), body["top_k"]), np.int32),
+        "topk_logprobs": np.zeros((len(tokens), body["top_k"]), np.float32),
+        "tail_logprobs": -tokens,
+        "entropies": tokens,
+        "support_logprobs": -np.array(support, np.float32) if support else None,
+        "support_tail_logprobs": -tokens if support else None,
+    }
+    return httpx.Response(200, content=encode_scores(TeacherScores(**{**fields, **changes})))
+
+
+def size(request: httpx.Request) -> int:
+    return len(json.loads(request.content)["sequences"])
+
+
+SEQUENCES = [([9, i], 1) for i in range(1, 8)]
+TOO_LARGE = httpx.Response(413, json={"title": "Over a limit", "detail": "at most 2 are served"})
+
+
+async def test_what_is_too_large_is_cut_until_it_fits_and_keeps_its_order() -> None:
+    sizes: list[int] = []
+
+    def at_most_two(request: httpx.Request) -> httpx.Response:
+        sizes.append(size(request))
+        return answer(request) if sizes[-1] <= 2 else TOO_LARGE
+
+    scores = await teacher(at_most_two).score(SEQUENCES, top_k=2)
+    assert scores.token_logprobs.tolist() == [-1, -2, -3, -4, -5, -6, -7]
+    assert scores.row_offsets.tolist() == list(range(8))
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+
+
+async def test_one_sequence_that_is_too_large_is_the_callers_problem() -> None:
+    asked: list[int] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(size(request))
+        return TOO_LARGE
+
+    with pytest.raises(ProblemError, match=r"http://a:1/v1/teacher/logprobs answered 413: at most 2 are served"):
+        await teacher(refuse).score(SEQUENCES[:2], top_k=2)
+    assert asked == [2, 1]
+
+
+async def test_support_ids_travel_with_their_sequences() -> None:
+    support = [[[10 * i, i]] for i in range(1, 8)]
+    client = teacher(answer, A, B)
+    scores = await client.score(SEQUENCES, top_k=1, support_ids=support, max_rows_per_request=2)
+    assert scores.support_logprobs is not None and scores.support_tail_logprobs is not None
+    assert scores.support_logprobs.tolist() == [[-10 * i, -i] for i in range(1, 8)]
+    assert scores.support_tail_logprobs.tolist() == [-i for i in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"support_logprobs": None}, {"support_logprobs": np.zeros((1, 3), np.float32)}, {"support_tail_logprobs": None}],
+)
+async def test_an_answer_without_the_support_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(PeerError, match=r"http://a:1.* sent support_"):
+        await teacher(lambda r: answer(r, **changes)).score(SEQUENCES[:1], top_k=1, support_ids=[[[1, 2]]])
+
+
+@pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), httpx.Response(503), httpx.Response(500)])
+async def test_replicas_take_over_from_one_that_is_down(failure: httpx.Response | Exception) -> None:
+    calls: Counter[str] = Counter()
+
+    def only_c_lives(request: httpx.Request) -> httpx.Response:
+        calls[request.url.host] += 1
+        if request.url.host == "c":
+            return answer(request)
+        if isinstance(failure, Exception):
+            raise failure
+        return failure
+
+    scores = await teacher(only_c_lives, A, B, C).score(SEQUENCES[:3], top_k=1)
+    assert scores.token_logprobs.tolist() == [-1, -2, -3]
+    # a: twice itself, then b, then c; b: twice itself, then c; c: at once
+    assert calls == {"a": 2, "b": 3, "c": 3}
+
+
+async def test_answers_of_different_models_are_not_mixed() -> None:
+    with pytest.raises(PeerError, match=r"do not serve the same model: m \(a\), m \(b\)"):
+        await teacher(lambda r: answer(r, fingerprint=r.url.host), A, B).score(SEQUENCES, top_k=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
+async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
+    with pytest.raises(PeerError, match=r"http://a:1/v1/teacher/logprobs: the answer is not a safetensors document"):
+        await teacher(lambda _: httpx.Response(200, content=content)).score(SEQUENCES, top_k=1)
+
+
+async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "_SCORES_IN_FLIGHT", 2)
+    under_way, most = 0, 0
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        under_way -= 1
+        return answer(request)
+
+    scores = await teacher(slow).score(SEQUENCES, top_k=1, max_rows_per_request=1)
+    assert len(scores.token_logprobs) == 7 and most == 2
