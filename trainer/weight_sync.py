@@ -114,7 +114,8 @@ class WeightSync:
             self._engine.send_weights()
             self._control.resume()
         except (RuntimeError, ValueError, OSError) as error:  # torch reports a lost peer as a RuntimeError
-            raise WeightSyncError(f"push of version {version}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WeightSyncError(f"push of version {version}: {reason}") from error
 
     def _connect(self) -> Any:
         self._control.clear_abandoned_update()

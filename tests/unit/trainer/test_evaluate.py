@@ -43,6 +43,76 @@ def test_reverse_kl_is_over_the_full_vocabulary_whatever_its_padding(model, padd
     assert reverse_kl_sum(model, ROLLOUTS, teacher) == pytest.approx(exact_kl(model, teacher), rel=1e-5)
 
 
+def test_ids_that_only_the_student_has_are_left_out(model) -> None:  # type: ignore[no-untyped-def]
+    teacher = torch.randn(NUM_ROWS, VOCAB - 5, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    expected, row = 0.0, 0
+    for rollout in ROLLOUTS:
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.sequence])).logits[0].double()
+        q = logits.log_softmax(-1)[len(rollout.prompt.token_ids) - 1 : -1, : VOCAB - 5]
+        expected += float((q.exp() * (q - teacher[row : row + len(q)].double())).sum())
+        row += len(q)
+    assert reverse_kl_sum(model, ROLLOUTS, teacher) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_is_no_distance_from_itself(model) -> None:  # type: ignore[no-untyped-def]
+    own = []
+    for rollout in ROLLOUTS:
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.sequence])).logits[0]
+        own.append(logits.log_softmax(-1)[len(rollout.prompt.token_ids) - 1 : -1])
+    assert reverse_kl_sum(model, ROLLOUTS, torch.cat(own)) == pytest.approx(0.0, abs=1e-4)
+
+
+class FullTeacher:
+    """Scores the whole vocabulary, its candidates in an order of their own, from [N, V] logprobs per sequence."""
+
+    def __init__(self, logprobs: dict[tuple[int, ...], torch.Tensor]) -> None:
+        self.logprobs = logprobs
+        self.asked: list[int] = []
+
+    async def score(
+        self, sequences: list[tuple[list[int], int]], *, top_k: int, max_rows_per_request: int
+    ) -> TeacherScores:
+        rows = [self.logprobs[tuple(ids)] for ids, _ in sequences]
+        self.asked = [len(r) for r in rows]
+        best = torch.cat(rows).sort(-1, descending=True)
+        assert top_k == best.values.shape[1] and max_rows_per_request >= 1
+        offsets, zeros = np.cumsum([0, *self.asked]), np.zeros(len(best.values), np.float32)
+        ids = best.indices.numpy().astype(np.int32)
+        return TeacherScores("t", "f", 1.0, top_k, offsets, zeros, ids, best.values.numpy(), zeros, zeros)
+
+
+@pytest.mark.parametrize("tokens_per_micro_batch", [1, 24, 10_000])
+async def test_the_mean_reverse_kl_pairs_every_completion_with_its_own_teacher_rows(
+    model,  # type: ignore[no-untyped-def]
+    tokens_per_micro_batch: int,
+) -> None:
+    teacher = torch.randn(NUM_ROWS, VOCAB, generator=torch.Generator().manual_seed(2)).mul(3).log_softmax(-1)
+    cut = teacher.split([len(r.completion.token_ids) for r in ROLLOUTS])
+    client = FullTeacher({tuple(r.sequence): rows for r, rows in zip(ROLLOUTS, cut, strict=True)})
+    config = RunConfig(pipeline={"tokens_per_micro_batch": tokens_per_micro_batch})
+    tokenizer = build_tokenizer()
+    evaluator = Evaluator(config, [], tokenizer, None, client, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+    reverse_kl, num_tokens = await evaluator._reverse_kl(model, ROLLOUTS)
+    assert num_tokens == NUM_ROWS
+    assert reverse_kl == pytest.approx(exact_kl(model, teacher) / NUM_ROWS, rel=1e-5)
+
+
+async def test_a_large_vocabulary_is_scored_on_as_many_completions_as_the_budget_holds(model) -> None:  # type: ignore[no-untyped-def]
+    vocab = 1 << 14  # 8 bytes a candidate: 1 MiB holds 8 rows
+    teacher = torch.full((NUM_ROWS, vocab), 0.0).log_softmax(-1)
+    cut = teacher.split([len(r.completion.token_ids) for r in ROLLOUTS])
+    client = FullTeacher({tuple(r.sequence): rows for r, rows in zip(ROLLOUTS, cut, strict=True)})
+    tokenizer = build_tokenizer()
+    info = teacher_info(tokenizer, padded_vocab_size=vocab)
+    config = RunConfig(evaluation={"kl_budget_mib": 1})
+    evaluator = Evaluator(config, [], tokenizer, None, client, info, [256])  # type: ignore[arg-type]
+    _, num_tokens = await evaluator._reverse_kl(model, ROLLOUTS)
+    assert num_tokens == sum(client.asked) and 0 < len(client.asked) < len(ROLLOUTS)
+    assert sum(client.asked) <= 8
+
+
 def test_candidates_in_any_order_become_dense() -> None:
     ids, logprobs = np.array([[2, 0, 1]], np.int32), np.array([[-1.0, -2.0, -3.0]], np.float32)
     assert dense_logprobs(ids, logprobs, 3).tolist() == [[-2.0, -3.0, -1.0]]
@@ -51,6 +121,7 @@ def test_candidates_in_any_order_become_dense() -> None:
 def test_a_budget_takes_a_seeded_subset_of_at_least_one() -> None:
     assert within_rows(ROLLOUTS, NUM_ROWS, seed=0) == ROLLOUTS
     assert len(within_rows(ROLLOUTS, 0, seed=0)) == 1
+    assert len({tuple(r.prompt.row for r in within_rows(ROLLOUTS, 10, seed=seed)) for seed in range(8)}) > 1
     some = within_rows(ROLLOUTS, 10, seed=0)
     assert sum(len(r.completion.token_ids) for r in some) <= 10 and some == within_rows(ROLLOUTS, 10, seed=0)
 
@@ -67,6 +138,13 @@ class GreedyTeacher:
         zeros = np.zeros(len(flat), np.float32)
         offsets = np.concatenate([[0], np.cumsum([len(b) for b in self.best])])
         return TeacherScores("t", "f", 1.0, 1, offsets, zeros, flat[:, None], zeros[:, None], zeros, zeros)
+
+
+async def test_without_answers_nothing_is_asked_of_the_teacher() -> None:
+    tokenizer = build_tokenizer()
+    prompts = [Prompt(1, [1], "", None)]
+    evaluator = Evaluator(RunConfig(), prompts, tokenizer, None, None, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+    assert await evaluator.teacher_exact_match() is None
 
 
 async def test_the_teachers_exact_match_is_what_greedy_decoding_would_give() -> None:

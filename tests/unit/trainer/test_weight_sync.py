@@ -12,7 +12,7 @@ from tests.models import save_model
 from tests.unit.trainer.test_preflight import rollout_info
 from trainer.model import load_student
 from trainer.prompts import Prompt
-from trainer.weight_sync import WeightSync
+from trainer.weight_sync import WeightSync, check_version
 
 URL = "http://rollout"
 PROMPT = [40, 50]
@@ -37,6 +37,8 @@ class Server:
         self.trouble = self.script.pop(0)
         if self.trouble == "breaks":
             raise RuntimeError("Connection closed by peer\nand a long story")
+        if self.trouble == "breaks without a word":
+            raise TimeoutError
         if self.trouble != "keeps the old version":
             self.version = str(self.sync._control.version)
 
@@ -85,7 +87,9 @@ async def test_a_push_pauses_sends_and_resumes_over_one_connection(
     assert (server.connections, server.version) == (1, "1")
 
 
-@pytest.mark.parametrize("trouble", ["breaks", "keeps the old version", "garbles", "is silent"])
+@pytest.mark.parametrize(
+    "trouble", ["breaks", "breaks without a word", "keeps the old version", "garbles", "is silent"]
+)
 async def test_a_failed_push_is_repeated_in_full_over_a_new_connection(
     trouble: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +103,7 @@ async def test_a_failed_push_is_repeated_in_full_over_a_new_connection(
     ("trouble", "message"),
     [
         ("breaks", "push of version 4: Connection closed by peer$"),
+        ("breaks without a word", "push of version 4: TimeoutError$"),
         ("keeps the old version", r"answers under version \['default'\] after a push of version 4"),
         ("garbles", r"canary of version 4 on http://rollout: .* by 0\.01, more than 0\.0001 \(float32\)"),
     ],
@@ -108,6 +113,46 @@ async def test_a_push_that_fails_twice_stops_the_run(
 ) -> None:
     with pytest.raises(WeightSyncError, match=message):
         await attach(Server([trouble] * 2), folder, monkeypatch).push(4)
+
+
+def test_one_token_of_another_version_is_an_error() -> None:
+    spans = [VersionSpan("3", 0, 1), VersionSpan("4", 1, 2)]
+    completion = RolloutCompletion(0, 0, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", spans)
+    with pytest.raises(WeightSyncError, match=r"http://rollout answers under version \['3', '4'\]"):
+        check_version(URL, [completion], 4)
+
+
+async def test_a_looser_tolerance_lets_a_larger_residual_pass_and_reports_it(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(["garbles"])
+    sync = attach(server, folder, monkeypatch)
+    sync._config = RunConfig(weight_sync={"canary_tolerance": 0.02})
+    assert (await sync.push(1))["canary_residual"] == pytest.approx(0.01, abs=1e-5)
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("differences", [[0.001, np.nan], [np.nan, np.nan]])
+def test_a_residual_that_is_no_number_never_passes(
+    differences: list[float], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = attach(Server([]), folder, monkeypatch)
+    with pytest.raises(WeightSyncError, match="differ from the trainer's by nan"):
+        sync._check_residual(URL, 1, np.array(differences))
+
+
+def test_half_precision_is_judged_by_the_mean(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = attach(Server([]), folder, monkeypatch, dtype="bfloat16")
+    assert sync._check_residual(URL, 1, np.array([0.08, 0.0])) == pytest.approx(0.04)
+    with pytest.raises(WeightSyncError, match=r"by 0\.06, more than 0\.05 \(bfloat16\)"):
+        sync._check_residual(URL, 1, np.array([0.12, 0.0]))
+
+
+def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
+    servers = Server([], urls=[URL, "http://other"])
+    infos = [rollout_info(), rollout_info(dtype="bfloat16")]
+    with pytest.raises(StartupError, match="different dtypes"):
+        WeightSync(RunConfig(), load_student(RunConfig(student={"model": folder}).student), servers, infos, [], None)  # type: ignore[arg-type]
 
 
 def test_both_ends_must_mean_the_same_backend(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
