@@ -49,8 +49,11 @@ def role_command(role: str, run_file: Path) -> list[str]:
     return [sys.executable, "-m", "services.cli", subcommand, str(run_file)]
 
 
-def up(config: RunConfig, command: Command = role_command) -> int:
+def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRACE_S) -> int:
     """Run all three roles; returns the exit code of the whole.
+
+    Args:
+        grace_s: how long a role that is asked to end may take before it is killed, seconds.
 
     Raises:
         ConfigError: the run names servers that somebody else starts, or its folder holds a finished run.
@@ -63,7 +66,7 @@ def up(config: RunConfig, command: Command = role_command) -> int:
     config = with_free_ports(config)
     run_file = output_dir / "run.json"
     run_file.write_text(config.model_dump_json(indent=2) + "\n")
-    return asyncio.run(Supervisor(config, run_file, command).run())
+    return asyncio.run(Supervisor(config, run_file, command, grace_s).run())
 
 
 def with_free_ports(config: RunConfig) -> RunConfig:
@@ -127,8 +130,8 @@ class Child:
 
 
 class Supervisor:
-    def __init__(self, config: RunConfig, run_file: Path, command: Command) -> None:
-        self._config, self._run_file, self._command = config, run_file, command
+    def __init__(self, config: RunConfig, run_file: Path, command: Command, grace_s: float) -> None:
+        self._config, self._run_file, self._command, self._grace_s = config, run_file, command, grace_s
         self._console = Console(highlight=False)
         self._children: dict[str, Child] = {}
         self._status: dict[str, str] = {}
@@ -252,9 +255,9 @@ class Supervisor:
 
     async def _end(self, child: Child) -> None:
         try:
-            await asyncio.wait_for(child.wait(), _GRACE_S)
+            await asyncio.wait_for(child.wait(), self._grace_s)
         except TimeoutError:
-            self._say(f"the {child.role} did not end within {_GRACE_S:.0f} s, killing it", style="red")
+            self._say(f"the {child.role} did not end within {self._grace_s:g} s, killing it", style="red")
         child.signal(signal.SIGKILL)  # whatever is left of its session
         await child.wait()
         self._status[child.role] = "ended"

@@ -226,6 +226,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             packed = pack(bucket, tensors)
             broadcast(self.group, packed)
             broadcast(self.group, digest_of(packed))
+        if (extra := next(tensors, None)) is not None:
+            raise ValueError(f"the weight source yields {extra[0]} after the last parameter its metadata announces")
 
     def shutdown(self) -> None:
         """Leave the group; safe to call twice."""

@@ -1,16 +1,22 @@
 """The bytes of a push: what one end packs the other unpacks, over a real gloo group."""
 
+import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from vllm.distributed.weight_transfer.base import ParamMeta
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
+from services.errors import WeightSyncError
 from services.startup import free_port
 from services.weight_transfer import gloo, trainer_engine
+from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.plugin import register
 from services.weight_transfer.source import CheckpointSource
 from tests.models import save_model
@@ -66,6 +72,159 @@ def test_bytes_and_digest_travel_through_a_group() -> None:
     damaged = received.clone()
     damaged[500] ^= 1
     assert not torch.equal(gloo.digest_of(damaged), digest)
+
+
+class Model(torch.nn.Module):
+    """Stands for vLLM's model: keeps copies of what it is given, or refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: dict[str, torch.Tensor] = {}
+        self.refuses = False
+
+    def load_weights(self, weights) -> None:  # type: ignore[no-untyped-def]
+        if self.refuses:
+            raise RuntimeError("no such parameter")
+        self.got |= {name: tensor.clone() for name, tensor in weights}
+
+
+class Worker(gloo.GlooWeightTransferEngine):
+    """A worker of a server of its own; what vLLM's layers do around an update is for the integration tests."""
+
+    def __init__(self) -> None:
+        parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        config = SimpleNamespace(parallel_config=parallel, model_config=None)
+        super().__init__(None, config, torch.device("cpu"), Model())  # type: ignore[arg-type]
+        self.finished_as: str | None = None
+
+    def answer(self, stage: str, body: dict) -> None:
+        if stage == "init_weight_transfer_engine":
+            self.init_transfer_engine(self.parse_init_info(body["init_info"]))
+        elif stage == "update_weights":
+            self.update_weights(body["update_info"])
+        elif stage == "finish_weight_update":
+            self.finished_as = body["weight_version"]
+
+
+class Source(WeightSource):
+    def __init__(self, items: dict[str, torch.Tensor] = TENSORS) -> None:
+        self.items = items
+
+    def metadata(self) -> list[ParamMeta]:
+        return PARAMETERS
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.items.items())
+
+
+class Rig:
+    """Two servers with one worker each, and the trainer's end, in one real group on this machine."""
+
+    def __init__(self, source: Source, bucket_bytes: int = 64) -> None:
+        self.workers = {"a": Worker(), "b": Worker()}
+        transport = httpx.MockTransport(self._answer)
+        self.client = WeightControlClient(["http://a", "http://b"], [1, 1], None, 20.0, transport)
+        self.client.version = "9"
+        info = gloo.GlooTrainerInitInfo(
+            master_address="127.0.0.1",
+            master_port=free_port("127.0.0.1", 0),
+            world_size=3,
+            timeout_s=20.0,
+            bucket_bytes=bucket_bytes,
+            rank=0,
+        )
+        self.trainer = gloo.GlooTrainerWeightTransferEngine.trainer_init(info, client=self.client, source=source)
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else {}
+        try:
+            self.workers[request.url.host].answer(request.url.path.strip("/"), body)
+        except RuntimeError as error:
+            return httpx.Response(500, text=str(error))
+        return httpx.Response(200)
+
+    def close(self) -> None:
+        self.trainer.shutdown()
+        for worker in self.workers.values():
+            worker.shutdown()
+        self.client.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig(Source())
+    yield made
+    made.close()
+
+
+def test_a_push_reaches_the_workers_of_all_servers_bit_by_bit(rig: Rig) -> None:
+    for version in ("9", "10"):
+        rig.client.version = version
+        rig.trainer.send_weights()
+        for worker in rig.workers.values():
+            assert worker.finished_as == version and list(worker.model.got) == list(TENSORS)
+            assert all(torch.equal(worker.model.got[name], tensor) for name, tensor in TENSORS.items())
+            worker.model.got.clear()
+
+
+def test_a_worker_that_fails_ends_the_push_on_both_ends(rig: Rig) -> None:
+    rig.workers["b"].model.refuses = True
+    with pytest.raises((WeightSyncError, RuntimeError)):
+        rig.trainer.send_weights()
+    assert rig.trainer.group is None and rig.workers["b"].group is None
+    assert [worker.finished_as for worker in rig.workers.values()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        {name: TENSORS[name] for name in "abcd"},
+        {**TENSORS, "f": torch.zeros(1)},
+        {**TENSORS, "e": torch.zeros(4, 6)},
+    ],
+    ids=["too few", "too many", "another shape"],
+)
+def test_a_push_of_other_weights_than_announced_fails(items: dict[str, torch.Tensor]) -> None:
+    rig = Rig(Source(items), bucket_bytes=10_000)
+    try:
+        with pytest.raises(ValueError, match="its metadata announces"):
+            rig.trainer.send_weights()
+        assert rig.trainer.group is None
+        assert [worker.finished_as for worker in rig.workers.values()] == [None, None]
+    finally:
+        rig.close()
+
+
+def test_damaged_weights_are_not_loaded() -> None:
+    port = free_port("127.0.0.1", 0)
+    worker = Worker()
+    update = {
+        "names": [p.name for p in PARAMETERS],
+        "dtype_names": [str(p.dtype).removeprefix("torch.") for p in PARAMETERS],
+        "shapes": [list(p.shape) for p in PARAMETERS],
+    }
+
+    def send() -> None:
+        group = gloo.join_group("127.0.0.1", port, 0, 2, timeout_s=20.0)
+        packed = gloo.pack(PARAMETERS, iter(TENSORS.items()))
+        digest = gloo.digest_of(packed)
+        packed[50] ^= 1
+        gloo.broadcast(group, packed)
+        gloo.broadcast(group, digest)
+        group.abort()
+
+    with ThreadPoolExecutor(1) as executor:
+        sent = executor.submit(send)
+        worker.init_transfer_engine(gloo.GlooInitInfo("127.0.0.1", port, 1, 2, 20.0, 10_000))
+        with pytest.raises(RuntimeError, match="weights arrived damaged, between a and e"):
+            worker.update_weights(update)
+        sent.result()
+    assert worker.model.got == {} and worker.group is None
+
+
+def test_an_update_before_any_trainer_has_joined_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no trainer has joined"):
+        Worker().update_weights({"names": [], "dtype_names": [], "shapes": []})
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])

@@ -52,6 +52,11 @@ open(f"{sys.argv[1]}/holder.pids", "w").write(f"{os.getpid()} {holder.pid}")
 time.sleep(1.0)
 sys.exit(int(sys.argv[2]))
 """
+SILENT = """
+import os, sys, time
+open(f"{sys.argv[1]}/silent.pids", "w").write(str(os.getpid()))
+time.sleep(600)
+"""
 CHATTY = "while True: print('x' * 1000)"
 
 
@@ -148,10 +153,36 @@ def test_a_server_that_dies_at_start_ends_the_run(
 
 
 def test_a_child_that_ignores_sigterm_is_killed(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.supervisor._GRACE_S", 0.5)
-    assert up(config, Roles(tmp_path, ignores="teacher")) == 0
+    assert up(config, Roles(tmp_path, ignores="teacher"), grace_s=0.5) == 0
+    wait_until_nobody_lives(tmp_path)
+    out = capfd.readouterr().out
+    assert "the teacher did not end within 0.5 s, killing it" in out and "the rollout did not end" not in out
+
+
+@pytest.mark.parametrize(
+    ("role", "script", "code", "said"),
+    [
+        ("trainer", "import os; os.kill(os.getpid(), 9)", 137, "the trainer was ended by SIGKILL"),
+        ("teacher", "pass", StartupError.exit_code, "the teacher exited with code 0"),
+    ],
+)
+def test_a_role_that_ends_without_a_code_of_its_own_still_fails_the_run(
+    role: str, script: str, code: int, said: str, config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert up(config, Replaced(tmp_path, role, script)) == code
+    wait_until_nobody_lives(tmp_path)
+    assert said in capfd.readouterr().out
+
+
+def test_a_server_that_does_not_become_ready_in_time_is_named_and_everybody_ended(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    teacher = config.teacher.model_copy(update={"startup_timeout_s": 1.0})
+    with pytest.raises(StartupError, match=r"the teacher server at http://127\.0\.0\.1:\d+ is not ready after 1 s"):
+        up(config.model_copy(update={"teacher": teacher}), Replaced(tmp_path, "teacher", SILENT, str(tmp_path)))
+    assert (tmp_path / "silent.pids").exists() and not (tmp_path / "trainer.pids").exists()
     wait_until_nobody_lives(tmp_path)
 
 
@@ -191,6 +222,18 @@ def test_ctrl_c_leaves_no_orphan(number: int, code: int, config: RunConfig, tmp_
     wait_until_training(process, tmp_path)
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == code
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_ctrl_c_while_a_server_is_still_starting_leaves_no_orphan(config: RunConfig, tmp_path: Path) -> None:
+    process = start_up(config, "Replaced(folder, 'teacher', SILENT, str(folder))", tmp_path)
+    for _ in _until(30.0):
+        assert process.poll() is None, "ended too early"
+        if (tmp_path / "silent.pids").exists():
+            break
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert not (tmp_path / "trainer.pids").exists()
     wait_until_nobody_lives(tmp_path)
 
 
@@ -239,6 +282,21 @@ def test_taken_ports_are_replaced_and_said(config: RunConfig, capsys: pytest.Cap
     assert moved.rollout.port not in (port, moved.teacher.port)
     assert moved.rollout.server_urls() == [f"http://127.0.0.1:{moved.rollout.port}"]
     assert f"rollout.port = {port} is in use, taking {moved.rollout.port}" in capsys.readouterr().out
+
+
+def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", config.teacher.port))
+        listener.listen()
+        assert up(config, Roles(tmp_path)) == 0
+    resolved = json.loads((tmp_path / "out" / "run.json").read_text())["teacher"]
+    assert resolved["port"] != config.teacher.port
+    assert resolved["urls"] == [f"http://127.0.0.1:{resolved['port']}"]
+    out = capfd.readouterr().out
+    assert f"teacher.port = {config.teacher.port} is in use, taking {resolved['port']}" in out
+    assert f"the teacher server is ready at {resolved['urls'][0]}" in out
 
 
 @pytest.mark.parametrize("role", ["rollout", "teacher"])

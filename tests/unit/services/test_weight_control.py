@@ -1,6 +1,7 @@
 """The control plane of a push: ranks, versions, all-or-nothing, errors that name server and stage."""
 
 import json
+import threading
 
 import httpx
 import pytest
@@ -51,6 +52,43 @@ def test_finish_announces_the_version_although_the_engine_does_not() -> None:
     assert servers.bodies("finish_weight_update") == {key: {"weight_version": "7"} for key in "abc"}
 
 
+def test_a_version_given_to_finish_comes_before_the_clients_own() -> None:
+    servers = Servers()
+    client = control(servers)
+    client.version = "7"
+    client.finish_weight_update("8")
+    assert servers.bodies("finish_weight_update") == {key: {"weight_version": "8"} for key in "abc"}
+
+
+def test_a_pause_waits_for_running_completions_and_drops_caches_of_old_weights() -> None:
+    asked = []
+    transport = httpx.MockTransport(lambda request: asked.append(request.url) or httpx.Response(200))
+    WeightControlClient(["http://a"], [1], None, 5.0, transport).pause()
+    assert [(url.path, dict(url.params)) for url in asked] == [("/pause", {"mode": "wait", "clear_cache": "true"})]
+
+
+def test_every_call_has_the_deadline_of_a_stage() -> None:
+    deadlines = []
+    transport = httpx.MockTransport(
+        lambda request: deadlines.append(request.extensions["timeout"]["read"]) or httpx.Response(200)
+    )
+    client = WeightControlClient(["http://a"], [1], None, 3.5, transport)
+    client.start_weight_update()
+    client.update_weights({})
+    assert deadlines == [3.5, 3.5]
+
+
+def test_all_servers_are_asked_at_once() -> None:
+    together = threading.Barrier(3, timeout=10.0)  # broken unless all three calls are under way
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        together.wait()
+        return httpx.Response(200)
+
+    WeightControlClient(URLS, [2, 1, 4], None, 5.0, httpx.MockTransport(answer)).update_weights({})
+    assert not together.broken
+
+
 def test_the_key_goes_along() -> None:
     seen = []
     client = WeightControlClient(
@@ -76,7 +114,13 @@ def test_a_stalled_or_lost_server_is_named_with_the_stage(error: Exception) -> N
         control(servers).update_weights({})
 
 
-def test_clearing_an_abandoned_update_expects_refusals() -> None:
-    servers = Servers({f"{host}/finish_weight_update": httpx.Response(500) for host in "abc"})
+REFUSALS = [httpx.Response(500), httpx.ReadTimeout("slow"), httpx.ConnectError("gone")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["an error", "a timeout", "a lost server"])
+def test_clearing_an_abandoned_update_expects_refusals(refusal: httpx.Response | Exception) -> None:
+    stages = ("finish_weight_update", "shutdown_weight_transfer_engine")
+    servers = Servers({f"a/{stage}": refusal for stage in stages} | {"b/finish_weight_update": refusal})
     control(servers).clear_abandoned_update()
-    assert set(servers.bodies("shutdown_weight_transfer_engine")) == set("abc")
+    assert [host for host, path, _ in servers.calls if path == "shutdown_weight_transfer_engine"] == ["a", "b", "c"]
+    assert {json.dumps(body) for body in servers.bodies("finish_weight_update").values()} == {"{}"}
