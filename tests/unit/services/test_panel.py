@@ -25,9 +25,12 @@ ROW: dict[str, Any] = {
 }
 
 
+ELAPSED_S = 3725.0
+
+
 def shown(row: dict[str, Any], status: dict[str, str] | None = None) -> str:
     console = Console(record=True, width=140, force_terminal=False, file=io.StringIO())
-    console.print(render(row, status or {}))
+    console.print(render(row, status or {}, ELAPSED_S))
     return console.export_text()
 
 
@@ -54,32 +57,40 @@ def step(number: int) -> str:
 def test_the_last_complete_step_is_read(content: str, expected: int | None, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    assert last_step(path).get("step") == expected
+    assert last_step(path, since=0.0).get("step") == expected
 
 
 def test_half_a_character_is_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(step(1).encode() + b'\n{"note": "\xc3')
-    assert last_step(path)["step"] == 1
+    assert last_step(path, since=0.0)["step"] == 1
 
 
 def test_before_the_first_step_there_is_nothing(tmp_path: Path) -> None:
-    assert last_step(tmp_path / "metrics.jsonl") == {}
-    assert last_step(tmp_path) == {}
+    assert last_step(tmp_path / "metrics.jsonl", since=0.0) == {}
+    assert last_step(tmp_path, since=0.0) == {}
+
+
+def test_a_file_of_an_earlier_run_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(step(7))
+    written = path.stat().st_mtime
+    assert last_step(path, since=written + 1) == {}
+    assert last_step(path, since=written - 1)["step"] == 7
 
 
 def test_of_a_long_file_the_end_is_enough(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(step(number) + "\n" for number in range(20_000)))
     assert path.stat().st_size > 4 * (64 << 10)
-    assert last_step(path)["step"] == 19_999
+    assert last_step(path, since=0.0)["step"] == 19_999
 
 
 def test_a_row_is_shown_with_its_numbers_and_the_time_left() -> None:
     text = shown(ROW, {"rollout": "ready", "teacher": "starting", "trainer": "ended"})
     for expected in (
         "step 30/120",
-        "2:15 left",  # 90 steps of 1.5 s
+        "1:02:05 elapsed, 2:15 left",  # 90 steps of 1.5 s
         "reverse KL 0.1235",
         "k1 -0.2500",
         "loss 1.5000",
