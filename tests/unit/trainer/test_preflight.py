@@ -117,6 +117,13 @@ def test_text_that_is_cut_differently_with_one_vocabulary_is_said() -> None:
     assert "cut into tokens differently" in preflight.first_differences({"a": 0}, {"a": 0})
 
 
+def test_a_token_that_only_one_side_has_differs_and_only_the_first_few_are_shown() -> None:
+    ours, theirs = {"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}
+    assert preflight.first_differences(ours, theirs) == "1 ids differ, first id 2 is None here and 'c' there"
+    many = preflight.first_differences({f"x{i}": i for i in range(9)}, {f"y{i}": i for i in range(9)})
+    assert many.startswith("9 ids differ, first id 0 is") and many.count("here and") == 3 and "id 3" not in many
+
+
 async def test_teachers_must_be_replicas() -> None:
     tokenizer = build_tokenizer()
     teachers = Servers(teacher_info(tokenizer), teacher_info(tokenizer, fingerprint="g"))
