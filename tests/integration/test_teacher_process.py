@@ -52,8 +52,12 @@ def test_sigterm_lets_accepted_work_finish_and_turns_new_work_away(teacher: Serv
             assert not working.done()
             time.sleep(0.01)
         teacher.process.send_signal(signal.SIGTERM)
-        while (ready := httpx.get(f"{teacher.url}/ready")).status_code == 200:
-            time.sleep(0.01)
+        try:
+            while (ready := httpx.get(f"{teacher.url}/ready")).status_code == 200:
+                time.sleep(0.01)
+        except httpx.TransportError as error:
+            told = working.result(timeout=60)
+            pytest.fail(f"{error!r}; accepted work: {told.status_code} {told.text[:300]}; {teacher.log.read_text()}")
         refused = client.post("/v1/teacher/logprobs", json={**body, "sequences": body["sequences"][:1]})  # type: ignore[index]
         alive = httpx.get(f"{teacher.url}/health").status_code
         assert not working.done(), "the machine is too fast for this test: give it more to score"

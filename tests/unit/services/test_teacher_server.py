@@ -196,10 +196,8 @@ def test_a_flood_of_mistakes_makes_few_error_objects(sequences: list[dict[str, A
 
 
 def test_float16_keeps_what_is_possible_possible() -> None:
-    rows = np.array([-1.5, -1e5, -np.inf], np.float32)
-    scores = TeacherScores(
-        "m", "f", 1.0, 1, np.array([0, 3]), rows, rows[:, None].astype(np.int32), rows[:, None], rows, rows
-    )
+    rows, ids = np.array([-1.5, -1e5, -np.inf], np.float32), np.zeros((3, 1), np.int32)
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), rows, ids, rows[:, None], rows, rows)
     half = _as_dtype(scores, "float16")
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
