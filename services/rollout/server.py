@@ -4,6 +4,7 @@ This process checks what can be checked cheaply and then replaces itself, so tha
 memory are vLLM's own and no wrapper stays behind.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import sys
 import torch
 
 from services.config import RolloutConfig, RunConfig, Secrets, require_key_beyond_loopback
+from services.errors import StartupError
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
 
@@ -30,6 +32,7 @@ def run(config: RunConfig) -> None:
     require_key_beyond_loopback("rollout", config.rollout.host, Secrets().rollout_key)
     check_port("rollout", config.rollout.host, config.rollout.port)
     check_model_folder("student.model", config.student.model or "")
+    check_libnuma()
     command = vllm_command(config)
     sys.stdout.flush()
     os.execve(command[0], command, vllm_environment(config))
@@ -75,12 +78,33 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
         # Threads that spin after each parallel region starve the two other roles on a small machine.
         "KMP_BLOCKTIME": "0",
     }
+    if not torch.cuda.is_available():
+        # vLLM's sampler goes through torch.compile even with --enforce-eager, which needs a C++ compiler: without
+        # one the engine dies at its first completion.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight routes exist only then; the guard keeps the others shut
         "VLLM_CPU_KVCACHE_SPACE": _kv_cache_gib(config.rollout),
         **RolloutSettings.from_config(config).to_environment(),
     }
     return {**defaults, **os.environ, **fixed}
+
+
+def check_libnuma() -> None:
+    """vLLM for CPU loads this system library, which its wheel does not bring along.
+
+    Raises:
+        StartupError: there is no GPU and the library is missing.
+    """
+    if torch.cuda.is_available():
+        return
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise StartupError(
+            "vLLM for CPU needs the system library libnuma.so.1, which is not installed; install it, "
+            "on Debian and Ubuntu with: apt install libnuma1"
+        ) from error
 
 
 def _kv_cache_gib(rollout: RolloutConfig) -> str:
