@@ -1,7 +1,7 @@
 """Every option of every role, in one pydantic model; loads neither torch nor vllm.
 
 One TOML file per run, dotted overrides on the command line, the environment for secrets only (`Secrets`).
-Units are in the names, ranges on the fields, checks across sections in `RunConfig._check_across_sections`.
+Units are in the names, ranges on the fields, checks across options in services/config_checks.py.
 """
 
 import ipaddress
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services import config_checks
 from services.errors import ConfigError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -141,6 +142,12 @@ class DataConfig(Section):
     """JSONL file with one prompt a row; required by the trainer."""
     eval_path: str | None = None
     """JSONL file of held-out prompts; no evaluation without it."""
+    lm_path: str | None = None
+    """JSONL file of texts whose cross-entropy loss.alpha_lm weighs."""
+    text_column: str = "text"
+    """Column of data.lm_path that holds the text."""
+    max_text_tokens: int = Field(512, ge=2)
+    """Longer texts of data.lm_path are cut into windows of this many tokens."""
     prompt_column: str = "prompt"
     """Column that holds a text prompt; a row with `messages` is rendered by the tokenizer's chat template instead."""
     answer_column: str = "answer"
@@ -183,14 +190,24 @@ class LossConfig(Section):
     """Whether a token's own reward is in its advantage; auto: exclusive when the single-step term is on."""
     kd_temperature: float = Field(1.0, gt=0)
     """Divides student and teacher logits before the softmax."""
-    single_step_estimator: Literal["hybrid", "truncated"] = "hybrid"
-    """Estimator of the single-step term from the teacher's top-k; hybrid has the full-vocabulary gradient in expectation."""
+    single_step_divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """Divergence of the single-step term; reverse_kl is MiniLLM's, the others are GKD's."""
+    jsd_beta: float = Field(0.5, ge=0, le=1)
+    """The teacher's share in the mixture of "jsd"; 0 is forward KL, 1 reverse KL."""
+    single_step_estimator: Literal["hybrid", "truncated", "full"] = "hybrid"
+    """truncated: top_k tokens and a bucket for the rest; hybrid adds sampled tokens for what is inside it; full: every token."""
+    support: Literal["teacher_topk", "student_topk"] = "teacher_topk"
+    """Whose likeliest tokens the single-step term looks at."""
     top_k: int = Field(32, ge=1)
-    """Teacher candidates per position."""
+    """Tokens of the support per position."""
     alpha_rkl: float = Field(1.0, ge=0)
     """Weight of the policy-gradient term."""
     alpha_single_step: float = Field(1.0, ge=0)
     """Weight of the single-step term."""
+    alpha_reward: float = Field(1.0, ge=0)
+    """Weight of rewards besides the teacher, where there are any."""
+    alpha_lm: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy on the texts of data.lm_path (MiniLLM's L_PT)."""
     advantage_clip: float | None = Field(10.0, gt=0)
     """Bound on the absolute advantage; null for exactness."""
     importance_sampling: Literal["none", "tis", "icepop"] = "tis"
@@ -201,16 +218,39 @@ class LossConfig(Section):
     """Tokens with a smaller ratio are dropped by "icepop"."""
     icepop_high: float = Field(5.0, gt=0)
     """Tokens with a larger ratio are dropped by "icepop"."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """With several updates per batch: the policy ratio counts down to 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """With several updates per batch: the policy ratio counts up to 1 + clip_high."""
     truncated: Literal["train", "mask", "drop"] = "train"
     """Completions that hit max_new_tokens: train on them, mask their tokens, or leave them out."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     """How token losses become one number; "constant" divides by sequences times max_new_tokens."""
 
+    @property
+    def uses_rkl_advantage(self) -> bool:
+        return self.rkl_advantage and self.alpha_rkl > 0
+
+    @property
+    def uses_single_step(self) -> bool:
+        return self.single_step_decomposition and self.alpha_single_step > 0
+
+    @property
+    def uses_sampled_tokens(self) -> bool:
+        """Whether a term is an expectation over the sampled token, which must then come from the student itself."""
+        return self.uses_rkl_advantage or (self.uses_single_step and self.single_step_estimator == "hybrid")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.rkl_advantage and not self.single_step_decomposition:
+        if not self.uses_rkl_advantage and not self.uses_single_step:
             raise ValueError(
-                "loss.rkl_advantage = false and loss.single_step_decomposition = false leave nothing to learn; set one of them to true"
+                f"loss.rkl_advantage = {self.rkl_advantage} (alpha_rkl = {self.alpha_rkl}) and loss.single_step_decomposition = "
+                f"{self.single_step_decomposition} (alpha_single_step = {self.alpha_single_step}) leave nothing to learn; "
+                "set one of them to true, with a weight above 0"
+            )
+        if not self.uses_single_step and self.reward_to_go == "exclusive" and self.gamma == 0:
+            raise ValueError(
+                "loss.reward_to_go = exclusive with loss.gamma = 0 and no single-step term leaves nothing to learn; use inclusive"
             )
         if self.icepop_low >= self.icepop_high:
             raise ValueError(f"loss.icepop_low = {self.icepop_low} must be below loss.icepop_high = {self.icepop_high}")
@@ -251,6 +291,10 @@ class PipelineConfig(Section):
     """Prompts a step completes."""
     samples_per_prompt: int = Field(1, ge=1)
     """Completions per prompt."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer steps on each batch before the weights are pushed; from the second on the policy ratio is clipped."""
+    texts_per_step: int = Field(32, ge=1)
+    """Windows of data.lm_path per optimizer step."""
     tokens_per_micro_batch: int = Field(16384, ge=1)
     """Padded tokens in one forward and backward pass of the trainer."""
     max_staleness: int = Field(0, ge=0, le=0)
@@ -329,40 +373,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        loss, sampling, pipeline = self.loss, self.sampling, self.pipeline
-        if pipeline.steps is not None and pipeline.epochs is not None:
-            raise ValueError(
-                f"pipeline.steps = {pipeline.steps} and pipeline.epochs = {pipeline.epochs} contradict each other; give one of them"
-            )
-        if loss.rkl_advantage and loss.kd_temperature != 1.0:
-            if sampling.temperature != loss.kd_temperature:
-                raise ValueError(
-                    f"loss.kd_temperature = {loss.kd_temperature} with sampling.temperature = {sampling.temperature}: the policy "
-                    "gradient needs the logprobs of the policy that sampled; make them equal or set loss.rkl_advantage = false"
-                )
-            if sampling.top_p < 1.0 or sampling.top_k > 0:
-                raise ValueError(
-                    f"loss.kd_temperature = {loss.kd_temperature} needs sampling.top_p = 1 and sampling.top_k = 0 "
-                    f"(got {sampling.top_p} and {sampling.top_k}), or loss.rkl_advantage = false"
-                )
-        max_len, new = self.rollout.max_model_len, self.longest_completion()
-        if max_len is not None and new >= max_len:
-            raise ValueError(
-                f"max_new_tokens = {new} leaves no room for a prompt in rollout.max_model_len = {max_len}; lower the one or raise the other"
-            )
-        if self.rollout.port == self.teacher.port and self.rollout.host == self.teacher.host:
-            raise ValueError(
-                f"rollout.port and teacher.port are both {self.teacher.port}; give the two servers different ports"
-            )
-        if self.teacher.max_top_k is not None and loss.top_k > self.teacher.max_top_k:
-            raise ValueError(
-                f"loss.top_k = {loss.top_k} is above teacher.max_top_k = {self.teacher.max_top_k}; lower the one or raise the other"
-            )
-        if pipeline.steps is not None and self.optimizer.warmup_steps > pipeline.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; "
-                "warm up for fewer steps"
-            )
+        config_checks.check(self)
         return self
 
     def longest_completion(self) -> int:

@@ -1,28 +1,41 @@
 """The MiniLLM loss as pure functions: tensors in, (loss, metrics) out.
 
-    loss = policy-gradient term on the sequence's reverse KL  +  single-step reverse KL of the next-token distributions
+    loss = policy-gradient term on the sequence's reverse KL  +  single-step divergence of the next-token distributions
 
 MiniLLM (arXiv 2306.08543, eq. 2-7) with TRL's options gamma and length normalisation. Two special cases: gamma = 0
 without the single-step term is Thinking Machines' on-policy distillation; the single-step term alone on the full
-vocabulary is GKD's reverse KL on student samples (arXiv 2306.13649).
+vocabulary is GKD's loss on student samples (arXiv 2306.13649). Options and formulas: docs/losses.md.
 
-Left out: several updates on one batch (PPO clipping), rewards other than the teacher, divergences other than reverse
-KL, cross-entropy on dataset text, and the temperature, which is applied where the logits are.
+The parts, a file each: advantages.py (rewards to advantages), importance.py (from the policy that sampled to the one
+that learns), divergences.py (the single-step term from a few log-probabilities), aggregation.py (denominators over
+micro-batches and ranks). The temperature is applied where the logits are (lm_head.py and the teacher).
 
-Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:cu_seqlens[i+1]; K support tokens;
-M trained positions (loss_mask = 1). Position t predicts token_ids[t] given everything before it; a micro-batch holds
-whole sequences. Log-probabilities are natural, computed in float32, or float64 if given; ids are int64.
+Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:cu_seqlens[i+1]; K support tokens.
+Position t predicts token_ids[t] given everything before it; a micro-batch holds whole sequences. Log-probabilities are
+natural, computed in float32, or float64 if given; ids are int64.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from services.config import LossConfig
+from trainer.advantages import is_exclusive, reward_advantages, reward_to_go, token_advantages
+from trainer.aggregation import LossTotals, merge_metrics, token_weights, tokens_per_sequence
+from trainer.divergences import bucketed, single_step_divergence, tail_correction
+from trainer.importance import Importance, importance_weights, policy_gradient
+
+__all__ = [
+    "LossInputs",
+    "LossTotals",
+    "is_exclusive",
+    "language_model_loss",
+    "merge_metrics",
+    "minillm_loss",
+    "reward_advantages",
+    "reward_to_go",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,50 +56,19 @@ class LossInputs:
     token_ids: Tensor  # [N] sampled tokens
     loss_mask: Tensor  # [N] bool or 0/1, the token was sampled by the student and counts
     cu_seqlens: Tensor  # [B+1] sequence boundaries; the last is N
-    old_token_logprobs: Tensor | None = None  # [N] log q at the start of the step; default: the student's, detached
-    single_step_kl: Tensor | None = None  # [N] full-vocabulary KL with gradient, in place of the estimators from S
+    old_token_logprobs: Tensor | None = None  # [N] log q before the first update on this batch; None: this is the first
+    external_advantages: Tensor | None = None  # [B] of rewards besides the teacher, see `reward_advantages`
+    single_step_kl: Tensor | None = None  # [N] full-vocabulary divergence with gradient, in place of the estimators
     student_entropies: Tensor | None = None  # [N] for the metrics only
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and name != "cu_seqlens":
-                shape = self.support_ids.shape if "support" in name else self.support_ids.shape[:1]
-                assert value.shape == shape, f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
-
-
-@dataclass(frozen=True)
-class LossTotals:
-    """Denominators of an optimizer step, counted over all its micro-batches and ranks before the first backward."""
-
-    num_valid_tokens: int  # trained tokens
-    num_sequences: int  # those with a trained token, so that a micro-batch that only fills up a rank changes nothing
-    max_completion_length: int | None = None  # longest possible completion, tokens; for the "constant" aggregation
-
-    @classmethod
-    def of(cls, loss_mask: Tensor, cu_seqlens: Tensor, max_completion_length: int | None = None) -> "LossTotals":
-        """Count loss_mask [N] of the sequences cu_seqlens [B+1]."""
-        per_sequence = _tokens_per_sequence(loss_mask.bool(), cu_seqlens)
-        return cls(int(per_sequence.sum()), int((per_sequence > 0).sum()), max_completion_length)
-
-    @classmethod
-    def sum(cls, parts: Sequence["LossTotals"]) -> "LossTotals":
-        """Add up micro-batches, or ranks.
-
-        Raises:
-            ValueError: they disagree on max_completion_length.
-        """
-        lengths = {part.max_completion_length for part in parts}
-        if len(lengths) > 1:
-            raise ValueError(f"max_completion_length differs within one step: {lengths}; give all parts the same")
-        return cls(sum(p.num_valid_tokens for p in parts), sum(p.num_sequences for p in parts), *lengths)
-
-
-class _Importance(NamedTuple):
-    """w_t = q_old / b: staleness and the numerical mismatch of the two engines together."""
-
-    ratio: Tensor  # [N] w_t
-    weight: Tensor  # [N] f(w_t)
-    is_capped: Tensor  # [N] bool, capped ("tis") or dropped ("icepop")
+            if value is None or name == "cu_seqlens":
+                continue
+            expected = self.support_ids.shape if "support" in name else self.support_ids.shape[:1]
+            if name == "external_advantages":
+                expected = self.cu_seqlens[1:].shape
+            assert value.shape == expected, f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
 
 
 def minillm_loss(
@@ -103,87 +85,42 @@ def minillm_loss(
     Returns:
         The scalar loss, a zero connected to the graph if no token is trained, and the metrics of the micro-batch, to
         be combined by `merge_metrics`. The loss is a surrogate: its gradient is meant, its value is no divergence.
+
+    Raises:
+        ValueError: an option needs an input that is missing.
     """
     x = _without_masked(inputs)
     totals = LossTotals.of(x.loss_mask, x.cu_seqlens) if totals is None else totals
-    importance = _importance(x, config)
-    advantages, is_clipped = _advantages(x, config)
-    single_step, single_step_kl = _single_step(x, importance.weight, config)
+    old = x.student_token_logprobs.detach() if x.old_token_logprobs is None else x.old_token_logprobs
+    importance = importance_weights(old, x.rollout_logprobs, config)
+    rewards = (x.teacher_token_logprobs - x.student_token_logprobs).detach()
+    advantages, is_clipped = token_advantages(rewards, x.external_advantages, x.loss_mask, x.cu_seqlens, config)
+    per_token, is_ratio_clipped = policy_gradient(
+        x.student_token_logprobs, x.old_token_logprobs, importance.weight, advantages, config
+    )
+    rho = (x.student_token_logprobs.detach() - old).exp()
+    single_step, single_step_kl = _single_step(x, importance.weight * rho, config)
+    if config.uses_single_step:
+        per_token = per_token + config.alpha_single_step * single_step
+    weights = token_weights(x.loss_mask, x.cu_seqlens, config, totals, per_token.dtype)
+    metrics = {
+        "single_step_kl": single_step_kl,
+        "advantage_mean": advantages,
+        "advantage_square": advantages.double().square(),
+        "advantage_clipped_fraction": is_clipped,
+        "policy_ratio_clipped_fraction": is_ratio_clipped,
+    }
+    return (per_token * weights).sum(), _summed(x, metrics | _policy_metrics(x, importance), importance)
 
-    terms = []
-    if config.rkl_advantage:
-        terms.append(-(importance.weight * advantages) * x.student_token_logprobs)
-    if config.single_step_decomposition:
-        terms.append(config.alpha_single_step * single_step)
-    loss = (torch.stack(terms).sum(0) * _token_weights(x, config, totals)).sum()
-    return loss, _metrics(x, importance, advantages, is_clipped, single_step_kl)
 
-
-def is_exclusive(config: LossConfig) -> bool:
-    """Whether a token's own reward is left to the single-step term (MiniLLM's decomposition, eq. 4)."""
-    return config.reward_to_go == "exclusive" or (config.reward_to_go == "auto" and config.single_step_decomposition)
-
-
-@torch.no_grad()
-def reward_to_go(
-    rewards: Tensor,
-    loss_mask: Tensor,
-    cu_seqlens: Tensor,
-    gamma: float,
-    length_normalization: bool,
-    exclusive: bool,
-) -> Tensor:
-    """Discounted sum of the rewards of the trained tokens from t on, within t's sequence.
-
-    Inclusive: sum_j gamma^j r_{t+j}, over sum_j gamma^j with length normalisation (MiniLLM's R^Norm, eq. 6, at
-    gamma = 1), j counting trained tokens only. Exclusive: gamma times the inclusive value at the next trained token.
+def language_model_loss(token_logprobs: Tensor, num_tokens: int) -> Tensor:
+    """L_PT of MiniLLM (section 2.2): cross-entropy on dataset text, with a denominator of its own.
 
     Args:
-        rewards: [N].
-        loss_mask: [N]; masked positions are skipped, do not age the discount, and are 0 in the result.
-        cu_seqlens: [B+1].
-
-    Returns:
-        [N] detached, float32, or float64 for float64 rewards.
+        token_logprobs: [N] log q of the dataset's tokens, with gradient.
+        num_tokens: of all micro-batches and ranks of the step.
     """
-    trained = loss_mask.bool().nonzero().squeeze(-1)
-    sequence_ids = _sequence_ids(cu_seqlens, len(rewards))[trained]
-    kept = rewards.to(torch.promote_types(rewards.dtype, torch.float32))[trained]
-    returns = _discounted_suffix_sum(kept, sequence_ids, gamma)
-    if length_normalization:
-        returns = returns / _discounted_suffix_sum(torch.ones_like(kept), sequence_ids, gamma)
-    if exclusive:
-        has_next = sequence_ids[1:] == sequence_ids[:-1]
-        later = torch.where(has_next, gamma * returns[1:], 0.0)
-        returns = torch.cat([later, torch.zeros_like(returns[:1])])
-    return kept.new_zeros(len(rewards)).index_copy_(0, trained, returns)
-
-
-def _discounted_suffix_sum(values: Tensor, sequence_ids: Tensor, gamma: float) -> Tensor:
-    """sum_j gamma^j values[t+j] within each sequence, [M], in log2(M) doublings instead of M steps.
-
-    After a round with distance d each entry covers the next 2d tokens (Hillis and Steele's scan).
-    """
-    total = values.clone()
-    distance, decay = 1, gamma
-    while distance < len(values) and decay > 0:
-        same = sequence_ids[distance:] == sequence_ids[:-distance]
-        total[:-distance] += torch.where(same, decay * total[distance:], 0.0)
-        distance, decay = 2 * distance, decay * decay
-    return total
-
-
-def _sequence_ids(cu_seqlens: Tensor, num_positions: int) -> Tensor:
-    """[N] index of the sequence that owns each position."""
-    lengths = cu_seqlens.diff()
-    ids = torch.arange(len(lengths), device=cu_seqlens.device)
-    return torch.repeat_interleave(ids, lengths, output_size=num_positions)
-
-
-def _tokens_per_sequence(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[B] trained tokens of each sequence, int64."""
-    ids = _sequence_ids(cu_seqlens, len(mask))
-    return ids.new_zeros(len(cu_seqlens) - 1).index_add_(0, ids, mask.long())
+    return -token_logprobs.sum() / max(1, num_tokens)
 
 
 def _without_masked(inputs: LossInputs) -> LossInputs:
@@ -195,75 +132,51 @@ def _without_masked(inputs: LossInputs) -> LossInputs:
     has_tail = mask & (inputs.student_tail_logprob > -torch.inf)
     in_support = mask.unsqueeze(-1) & (inputs.support_ids >= 0)
     values = {**vars(inputs), "loss_mask": mask, "support_ids": inputs.support_ids.masked_fill(~in_support, -1)}
-    old = inputs.student_token_logprobs if inputs.old_token_logprobs is None else inputs.old_token_logprobs
-    values["old_token_logprobs"] = old.detach()
+    if inputs.old_token_logprobs is not None:
+        values["old_token_logprobs"] = inputs.old_token_logprobs.detach()
     for name, value in values.items():
-        if value is not None and value.is_floating_point():
-            where = in_support if "support" in name else has_tail if "tail" in name else mask
-            values[name] = torch.where(where, value.to(torch.promote_types(value.dtype, torch.float32)), 0.0)
+        if value is None or not value.is_floating_point():
+            continue
+        where = in_support if "support" in name else has_tail if "tail" in name else mask
+        if name == "external_advantages":
+            where = tokens_per_sequence(mask, inputs.cu_seqlens) > 0
+        values[name] = torch.where(where, value.to(torch.promote_types(value.dtype, torch.float32)), 0.0)
     return LossInputs(**values)
 
 
-def _importance(x: LossInputs, config: LossConfig) -> _Importance:
-    assert x.old_token_logprobs is not None
-    ratio = (x.old_token_logprobs - x.rollout_logprobs).exp()
-    if config.importance_sampling == "tis":
-        return _Importance(ratio, ratio.clamp(max=config.importance_cap), ratio > config.importance_cap)
-    if config.importance_sampling == "icepop":
-        is_dropped = (ratio < config.icepop_low) | (ratio > config.icepop_high)
-        return _Importance(ratio, ratio.masked_fill(is_dropped, 0.0), is_dropped)
-    return _Importance(ratio, torch.ones_like(ratio), torch.zeros_like(x.loss_mask))
-
-
-def _advantages(x: LossInputs, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Advantages [N], detached, and which of them advantage_clip has changed [N].
-
-    The reward is log p - log q of the *current* student; with the rollout policy's log-probability in place of q the
-    expected gradient would gain a term that pushes q away from the rollout policy.
-    """
-    rewards = (x.teacher_token_logprobs - x.student_token_logprobs).detach()
-    returns = reward_to_go(
-        rewards, x.loss_mask, x.cu_seqlens, config.gamma, config.length_normalization, is_exclusive(config)
-    )
-    advantages = returns * (config.alpha_rkl if config.rkl_advantage else 0.0)
-    if config.advantage_clip is None:
-        return advantages, torch.zeros_like(x.loss_mask)
-    return advantages.clamp(-config.advantage_clip, config.advantage_clip), advantages.abs() > config.advantage_clip
-
-
 def _single_step(x: LossInputs, weight: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Single-step loss [N] with gradient, and the estimate [N] of the reverse KL whose gradient it has, detached."""
+    """Single-step loss [N] with gradient, and the estimate [N] of the divergence whose gradient it has, detached.
+
+    Args:
+        weight: [N] f(w_t) rho_t; of the score-function term alone: over the next token the buckets are exact, and a
+            weight of expectation one would only add noise.
+    """
     if x.single_step_kl is not None:
         return x.single_step_kl, x.single_step_kl.detach()
-    kl = _bucketed_reverse_kl(x)
-    if config.single_step_estimator == "truncated":
-        return kl, kl.detach()
-    correction = _tail_correction(x, weight)
-    return kl - correction * x.student_token_logprobs, kl.detach() - correction
+    divergence = single_step_divergence(config)
+    value = bucketed(
+        divergence,
+        (x.student_support_logprobs, x.student_tail_logprob),
+        (x.teacher_support_logprobs, x.teacher_tail_logprob),
+    )
+    if config.single_step_estimator == "full":
+        _check_whole_vocabulary(x)
+    if config.single_step_estimator != "hybrid":
+        return value, value.detach()
+    tail = x.student_tail_logprob, x.teacher_tail_logprob
+    lacking = tail_correction(divergence, (x.student_token_logprobs, x.teacher_token_logprobs), tail)
+    is_outside = x.loss_mask & ~_in_support(x)
+    slope, rest = (torch.where(is_outside, weight * part, 0.0) for part in lacking)
+    return value + slope * x.student_token_logprobs, value.detach() + rest
 
 
-def _bucketed_reverse_kl(x: LossInputs) -> Tensor:
-    """[N] K_S = sum_{i in S} q_i log(q_i / p_i) + q_tail log(q_tail / p_tail), a lower bound of the reverse KL.
-
-    Without the tail bucket it would be minimised by moving mass off S.
-    """
-    inside = x.student_support_logprobs.exp() * (x.student_support_logprobs - x.teacher_support_logprobs)
-    tail = x.student_tail_logprob.exp() * (x.student_tail_logprob - x.teacher_tail_logprob)
-    return inside.sum(-1) + tail
-
-
-@torch.no_grad()
-def _tail_correction(x: LossInputs, weight: Tensor) -> Tensor:
-    """[N] f(w_t) rho_t delta_t on sampled tokens outside S, else 0.
-
-    -correction * log q(y_t) supplies, in expectation over y_t, the gradient inside the tail that K_S lacks, provided
-    that S does not depend on y_t; delta_t is what remains of the log ratio p/q once the tail's own is taken out.
-    """
-    assert x.old_token_logprobs is not None
-    rho = (x.student_token_logprobs - x.old_token_logprobs).exp()
-    token_ratio = x.teacher_token_logprobs - x.student_token_logprobs
-    delta = token_ratio - (x.teacher_tail_logprob - x.student_tail_logprob)
-    return torch.where(x.loss_mask & ~_in_support(x), weight * rho * delta, 0.0)
+def _check_whole_vocabulary(x: LossInputs) -> None:
+    # `_without_masked` has put 0, the logarithm of one, where the tail is empty or the position masked.
+    if bool((x.student_tail_logprob != 0).any()):
+        raise ValueError(
+            'loss.single_step_estimator = "full" got a support that is not the whole vocabulary; pass single_step_kl, '
+            'or every token in support_ids, or use "hybrid"'
+        )
 
 
 def _in_support(x: LossInputs) -> Tensor:
@@ -271,41 +184,13 @@ def _in_support(x: LossInputs) -> Tensor:
     return (x.support_ids == x.token_ids.unsqueeze(-1)).any(-1)
 
 
-def _token_weights(x: LossInputs, config: LossConfig, totals: LossTotals) -> Tensor | float:
-    """Factor of each token's loss, [N] or one number; "sequence_sum" and "constant" are proportional to the gradient of
-    the sequence-level reverse KL, the other two reweigh tokens by length.
-    """
-    num_sequences = max(1, totals.num_sequences)
-    match config.aggregation:
-        case "token_mean":
-            return 1.0 / max(1, totals.num_valid_tokens)
-        case "sequence_sum":
-            return 1.0 / num_sequences
-        case "sequence_mean":
-            lengths = _tokens_per_sequence(x.loss_mask, x.cu_seqlens).clamp(min=1)
-            return (lengths.to(x.student_token_logprobs.dtype) * num_sequences).reciprocal()[
-                _sequence_ids(x.cu_seqlens, len(x.loss_mask))
-            ]
-        case "constant":
-            if totals.max_completion_length is None:
-                raise ValueError(
-                    'loss.aggregation = "constant" got totals.max_completion_length = None; pass '
-                    "LossTotals.of(..., max_completion_length=sampling.max_new_tokens)"
-                )
-            return 1.0 / (num_sequences * totals.max_completion_length)
-
-
-@torch.no_grad()
-def _metrics(
-    x: LossInputs, importance: _Importance, advantages: Tensor, is_clipped: Tensor, single_step_kl: Tensor
-) -> dict[str, Tensor]:
-    """Scalar tensors, float64: "sum/NAME" over trained tokens, "max/NAME", and counts "num_NAME"."""
+def _policy_metrics(x: LossInputs, importance: Importance) -> dict[str, Tensor]:
+    """[N] each: how far student, teacher and rollout policy are apart."""
     log_ratio = x.teacher_token_logprobs - x.student_token_logprobs
     is_token = x.support_ids >= 0
-    per_token = {
+    metrics = {
         "reverse_kl_k1": -log_ratio,
         "reverse_kl_k3": log_ratio.double().expm1() - log_ratio,
-        "single_step_kl": single_step_kl,
         "teacher_support_mass": torch.where(is_token, x.teacher_support_logprobs.exp(), 0.0).sum(-1),
         "student_support_mass": torch.where(is_token, x.student_support_logprobs.exp(), 0.0).sum(-1),
         "sampled_in_support_fraction": _in_support(x),
@@ -313,39 +198,19 @@ def _metrics(
         "importance_ratio_capped_fraction": importance.is_capped,
         # k3 estimate of KL(b || q_old): unlike the mean of log b - log q_old it is never negative and has little noise.
         "rollout_mismatch_kl": importance.ratio - 1.0 - importance.ratio.log(),
-        "advantage_mean": advantages,
-        "advantage_square": advantages.double().square(),
-        "advantage_clipped_fraction": is_clipped,
     }
-    if x.student_entropies is not None:
-        per_token["student_entropy"] = x.student_entropies
-    stacked = torch.stack([value.double() for value in per_token.values()])
+    return metrics if x.student_entropies is None else {**metrics, "student_entropy": x.student_entropies}
+
+
+@torch.no_grad()
+def _summed(x: LossInputs, per_token: dict[str, Tensor], importance: Importance) -> dict[str, Tensor]:
+    """Scalar tensors, float64: "sum/NAME" over trained tokens, "max/NAME", and counts "num_NAME"."""
+    stacked = torch.stack([value.detach().double() for value in per_token.values()])
     sums = torch.where(x.loss_mask, stacked, 0.0).sum(-1)
     metrics = {f"sum/{name}": total for name, total in zip(per_token, sums, strict=True)}
     ratios = torch.where(x.loss_mask, importance.ratio.double(), 0.0)
     metrics["max/importance_ratio_max"] = torch.cat([ratios, ratios.new_zeros(1)]).amax()
-    per_sequence = _tokens_per_sequence(x.loss_mask, x.cu_seqlens)
+    per_sequence = tokens_per_sequence(x.loss_mask, x.cu_seqlens)
     metrics["num_valid_tokens"] = per_sequence.sum().double()
     metrics["num_sequences"] = (per_sequence > 0).sum().double()
     return metrics
-
-
-def merge_metrics(micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Combine the metrics of the micro-batches (of all ranks) of a step into means over its trained tokens.
-
-    Sums are divided by the step's trained tokens, maxima and counts keep their meaning, and advantage_std is derived.
-    Means are NaN if no token was trained.
-    """
-    names = list(micro_batches[0])
-    columns = zip(*(torch.stack([batch[name] for name in names]).tolist() for batch in micro_batches), strict=True)
-    values = dict(zip(names, columns, strict=True))
-    num_tokens = sum(values["num_valid_tokens"])
-    merged = {}
-    for name, column in values.items():
-        kind, _, short = name.rpartition("/")
-        merged[short] = max(column) if kind == "max" else math.fsum(column)
-        if kind == "sum":
-            merged[short] = merged[short] / num_tokens if num_tokens else math.nan
-    variance = merged.pop("advantage_square") - merged["advantage_mean"] ** 2
-    merged["advantage_std"] = math.sqrt(max(variance, 0.0)) if num_tokens else math.nan
-    return merged

@@ -1,0 +1,140 @@
+"""What no single field can refuse: options that contradict each other, or that another one makes meaningless.
+
+Every message names the keys, their values, the constraint and the fix.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from services.config import RunConfig
+
+
+def check(config: "RunConfig") -> None:
+    """Refuse a config whose sections do not fit together.
+
+    Raises:
+        ValueError: of the first misfit.
+    """
+    _check_work(config)
+    _check_servers(config)
+    _check_sampled_policy(config)
+    _refuse_ignored_loss_options(config)
+    _refuse_ignored_text_options(config)
+
+
+def _check_work(config: "RunConfig") -> None:
+    pipeline, optimizer = config.pipeline, config.optimizer
+    if pipeline.steps is not None and pipeline.epochs is not None:
+        raise ValueError(
+            f"pipeline.steps = {pipeline.steps} and pipeline.epochs = {pipeline.epochs} contradict each other; give one of them"
+        )
+    if pipeline.steps is not None and optimizer.warmup_steps > pipeline.steps:
+        raise ValueError(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; "
+            "warm up for fewer steps"
+        )
+
+
+def _check_servers(config: "RunConfig") -> None:
+    loss, rollout, teacher = config.loss, config.rollout, config.teacher
+    max_len, new = rollout.max_model_len, config.longest_completion()
+    if max_len is not None and new >= max_len:
+        raise ValueError(
+            f"max_new_tokens = {new} leaves no room for a prompt in rollout.max_model_len = {max_len}; lower the one or raise the other"
+        )
+    if rollout.port == teacher.port and rollout.host == teacher.host:
+        raise ValueError(f"rollout.port and teacher.port are both {teacher.port}; give the two servers different ports")
+    limits = {
+        "teacher_topk": ("teacher.max_top_k", teacher.max_top_k),
+        "student_topk": ("rollout.max_logprobs", rollout.max_logprobs),
+    }
+    name, limit = limits[loss.support]
+    if limit is not None and loss.top_k > limit:
+        raise ValueError(
+            f"loss.top_k = {loss.top_k} with loss.support = {loss.support} is above {name} = {limit}; lower the one or raise the other"
+        )
+
+
+def _check_sampled_policy(config: "RunConfig") -> None:
+    """Terms that are expectations over the sampled token need it to come from the policy that learns."""
+    loss, sampling = config.loss, config.sampling
+    if not loss.uses_sampled_tokens:
+        return
+    without = "set loss.rkl_advantage = false and loss.single_step_estimator = truncated"
+    is_cut = sampling.top_p < 1.0 or sampling.top_k > 0
+    if loss.kd_temperature != 1.0:
+        if sampling.temperature != loss.kd_temperature:
+            raise ValueError(
+                f"loss.kd_temperature = {loss.kd_temperature} with sampling.temperature = {sampling.temperature}: the policy "
+                f"gradient needs the logprobs of the policy that sampled; make them equal, or {without}"
+            )
+        if is_cut:
+            raise ValueError(
+                f"loss.kd_temperature = {loss.kd_temperature} needs sampling.top_p = 1 and sampling.top_k = 0 "
+                f"(got {sampling.top_p} and {sampling.top_k}), or {without}"
+            )
+    elif loss.importance_sampling == "none" and (is_cut or sampling.temperature != 1.0):
+        raise ValueError(
+            f"loss.importance_sampling = none with sampling.temperature = {sampling.temperature}, top_p = {sampling.top_p} and "
+            f"top_k = {sampling.top_k}: nothing corrects for the other policy that samples; use tis, or sample at 1, 1 and 0"
+        )
+
+
+def _refuse_ignored_loss_options(config: "RunConfig") -> None:
+    """An option that another one makes meaningless is a mistake; gamma = 0 beside the single-step term is none."""
+    loss = config.loss
+    rules: list[tuple[bool, str, list[str]]] = [
+        (
+            not loss.uses_rkl_advantage,
+            "the policy-gradient term is off",
+            ["gamma", "length_normalization", "reward_to_go", "alpha_rkl", "advantage_clip", "clip_low", "clip_high"],
+        ),
+        (
+            not loss.uses_single_step,
+            "the single-step term is off",
+            ["alpha_single_step", "single_step_divergence", "jsd_beta", "single_step_estimator", "support"],
+        ),
+        (
+            loss.single_step_estimator == "full",
+            "loss.single_step_estimator = full looks at every token",
+            ["top_k", "support"],
+        ),
+        (loss.single_step_divergence != "jsd", "loss.single_step_divergence is not jsd", ["jsd_beta"]),
+        (
+            not loss.uses_sampled_tokens,
+            "no term looks at the sampled token",
+            ["importance_sampling", "importance_cap", "icepop_low", "icepop_high"],
+        ),
+        (loss.importance_sampling != "tis", "loss.importance_sampling is not tis", ["importance_cap"]),
+        (loss.importance_sampling != "icepop", "loss.importance_sampling is not icepop", ["icepop_low", "icepop_high"]),
+        (True, "a run has no rewards besides the teacher", ["alpha_reward"]),
+        (
+            config.pipeline.updates_per_batch == 1,
+            "pipeline.updates_per_batch = 1 never clips the policy ratio",
+            ["clip_low", "clip_high"],
+        ),
+    ]
+    for applies, reason, names in rules:
+        if applies:
+            _refuse_changed(loss, "loss", names, reason)
+
+
+def _refuse_ignored_text_options(config: "RunConfig") -> None:
+    loss, data = config.loss, config.data
+    if (loss.alpha_lm > 0) != (data.lm_path is not None):
+        raise ValueError(
+            f"loss.alpha_lm = {loss.alpha_lm} with data.lm_path = {data.lm_path!r}: the cross-entropy on texts needs "
+            "a weight above 0 and a file; give both or neither"
+        )
+    if data.lm_path is None:
+        reason = "there is no data.lm_path"
+        _refuse_changed(data, "data", ["text_column", "max_text_tokens"], reason)
+        _refuse_changed(config.pipeline, "pipeline", ["texts_per_step"], reason)
+
+
+def _refuse_changed(section: Any, prefix: str, names: list[str], reason: str) -> None:
+    """Refuse options that differ from their default although they have no effect."""
+    for name in names:
+        value = getattr(section, name)
+        if value != type(section).model_fields[name].default:
+            raise ValueError(f"{prefix}.{name} = {value} would be ignored: {reason}; leave it out")
