@@ -87,18 +87,20 @@ def _refuse_ignored_loss_options(config: "RunConfig") -> None:
         (
             not loss.uses_rkl_advantage,
             "the policy-gradient term is off",
-            ["gamma", "length_normalization", "reward_to_go", "alpha_rkl", "advantage_clip", "clip_low", "clip_high"],
+            ["gamma", "length_normalization", "reward_to_go", "advantage_clip", "clip_low", "clip_high"],
         ),
         (
             not loss.uses_single_step,
             "the single-step term is off",
-            ["alpha_single_step", "single_step_divergence", "jsd_beta", "single_step_estimator", "support"],
+            ["single_step_divergence", "jsd_beta", "single_step_estimator", "support"],
         ),
         (
             loss.single_step_estimator == "full",
             "loss.single_step_estimator = full looks at every token",
             ["top_k", "support"],
         ),
+        (not loss.rkl_advantage, "loss.rkl_advantage = False", ["alpha_rkl"]),
+        (not loss.single_step_decomposition, "loss.single_step_decomposition = False", ["alpha_single_step"]),
         (loss.single_step_divergence != "jsd", "loss.single_step_divergence is not jsd", ["jsd_beta"]),
         (
             not loss.uses_sampled_tokens,

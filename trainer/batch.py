@@ -36,6 +36,31 @@ class MicroBatch:
         return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class TextBatch:
+    """Windows of dataset text for one forward and backward pass; every token but the first of each is predicted."""
+
+    input_ids: torch.Tensor  # [B, T] int64, padded on the right
+    attention_mask: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [N] int64
+    token_ids: torch.Tensor  # [N] int64
+
+    def to(self, device: torch.device) -> "TextBatch":
+        return TextBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int) -> list[TextBatch]:
+    """Cut windows of at least two tokens into micro-batches, as `pack` does."""
+    groups = cut_by_padded_tokens([len(w) for w in windows], tokens_per_micro_batch)
+    return [_pack_texts([windows[index] for index in group]) for group in groups]
+
+
+def _pack_texts(windows: list[list[int]]) -> TextBatch:
+    input_ids, attention_mask = pad_rows(windows)
+    positions = predicting_positions([1] * len(windows), [len(w) - 1 for w in windows], input_ids.shape[1])
+    return TextBatch(input_ids, attention_mask, positions, torch.tensor([t for w in windows for t in w[1:]]))
+
+
 def pack(samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch: int) -> list[MicroBatch]:
     """Cut a batch into micro-batches of rows of similar length.
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from services.causal_lm import chat_template_probe, tokenizer_fingerprint
 from services.clients import RolloutClient, TeacherClient
-from services.config import RunConfig
+from services.config import LossConfig, RunConfig
 from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+from trainer.teacher_scores import Support
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +101,54 @@ def max_model_len(config: RunConfig, rollouts: list[RolloutInfo], teacher: Teach
             "tokens (rollout.max_model_len, teacher.max_model_len); lower the one or raise the others"
         )
     return shortest
+
+
+def check_temperature(loss: LossConfig, teacher: TeacherInfo) -> None:
+    """Refuse a kd_temperature that the teacher cannot apply where its logits are.
+
+    Raises:
+        StartupError: log-probabilities of a few tokens at temperature 1 do not determine those at another one.
+    """
+    if loss.kd_temperature != 1.0 and teacher.temperature_support == "one":
+        raise StartupError(
+            f"loss.kd_temperature = {loss.kd_temperature}, but the teacher {teacher.model!r} computes logprobs at temperature 1 "
+            "only; set loss.kd_temperature = 1 or use a teacher server with the transformers engine"
+        )
+
+
+def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutInfo], teacher: TeacherInfo) -> Support:
+    """The support of the single-step term, as large as asked for or as the vocabulary allows.
+
+    Args:
+        student_vocab: rows of the student's output embedding.
+
+    Raises:
+        StartupError: a server does not return that many tokens, or the vocabularies do not fit.
+    """
+    if loss.single_step_estimator == "full":
+        if student_vocab != teacher.padded_vocab_size:
+            raise StartupError(
+                f"loss.single_step_estimator = full needs embeddings of equal size, the student has {student_vocab} rows, the "
+                f"teacher {teacher.padded_vocab_size}; use hybrid"
+            )
+        support, name, limit = (
+            Support("teacher_topk", student_vocab, student_vocab),
+            "teacher.max_top_k",
+            teacher.max_top_k,
+        )
+    else:
+        # One token stays outside, so that teacher and student both have a tail, however their embeddings are padded.
+        size = min(loss.top_k, student_vocab - 1, teacher.padded_vocab_size - 1)
+        support, name, limit = Support(loss.support, size, student_vocab), "teacher.max_top_k", teacher.max_top_k
+        if loss.support == "student_topk":
+            name, limit = "rollout.max_logprobs", min(r.max_logprobs for r in rollouts)
+            if student_vocab > teacher.padded_vocab_size:
+                raise StartupError(
+                    f"loss.support = student_topk may name ids up to {student_vocab}, the teacher scores those below "
+                    f"{teacher.padded_vocab_size}; use teacher_topk"
+                )
+    if support.size > limit:
+        raise StartupError(
+            f"the loss needs {support.size} tokens per position, {name} = {limit}; raise it at the server"
+        )
+    return support

@@ -9,7 +9,6 @@ Left out: streaming of files that do not fit in memory.
 
 import json
 import logging
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ def load_prompts(
     """
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts, skipped = [], []
-    for row, line in _lines(path):
+    for row, line in read_lines(path, "data.path"):
         try:
             prompts.append(_parse_row(row, line, config, tokenizer, limit))
         except DataError as error:
@@ -64,25 +63,40 @@ def load_prompts(
     return prompts
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def read_lines(path: str, option: str) -> Iterator[tuple[int, str]]:
+    """(1-based number, text) of the lines that are not blank; `option` names the file in errors.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         with Path(path).open(encoding="utf-8") as file:
             for row, line in enumerate(file, start=1):
                 if line.strip():
                     yield row, line
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; data.path is a JSONL file in UTF-8") from error
+        raise DataError(f"cannot read {path}: {error}; {option} is a JSONL file in UTF-8") from error
 
 
-def _parse_row(
-    row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
-) -> Prompt:
+def parse_object(line: str) -> dict[str, Any]:
+    """One line of a JSONL file.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:  # too many digits or brackets are no JSONDecodeError
         raise DataError(f"invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _parse_row(
+    row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> Prompt:
+    content = parse_object(line)
     text, token_ids = _tokenize(content, config, tokenizer)
     if not token_ids:
         raise DataError("the prompt has no tokens")
@@ -93,7 +107,7 @@ def _parse_row(
     answer = content.get(config.answer_column)
     if answer is not None and not isinstance(answer, str | int | float):
         raise DataError(f"`{config.answer_column}` must be text, got {type(answer).__name__}")
-    _check_is_text(config.answer_column, str(answer))
+    check_is_text(config.answer_column, str(answer))
     used = {config.prompt_column, config.answer_column, "messages"}
     columns = {name: value for name, value in content.items() if name not in used}
     return Prompt(row, token_ids, text, None if answer is None else str(answer), columns)
@@ -104,7 +118,7 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         prompt = row[config.prompt_column]
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"`{config.prompt_column}` must be non-empty text, got {prompt!r}")
-        _check_is_text(config.prompt_column, prompt)
+        check_is_text(config.prompt_column, prompt)
         return prompt, tokenizer(prompt)["input_ids"]
     if "messages" not in row:
         raise DataError(f"neither `{config.prompt_column}` nor `messages` in the row (found: {sorted(row)})")
@@ -119,12 +133,12 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         )
     except TemplateError as error:  # many templates refuse roles or their order this way
         raise DataError(f"the chat template refuses `messages`: {error}") from error
-    _check_is_text("messages", text)
+    check_is_text("messages", text)
     # The template writes its own special tokens.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _check_is_text(column: str, text: str) -> None:
+def check_is_text(column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
@@ -135,29 +149,3 @@ def _is_message(message: Any) -> bool:
     return (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )
-
-
-class PromptStream:
-    """Prompts in a seeded new order every epoch; the next position is all its state."""
-
-    def __init__(self, prompts: list[Prompt], *, seed: int, shuffle: bool) -> None:
-        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
-        self.position = 0
-
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; a batch may span two epochs."""
-        batch: list[Prompt] = []
-        while len(batch) < count:
-            epoch, offset = divmod(self.position, len(self._prompts))
-            order = self._order(epoch)
-            batch.append(self._prompts[order[offset]])
-            self.position += 1
-        return batch
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_cached_epoch", None) != epoch:
-            self._cached_epoch = epoch
-            self._cached_order = list(range(len(self._prompts)))
-            if self._shuffle:
-                random.Random(f"{self._seed}-{epoch}").shuffle(self._cached_order)
-        return self._cached_order

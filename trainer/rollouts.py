@@ -41,14 +41,21 @@ def training_sampling(config: SamplingConfig) -> RolloutSampling:
 
 
 async def generate_rollouts(
-    client: RolloutClient, prompts: list[Prompt], sampling: RolloutSampling, samples_per_prompt: int = 1
+    client: RolloutClient,
+    prompts: list[Prompt],
+    sampling: RolloutSampling,
+    samples_per_prompt: int = 1,
+    student_top_k: int = 0,
 ) -> list[Rollout]:
     """Complete every prompt; ordered by prompt, then sample.
+
+    Args:
+        student_top_k: also return the student's k likeliest tokens at every position.
 
     Raises:
         PeerError: a server failed, or ended a completion for a reason of its own.
     """
-    completions = await client.generate([p.token_ids for p in prompts], sampling, samples_per_prompt)
+    completions = await client.generate([p.token_ids for p in prompts], sampling, samples_per_prompt, student_top_k)
     for completion in completions:
         if completion.finish_reason == "abort" or len(completion.token_ids) == 0:
             raise PeerError(f"the rollout server gave up on the prompt of row {prompts[completion.prompt_index].row}")

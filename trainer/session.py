@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import SecretStr
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import eos_token_ids, load_tokenizer
 from services.clients import RolloutClient, TeacherClient
@@ -19,11 +19,13 @@ from services.errors import ConfigError
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.loss import is_exclusive
-from trainer.model import build_optimizer, build_schedule, load_student
-from trainer.prompts import PromptStream, load_prompts
+from trainer.model import build_optimizer, build_schedule, head_of, load_student
+from trainer.prompts import Prompt, load_prompts
 from trainer.report import RunRecord, Summary
 from trainer.staleness_buffer import StalenessBuffer
-from trainer.teacher_scores import Quarantine, ScoredSample
+from trainer.stream import RowStream
+from trainer.teacher_scores import Quarantine, ScoredSample, Support
+from trainer.texts import load_texts
 from trainer.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,10 @@ class Session:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
-    prompts: PromptStream
+    prompts: RowStream[Prompt]
+    texts: RowStream[list[int]] | None
     num_steps: int
-    top_k: int
+    support: Support
     rollout_client: RolloutClient
     teacher_client: TeacherClient
     buffer: StalenessBuffer[Batch]
@@ -136,6 +139,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     load_prompts(config.data.path or "", config.data, tokenizer, max_prompt_tokens=2**31)
 
     model = load_student(config.student)
+    texts = _texts(config, tokenizer, model)
     secrets = Secrets()
     rollout_client = RolloutClient(
         config.rollout.server_urls(), key=_reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
@@ -150,6 +154,8 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
     eos = eos_token_ids(model, tokenizer)
     await preflight.check_same_tokens(config, tokenizer, eos, teacher, teacher_client)
+    preflight.check_temperature(config.loss, teacher)
+    support = preflight.choose_support(config.loss, len(head_of(model).weight), rollouts, teacher)
 
     room = preflight.max_model_len(config, rollouts, teacher) - config.longest_completion()
     prompts = load_prompts(config.data.path or "", config.data, tokenizer, room)
@@ -170,10 +176,10 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config.optimizer, num_steps),
-        prompts=PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
+        prompts=RowStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
+        texts=texts,
         num_steps=num_steps,
-        # One token stays outside, so that teacher and student both have a tail, however their embeddings are padded.
-        top_k=min(config.loss.top_k, teacher.max_top_k, teacher.padded_vocab_size - 1),
+        support=support,
         rollout_client=rollout_client,
         teacher_client=teacher_client,
         buffer=StalenessBuffer(config.pipeline.max_staleness),
@@ -182,6 +188,17 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
         record=record,
     )
+
+
+def _texts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> RowStream[list[int]] | None:
+    """The texts of L_PT, or None without data.lm_path."""
+    if config.data.lm_path is None:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.data.max_text_tokens
+    windows = load_texts(config.data.lm_path, config.data, tokenizer, longest)
+    return RowStream(windows, seed=config.seed, shuffle=config.data.shuffle)
 
 
 def count_steps(config: RunConfig, num_prompts: int) -> int:

@@ -1,77 +1,118 @@
-"""One optimizer step: micro-batches through the student, the MiniLLM loss, AdamW."""
+"""One batch, one or more optimizer steps: micro-batches through the student, the MiniLLM loss, AdamW."""
 
 import math
 
 import torch
 
 from services.errors import DistillServeError
-from trainer.batch import MicroBatch, pack
+from trainer.batch import MicroBatch, TextBatch, pack, pack_texts
 from trainer.lm_head import HeadOutput
-from trainer.loss import LossInputs, LossTotals, merge_metrics, minillm_loss
+from trainer.loss import LossInputs, LossTotals, language_model_loss, merge_metrics, minillm_loss
 from trainer.model import student_logprobs
 from trainer.session import Session
 from trainer.teacher_scores import ScoredSample
 
 
 def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
-    """Update the student on one batch.
+    """Update the student on one batch, `pipeline.updates_per_batch` times.
 
     Returns:
-        metrics, means over the step's trained tokens; only the counts when no token is left to train on.
+        metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
+        sampled; of clipping, those of the last. Only the counts when no token is left to train on.
 
     Raises:
-        DistillServeError: the gradient is not finite; the weights are untouched.
+        DistillServeError: the gradient is not finite; the weights are those of the update before.
     """
     config = run.config
     micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch)
     longest = config.sampling.max_new_tokens
-    totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches])
+    totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
     if totals.num_valid_tokens == 0:
         return {"num_valid_tokens": 0.0}
-    collected, total_loss = [], 0.0
-    for micro_batch in micro_batches:
-        loss, metrics = _forward(run, micro_batch.to(run.accelerator.device), totals)
+    texts = [] if run.texts is None else run.texts.take(config.pipeline.texts_per_step)
+    text_batches = pack_texts(texts, config.pipeline.tokens_per_micro_batch)
+    learning_rate = run.schedule.get_last_lr()[0]
+    # Log-probabilities before the first update: those of its own forward passes.
+    old: list[torch.Tensor] | None = None
+    updates = []
+    for _ in range(config.pipeline.updates_per_batch):
+        metrics, of_update = _backward(run, micro_batches, totals, old)
+        old = of_update if old is None else old
+        updates.append(metrics | _backward_texts(run, text_batches) | {"grad_norm": _apply(run)})
+    run.schedule.step()
+    clipped = {name: updates[-1][name] for name in updates[-1] if name.startswith("policy_ratio")}
+    return updates[0] | clipped | {"learning_rate": float(learning_rate)}
+
+
+def _backward(
+    run: Session, micro_batches: list[MicroBatch], totals: LossTotals, old: list[torch.Tensor] | None
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Accumulate the gradient of the whole batch.
+
+    Args:
+        old: [N] of each micro-batch, log q before the first update on this batch; None on that update.
+
+    Returns:
+        metrics, and [N] of each micro-batch, the log-probabilities of this pass.
+    """
+    collected, logprobs, total_loss = [], [], 0.0
+    for index, micro_batch in enumerate(micro_batches):
+        batch = micro_batch.to(run.accelerator.device)
+        output = _student(run, batch, batch.support_ids, run.config.loss.kd_temperature)
+        inputs = loss_inputs(batch, output, None if old is None else old[index])
+        loss, metrics = minillm_loss(inputs, run.config.loss, totals)
         run.accelerator.backward(loss)
         collected.append(metrics)
+        logprobs.append(output.token_logprobs.detach())
         total_loss += float(loss.detach())  # micro-batch losses add up to the step's
-    grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
-    if not math.isfinite(float(grad_norm)):
-        raise DistillServeError(
-            f"the gradient norm is {float(grad_norm)}; lower optimizer.learning_rate or look at the data"
-        )
-    learning_rate = run.schedule.get_last_lr()[0]
+    return {"loss": total_loss, **merge_metrics(collected)}, logprobs
+
+
+def _backward_texts(run: Session, batches: list[TextBatch]) -> dict[str, float]:
+    """Accumulate the gradient of alpha_lm * L_PT; the cross-entropy per token as a metric where there are texts."""
+    if not batches:
+        return {}
+    num_tokens = sum(len(batch.token_ids) for batch in batches)
+    total = 0.0
+    for text_batch in batches:
+        batch = text_batch.to(run.accelerator.device)
+        nothing = batch.token_ids.new_empty((len(batch.token_ids), 0))
+        loss = language_model_loss(_student(run, batch, nothing, 1.0).token_logprobs, num_tokens)
+        run.accelerator.backward(run.config.loss.alpha_lm * loss)
+        total += float(loss.detach())
+    return {"lm_loss": total}
+
+
+def _apply(run: Session) -> float:
+    """Clip and step; returns the gradient's norm."""
+    norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.optimizer.max_grad_norm))
+    if not math.isfinite(norm):
+        raise DistillServeError(f"the gradient norm is {norm}; lower optimizer.learning_rate or look at the data")
     run.optimizer.step()
-    run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return {
-        "loss": total_loss,
-        **merge_metrics(collected),
-        "grad_norm": float(grad_norm),
-        "learning_rate": float(learning_rate),
-    }
+    return norm
 
 
-def _forward(run: Session, batch: MicroBatch, totals: LossTotals) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    config = run.config
-    output = student_logprobs(
+def _student(run: Session, batch: MicroBatch | TextBatch, support_ids: torch.Tensor, temperature: float) -> HeadOutput:
+    return student_logprobs(
         run.model,
         batch.input_ids,
         batch.attention_mask,
         batch.positions,
         batch.token_ids,
-        batch.support_ids,
-        temperature=config.loss.kd_temperature,
+        support_ids,
+        temperature=temperature,
     )
-    return minillm_loss(loss_inputs(batch, output), config.loss, totals)
 
 
-def loss_inputs(batch: MicroBatch, output: HeadOutput) -> LossInputs:
+def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch.Tensor | None = None) -> LossInputs:
     """Student and teacher side by side, position by position."""
     return LossInputs(
         student_token_logprobs=output.token_logprobs,
         student_support_logprobs=output.support_logprobs,
         student_tail_logprob=output.tail_logprob,
         student_entropies=output.entropy,
+        old_token_logprobs=old_token_logprobs,
         rollout_logprobs=batch.rollout_logprobs,
         teacher_token_logprobs=batch.teacher_token_logprobs,
         teacher_support_logprobs=batch.teacher_support_logprobs,

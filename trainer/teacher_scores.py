@@ -8,6 +8,7 @@ waits for  the teacher servers; they answer when their queue allows
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,27 @@ from trainer.rollouts import Rollout
 
 # Over-unit mass of a row's probabilities that rounding can explain.
 _MASS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Support:
+    """The tokens of each position, besides the sampled one, at which teacher and student are compared."""
+
+    kind: Literal["teacher_topk", "student_topk"]
+    """Whose likeliest tokens they are; chosen without looking at the sampled one, or hybrid would be biased."""
+    size: int
+    vocab_size: int
+    """Of the student; ids from there on are padding of the teacher's embedding."""
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether there are tokens outside the support."""
+        return self.size < self.vocab_size
+
+    @property
+    def student_top_k(self) -> int:
+        """What the rollout servers are asked for."""
+        return self.size if self.kind == "student_topk" else 0
 
 
 @dataclass(frozen=True)
@@ -38,15 +60,20 @@ class Quarantined:
 
 
 async def score_rollouts(
-    client: TeacherClient, rollouts: list[Rollout], *, top_k: int, temperature: float
+    client: TeacherClient, rollouts: list[Rollout], *, support: Support, temperature: float
 ) -> tuple[list[ScoredSample], list[Quarantined]]:
-    """Ask the teacher for the sampled token's and its top-k logprobs at every completion position."""
+    """Ask the teacher for the logprobs of the sampled token and of the support at every completion position."""
     sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
-    scores = await client.score(sequences, top_k=top_k, temperature=temperature)
+    if support.kind == "teacher_topk":
+        scores = await client.score(sequences, top_k=support.size, temperature=temperature)
+    else:
+        # The server always ranks, so its own likeliest token comes along.
+        ids = [_student_topk(r).tolist() for r in rollouts]
+        scores = await client.score(sequences, top_k=1, temperature=temperature, support_ids=ids)
     samples, quarantined = [], []
     for index, rollout in enumerate(rollouts):
-        sample = _slice(rollout, scores, index)
-        reason = defect(sample)
+        sample = _slice(rollout, scores, index, support)
+        reason = defect(sample, support)
         if reason is None:
             samples.append(sample)
         else:
@@ -54,18 +81,31 @@ async def score_rollouts(
     return samples, quarantined
 
 
-def _slice(rollout: Rollout, scores: TeacherScores, index: int) -> ScoredSample:
+def _student_topk(rollout: Rollout) -> np.ndarray:
+    ids = rollout.completion.student_topk_ids
+    if ids is None:
+        raise PeerError("the rollout server sent no student top-k, which loss.support = student_topk needs")
+    return ids
+
+
+def _slice(rollout: Rollout, scores: TeacherScores, index: int, support: Support) -> ScoredSample:
     rows = slice(scores.row_offsets[index], scores.row_offsets[index + 1])
+    if support.kind == "teacher_topk":
+        ids, logprobs, tails = scores.topk_ids[rows], scores.topk_logprobs[rows], scores.tail_logprobs[rows]
+    else:
+        assert scores.support_logprobs is not None and scores.support_tail_logprobs is not None  # the client checked
+        ids, logprobs = _student_topk(rollout), scores.support_logprobs[rows]
+        tails = scores.support_tail_logprobs[rows]
     return ScoredSample(
         rollout,
         teacher_token_logprobs=scores.token_logprobs[rows],
-        support_ids=scores.topk_ids[rows],
-        teacher_support_logprobs=scores.topk_logprobs[rows],
-        teacher_tail_logprobs=scores.tail_logprobs[rows],
+        support_ids=ids,
+        teacher_support_logprobs=logprobs,
+        teacher_tail_logprobs=tails,
     )
 
 
-def defect(sample: ScoredSample) -> str | None:
+def defect(sample: ScoredSample, support: Support) -> str | None:
     """Why a sample's teacher rows cannot be trained on, or None."""
     length = len(sample.rollout.completion.token_ids)
     if len(sample.teacher_token_logprobs) != length:
@@ -73,12 +113,15 @@ def defect(sample: ScoredSample) -> str | None:
     if not np.isfinite(sample.teacher_token_logprobs).all():
         return "the teacher gave a logprob that is not finite to a sampled token"
     # A student that puts mass where the teacher has none at all would make the loss infinite.
-    if not np.isfinite(sample.teacher_support_logprobs).all() or not np.isfinite(sample.teacher_tail_logprobs).all():
+    tails = sample.teacher_tail_logprobs if support.has_tail else np.zeros(0)
+    if not np.isfinite(sample.teacher_support_logprobs).all() or not np.isfinite(tails).all():
         return "the teacher's candidates hold a value that is no finite logprob"
-    mass = np.exp(sample.teacher_support_logprobs.astype(np.float64)).sum(-1)
-    mass += np.exp(sample.teacher_tail_logprobs.astype(np.float64))
     if any(len(set(row)) < len(row) for row in sample.support_ids.tolist()):
         return "the teacher named a candidate twice in one row"
+    if sample.support_ids.max(initial=-1) >= support.vocab_size:
+        return f"candidate {sample.support_ids.max()} is padding of the teacher: the student has {support.vocab_size} tokens"
+    mass = np.exp(sample.teacher_support_logprobs.astype(np.float64)).sum(-1)
+    mass += np.exp(sample.teacher_tail_logprobs.astype(np.float64))
     if mass.max(initial=0.0) > 1 + _MASS_TOLERANCE:
         return f"the teacher's probabilities of one row sum to {mass.max():.4f}"
     return None

@@ -47,10 +47,12 @@ async def produce(run: Session) -> None:
         await run.buffer.slot()
         prompts = run.prompts.take(config.pipeline.prompts_per_step)
         started = time.monotonic()
-        rollouts = await generate_rollouts(run.rollout_client, prompts, sampling, config.pipeline.samples_per_prompt)
+        rollouts = await generate_rollouts(
+            run.rollout_client, prompts, sampling, config.pipeline.samples_per_prompt, run.support.student_top_k
+        )
         generated = time.monotonic()
         samples, quarantined = await score_rollouts(
-            run.teacher_client, rollouts, top_k=run.top_k, temperature=config.loss.kd_temperature
+            run.teacher_client, rollouts, support=run.support, temperature=config.loss.kd_temperature
         )
         run.quarantine.add(quarantined, len(rollouts))
         batch = Batch(samples, generated - started, time.monotonic() - generated, len(quarantined))

@@ -23,6 +23,8 @@ from services.errors import ConfigError
 RUNS = Path(__file__).parents[3] / "deploy" / "runs"
 COMPLETE = ["--student.model", "m", "--teacher.model", "t", "--data.path", "d.jsonl", "--pipeline.steps", "1"]
 
+NO_SINGLE_STEP = ["--loss.single_step_decomposition", "false"]
+
 # (arguments after a complete command line, what the one line on stderr must contain)
 BAD_OPTIONS = [
     (["--loss.gamma", "1.5"], ["loss.gamma", "1.5", "less than or equal to 1"]),
@@ -43,6 +45,36 @@ BAD_OPTIONS = [
         ["--loss.kd_temperature", "2", "--sampling.temperature", "2", "--sampling.top_p", "0.9"],
         ["loss.kd_temperature = 2", "sampling.top_p", "0.9"],
     ),
+    # hybrid is an expectation over the sampled token too, so switching the policy gradient off is not enough
+    (["--loss.kd_temperature", "2", "--loss.rkl_advantage", "false"], ["sampling.temperature = 1", "truncated"]),
+    (["--sampling.temperature", "0.7", "--loss.importance_sampling", "none"], ["nothing corrects", "0.7", "use tis"]),
+    (["--sampling.top_k", "5", "--loss.importance_sampling", "none"], ["nothing corrects", "top_k = 5"]),
+    (["--loss.alpha_rkl", "0", "--loss.alpha_single_step", "0"], ["leave nothing to learn", "alpha_rkl = 0"]),
+    ([*NO_SINGLE_STEP, "--loss.reward_to_go", "exclusive"], ["nothing to learn", "loss.gamma = 0", "use inclusive"]),
+    (["--loss.rkl_advantage", "false", "--loss.gamma", "1"], ["loss.gamma = 1.0 would be ignored", "term is off"]),
+    (["--loss.alpha_rkl", "0", "--loss.advantage_clip", "1"], ["loss.advantage_clip = 1.0 would be ignored"]),
+    ([*NO_SINGLE_STEP, "--loss.single_step_estimator", "truncated"], ["loss.single_step_estimator = truncated would"]),
+    ([*NO_SINGLE_STEP, "--loss.support", "student_topk"], ["loss.support = student_topk would be ignored"]),
+    (["--loss.single_step_estimator", "full", "--loss.top_k", "5"], ["loss.top_k = 5 would be ignored", "every token"]),
+    (["--loss.rkl_advantage", "false", "--loss.alpha_rkl", "2"], ["loss.alpha_rkl = 2.0", "rkl_advantage = False"]),
+    ([*NO_SINGLE_STEP, "--loss.alpha_single_step", "2"], ["loss.alpha_single_step = 2.0 would be ignored"]),
+    (["--loss.jsd_beta", "0.3"], ["loss.jsd_beta = 0.3 would be ignored", "is not jsd"]),
+    (["--loss.jsd_beta", "1.3", "--loss.single_step_divergence", "jsd"], ["loss.jsd_beta", "less than or equal to 1"]),
+    (["--loss.importance_sampling", "none", "--loss.importance_cap", "3"], ["importance_cap = 3.0", "is not tis"]),
+    (["--loss.icepop_high", "3"], ["loss.icepop_high = 3.0 would be ignored", "is not icepop"]),
+    (
+        [*["--loss.rkl_advantage", "false", "--loss.single_step_estimator", "truncated"], "--loss.importance_cap", "3"],
+        ["loss.importance_cap = 3.0 would be ignored", "no term looks at the sampled token"],
+    ),
+    (["--loss.clip_low", "0.1"], ["loss.clip_low = 0.1 would be ignored", "pipeline.updates_per_batch = 1"]),
+    (["--loss.clip_low", "1"], ["loss.clip_low", "less than 1"]),
+    (["--loss.alpha_reward", "2"], ["loss.alpha_reward = 2.0 would be ignored", "no rewards besides the teacher"]),
+    (["--loss.alpha_lm", "0.5"], ["loss.alpha_lm = 0.5", "data.lm_path = None", "give both or neither"]),
+    (["--data.lm_path", "t.jsonl"], ["loss.alpha_lm = 0.0", "data.lm_path = 't.jsonl'"]),
+    (["--data.max_text_tokens", "64"], ["data.max_text_tokens = 64 would be ignored", "no data.lm_path"]),
+    (["--pipeline.texts_per_step", "4"], ["pipeline.texts_per_step = 4 would be ignored"]),
+    (["--pipeline.updates_per_batch", "0"], ["pipeline.updates_per_batch", "greater than or equal to 1"]),
+    (["--loss.support", "student_topk", "--loss.top_k", "99"], ["loss.top_k = 99", "rollout.max_logprobs = 64"]),
     (["--sampling.temperature", "0"], ["sampling.temperature", "greater than 0"]),
     (["--sampling.top_p", "1.1"], ["sampling.top_p", "1.1"]),
     (["--sampling.top_k", "-1"], ["sampling.top_k", "-1"]),
@@ -102,6 +134,25 @@ def test_a_bad_option_is_refused_in_one_line(
     assert line.startswith("distillserve: ") and line.count("\n") == 1
     for text in expected:
         assert text in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],  # gamma = 0 beside the single-step term: the silent advantage is documented, not refused
+        [*NO_SINGLE_STEP, "--loss.top_k", "1"],  # metrics and the size of the teacher's answers still follow top_k
+        ["--loss.single_step_divergence", "jsd", "--loss.jsd_beta", "0"],
+        ["--loss.kd_temperature", "2", "--sampling.temperature", "2"],
+        ["--loss.kd_temperature", "2", *["--loss.rkl_advantage", "false", "--loss.single_step_estimator", "truncated"]],
+        ["--sampling.temperature", "0.7"],  # tis corrects for it
+        ["--pipeline.updates_per_batch", "2", "--loss.clip_low", "0.1"],
+        ["--loss.alpha_lm", "0.5", "--data.lm_path", "t.jsonl"],
+    ],
+)
+def test_combinations_that_mean_something_are_taken(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["up", *COMPLETE, *options, "--dry-run"])
+    assert exit_info.value.code == 0, capsys.readouterr().err
 
 
 def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

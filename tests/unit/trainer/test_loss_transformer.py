@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from services.config import LossConfig
 from services.padding import pad_rows, predicting_positions

@@ -3,7 +3,7 @@
 import pytest
 
 from services.causal_lm import chat_template_probe, tokenizer_fingerprint
-from services.config import RunConfig
+from services.config import LossConfig, RunConfig
 from services.errors import StartupError
 from services.schemas import RolloutInfo, TeacherInfo
 from trainer import preflight
@@ -143,3 +143,55 @@ def test_the_shortest_context_counts_and_must_leave_room() -> None:
     assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 31}), rollouts, info) == 32
     with pytest.raises(StartupError, match="max_new_tokens = 32 leaves no room"):
         preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 32}), rollouts, info)
+
+
+def test_a_teacher_that_cannot_apply_the_temperature_is_refused() -> None:
+    info = teacher_info(build_tokenizer(), temperature_support="one")
+    preflight.check_temperature(LossConfig(), info)
+    preflight.check_temperature(LossConfig(kd_temperature=2.0), teacher_info(build_tokenizer()))
+    with pytest.raises(
+        StartupError, match=r"kd_temperature = 2\.0.*'the-teacher' computes logprobs at temperature 1 only"
+    ):
+        preflight.check_temperature(LossConfig(kd_temperature=2.0), info)
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "expected"),
+    [
+        ({}, 261, 261, ("teacher_topk", 32, True)),
+        ({"top_k": 9999}, 261, 320, ("teacher_topk", 260, True)),
+        ({"top_k": 9999}, 320, 261, ("teacher_topk", 260, True)),
+        ({"support": "student_topk", "top_k": 5}, 261, 320, ("student_topk", 5, True)),
+        ({"single_step_estimator": "full"}, 261, 261, ("teacher_topk", 261, False)),
+    ],
+)
+def test_the_support_is_as_large_as_asked_or_leaves_one_token_outside(
+    loss: dict, student: int, teacher: int, expected: tuple[str, int, bool]
+) -> None:
+    info = teacher_info(build_tokenizer(), padded_vocab_size=teacher, max_top_k=teacher)
+    support = preflight.choose_support(LossConfig(**loss), student, [rollout_info()], info)
+    assert (support.kind, support.size, support.has_tail) == expected
+    assert support.vocab_size == student
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "limits", "message"),
+    [
+        ({"single_step_estimator": "full"}, 300, {}, "the student has 300 rows, the teacher 261"),
+        ({"support": "student_topk"}, 300, {}, "ids up to 300, the teacher scores those below 261"),
+        ({"top_k": 20}, 261, {"max_top_k": 19}, "needs 20 tokens per position, teacher.max_top_k = 19"),
+        ({"single_step_estimator": "full"}, 261, {"max_top_k": 19}, "needs 261 tokens per position"),
+        (
+            {"support": "student_topk", "top_k": 20},
+            261,
+            {"max_logprobs": 19},
+            r"20 tokens .* rollout.max_logprobs = 19",
+        ),
+    ],
+)
+def test_a_support_that_the_servers_do_not_return_is_refused(
+    loss: dict, student: int, limits: dict, message: str
+) -> None:
+    rollouts = [rollout_info(), rollout_info(max_logprobs=limits.pop("max_logprobs", 64))]
+    with pytest.raises(StartupError, match=message):
+        preflight.choose_support(LossConfig(**loss), student, rollouts, teacher_info(build_tokenizer(), **limits))

@@ -9,7 +9,8 @@ import pytest
 
 from services.config import DataConfig
 from services.errors import DataError
-from trainer.prompts import Prompt, PromptStream, load_prompts
+from trainer.prompts import Prompt, load_prompts
+from trainer.stream import RowStream
 from trainer.tiny_pair import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -159,34 +160,34 @@ def numbered(count: int) -> list[Prompt]:
     return [Prompt(row, [row], str(row)) for row in range(count)]
 
 
-def rows(stream: PromptStream, count: int) -> list[int]:
+def rows(stream: RowStream, count: int) -> list[int]:
     return [p.row for p in stream.take(count)]
 
 
 def test_every_epoch_holds_every_prompt_once_in_a_new_order() -> None:
-    stream = PromptStream(numbered(50), seed=3, shuffle=True)
+    stream = RowStream(numbered(50), seed=3, shuffle=True)
     epochs = [rows(stream, 50) for _ in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_batch_may_span_epochs_and_cutting_changes_no_order() -> None:
-    whole, cut = (PromptStream(numbered(7), seed=0, shuffle=True) for _ in range(2))
+    whole, cut = (RowStream(numbered(7), seed=0, shuffle=True) for _ in range(2))
     assert rows(whole, 20) == [row for _ in range(4) for row in rows(cut, 5)]
 
 
 def test_the_order_follows_from_the_seed() -> None:
-    first, same, other = (rows(PromptStream(numbered(50), seed=s, shuffle=True), 50) for s in (1, 1, 2))
+    first, same, other = (rows(RowStream(numbered(50), seed=s, shuffle=True), 50) for s in (1, 1, 2))
     assert first == same != other
 
 
 def test_order_is_the_files_without_shuffling() -> None:
-    assert rows(PromptStream(numbered(3), seed=0, shuffle=False), 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert rows(RowStream(numbered(3), seed=0, shuffle=False), 7) == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_a_position_continues_where_another_stream_was() -> None:
-    stream = PromptStream(numbered(10), seed=0, shuffle=True)
+    stream = RowStream(numbered(10), seed=0, shuffle=True)
     stream.take(13)
-    resumed = PromptStream(numbered(10), seed=0, shuffle=True)
+    resumed = RowStream(numbered(10), seed=0, shuffle=True)
     resumed.position = stream.position
     assert rows(resumed, 9) == rows(stream, 9)

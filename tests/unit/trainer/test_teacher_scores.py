@@ -1,6 +1,7 @@
 """No unusable teacher row becomes a number in a loss."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from services.errors import PeerError
 from services.schemas import TeacherScores
-from tests.unit.trainer.test_batch import sample
-from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, defect, score_rollouts
+from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample
+from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
+
+SUPPORT = Support("teacher_topk", TOP_K, VOCAB)
 
 
 def changed(**arrays: np.ndarray) -> ScoredSample:
@@ -23,7 +26,7 @@ def with_value(name: str, value: float) -> ScoredSample:
 
 
 def test_a_good_sample_has_no_defect() -> None:
-    assert defect(sample(0, 2, 3)) is None
+    assert defect(sample(0, 2, 3), SUPPORT) is None
 
 
 @pytest.mark.parametrize(
@@ -38,10 +41,14 @@ def test_a_good_sample_has_no_defect() -> None:
         (with_value("support_ids", int(sample(0, 2, 3).support_ids[0, 1])), "twice in one row"),
         (with_value("teacher_support_logprobs", 0.0), "sum to"),
         (changed(teacher_token_logprobs=np.zeros(2, np.float32)), "scored 2 of 3 tokens"),
+        (
+            with_value("support_ids", VOCAB),
+            f"candidate {VOCAB} is padding of the teacher: the student has {VOCAB} tokens",
+        ),
     ],
 )
 def test_unusable_rows_are_named(bad: ScoredSample, reason: str) -> None:
-    assert reason in (defect(bad) or "")
+    assert reason in (defect(bad, SUPPORT) or "")
 
 
 def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
@@ -51,12 +58,12 @@ def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
             teacher_tail_logprobs=np.log(np.full(3, 0.2 + over)),
         )
 
-    assert defect(row(0.0009)) is None
-    assert defect(row(0.0011)) == "the teacher's probabilities of one row sum to 1.0011"
+    assert defect(row(0.0009), SUPPORT) is None
+    assert defect(row(0.0011), SUPPORT) == "the teacher's probabilities of one row sum to 1.0011"
 
 
 def test_a_teacher_that_holds_a_sampled_token_for_unlikely_but_possible_is_fine() -> None:
-    assert defect(with_value("teacher_token_logprobs", -80.0)) is None
+    assert defect(with_value("teacher_token_logprobs", -80.0), SUPPORT) is None
 
 
 class Teacher:
@@ -81,7 +88,7 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
     samples, quarantined = await score_rollouts(
         teacher,  # type: ignore[arg-type]
         [s.rollout for s in teacher.samples],
-        top_k=4,
+        support=SUPPORT,
         temperature=0.5,
     )
     sequences, options = teacher.asked
@@ -93,6 +100,68 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
         for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
     assert [(q.rollout, "not finite" in q.reason) for q in quarantined] == [(teacher.samples[1].rollout, True)]
+
+
+def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
+    logprobs = np.log(np.full((3, 4), 0.25))
+    empty = changed(teacher_support_logprobs=logprobs, teacher_tail_logprobs=np.full(3, -np.inf))
+    ids = np.tile(np.arange(4), (3, 1))
+    empty = ScoredSample(**{**vars(empty), "support_ids": ids})
+    assert defect(empty, Support("teacher_topk", 4, 4)) is None
+    assert "no finite logprob" in (defect(empty, SUPPORT) or "")
+
+
+async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> None:
+    random = np.random.default_rng(0)
+    rollouts, shares = [], []
+    for original in (sample(1, 2, 3), sample(2, 4, 5)):
+        length = len(original.rollout.completion.token_ids)
+        topk = np.stack([random.permutation(VOCAB)[:2] for _ in range(length)]).astype(np.int32)
+        completion = replace(original.rollout.completion, student_topk_ids=topk)
+        rollouts.append(replace(original.rollout, completion=completion))
+        shares.append(np.log(random.dirichlet(np.ones(3), length)))
+    rows = np.concatenate(shares)
+
+    class Scorer:
+        async def score(self, sequences: list, **options: object) -> TeacherScores:
+            self.options = options
+            one = np.zeros((len(rows), 1))
+            offsets = np.array([0, 3, 8])
+            return TeacherScores(
+                "t",
+                "f",
+                1.0,
+                1,
+                offsets,
+                rows[:, 0],
+                one.astype(np.int32),
+                one,
+                rows[:, 0],
+                rows[:, 0],
+                rows[:, :2],
+                rows[:, 2],
+            )
+
+    teacher = Scorer()
+    support = Support("student_topk", 2, VOCAB)
+    assert support.student_top_k == 2
+    samples, quarantined = await score_rollouts(teacher, rollouts, support=support, temperature=1.0)  # type: ignore[arg-type]
+    assert teacher.options == {
+        "top_k": 1,
+        "temperature": 1.0,
+        "support_ids": [r.completion.student_topk_ids.tolist() for r in rollouts],
+    }
+    assert quarantined == []
+    for found, rollout, share in zip(samples, rollouts, shares, strict=True):
+        assert found.support_ids.tolist() == rollout.completion.student_topk_ids.tolist()
+        assert found.teacher_support_logprobs.tolist() == share[:, :2].tolist()
+        assert found.teacher_tail_logprobs.tolist() == share[:, 2].tolist()
+
+
+async def test_a_rollout_without_the_top_k_that_was_asked_for_is_an_error() -> None:
+    support = Support("student_topk", 2, VOCAB)
+    with pytest.raises(PeerError, match=r"no student top-k.*student_topk"):
+        await score_rollouts(Teacher([]), [sample(1, 2, 3).rollout], support=support, temperature=1.0)  # type: ignore[arg-type]
 
 
 def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""One batch to one or more updates: what is accumulated, what the second update sees, what is reported."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from services.config import RunConfig
+from services.errors import DistillServeError
+from tests.unit.trainer.test_batch import SAMPLES
+from trainer.batch import pack, pack_texts
+from trainer.loss import minillm_loss
+from trainer.model import load_student, student_logprobs
+from trainer.step import loss_inputs, optimize
+from trainer.stream import RowStream
+
+WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+
+
+def session(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Any:
+    """What `optimize` needs of a Session, with plain SGD so that updates can be followed by hand."""
+    config = RunConfig(student={"model": folder}, **sections)
+    model = load_student(config.student)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    return SimpleNamespace(
+        config=config,
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        texts=RowStream(WINDOWS, seed=0, shuffle=False) if texts else None,
+    )
+
+
+def weights(run: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    runs = [
+        session(tiny_model_folder("qwen3"), pipeline={"tokens_per_micro_batch": limit, "updates_per_batch": 2})
+        for limit in (10_000, 12)
+    ]
+    metrics = [optimize(run, SAMPLES) for run in runs]
+    assert len(pack(SAMPLES, runs[1].config.loss, 12)) > 2
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
+
+
+def test_the_second_update_is_measured_against_the_first_ones_policy(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    pipeline = {"updates_per_batch": 2}
+    run = session(tiny_model_folder("qwen3"), pipeline=pipeline, loss={"gamma": 0.9, "clip_low": 0.3})
+    by_hand = session(tiny_model_folder("qwen3"), loss={"gamma": 0.9})
+    optimize(run, SAMPLES)
+    (batch,) = pack(SAMPLES, run.config.loss, 10_000)
+    old = None
+    for _ in range(2):
+        output = student_logprobs(
+            by_hand.model,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.positions,
+            batch.token_ids,
+            batch.support_ids,
+            1.0,
+        )
+        loss, _ = minillm_loss(loss_inputs(batch, output, old), run.config.loss)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
+        by_hand.optimizer.step()
+        by_hand.optimizer.zero_grad()
+        old = output.token_logprobs.detach() if old is None else old
+    torch.testing.assert_close(weights(run), weights(by_hand), rtol=0, atol=1e-6)
+
+
+def test_metrics_are_the_first_updates_and_clipping_the_lasts(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    once = session(tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0})
+    often = session(
+        tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0}, pipeline={"updates_per_batch": 4}
+    )
+    first, all_four = optimize(once, SAMPLES), optimize(often, SAMPLES)
+    assert first.pop("policy_ratio_clipped_fraction") == 0.0
+    assert all_four.pop("policy_ratio_clipped_fraction") > 0.0
+    assert all_four == pytest.approx(first, rel=1e-5)
+    assert not torch.equal(weights(once), weights(often))
+
+
+def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    options = {"data": {"lm_path": "t.jsonl"}, "optimizer": {"max_grad_norm": 1e9}}
+    pipeline = {"texts_per_step": 3, "tokens_per_micro_batch": 4}
+    run = session(tiny_model_folder("qwen3"), 1.0, True, loss={"alpha_lm": 0.5}, pipeline=pipeline, **options)
+    without = session(
+        tiny_model_folder("qwen3"), 1.0, optimizer=options["optimizer"], pipeline={"tokens_per_micro_batch": 4}
+    )
+    start = weights(run)
+    model = load_student(run.config.student)
+    losses = [
+        -model(torch.tensor([w])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(w[1:])[:, None])
+        for w in WINDOWS
+    ]
+    cross_entropy = torch.cat(losses).mean()
+    cross_entropy.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    metrics = optimize(run, SAMPLES)
+    optimize(without, SAMPLES)
+    assert len(pack_texts(WINDOWS, 4)) == 3
+    assert metrics["lm_loss"] == pytest.approx(float(cross_entropy.detach()), rel=1e-5)
+    torch.testing.assert_close(weights(run) - weights(without), -0.5 * gradient, rtol=0, atol=1e-5)
+    assert not torch.equal(weights(run), start)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    run = session(tiny_model_folder("qwen3"))
+    start = weights(run)
+    with torch.no_grad():
+        next(run.model.parameters())[0, 0] = math.nan
+    with pytest.raises(DistillServeError, match="gradient norm is nan"):
+        optimize(run, SAMPLES)
+    assert torch.equal(weights(run)[1:], start[1:])
+
+
+def test_a_batch_without_trained_tokens_changes_nothing(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    run = session(tiny_model_folder("qwen3"), loss={"truncated": "drop"})
+    start = weights(run)
+    cut = [
+        replace(s, rollout=replace(s.rollout, completion=replace(s.rollout.completion, finish_reason="length")))
+        for s in SAMPLES
+    ]
+    assert optimize(run, cut) == {"num_valid_tokens": 0.0}
+    assert torch.equal(weights(run), start)
