@@ -5,19 +5,20 @@ A benchmark is a module of this package with a `main()` that writes results/<its
 
 import argparse
 import importlib
-from importlib.util import find_spec
 
-NAMES = tuple(name for name in ("step", "head", "estimators") if find_spec(f"{__package__}.{name}"))
+ONLY_WHEN_NAMED = ("objectives",)
+"""Half an hour of training runs."""
+NAMES = ("step", "head", "estimators", *ONLY_WHEN_NAMED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="measure; writes results/NAME.json")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all but {', '.join(ONLY_WHEN_NAMED)}")
     names = parser.parse_args().names
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    for name in names or NAMES:
+    for name in names or [name for name in NAMES if name not in ONLY_WHEN_NAMED]:
         importlib.import_module(f"{__package__}.{name}").main()
 
 
