@@ -13,7 +13,9 @@ NAMES = ("step", "head", "estimators", *ONLY_WHEN_NAMED)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="measure; writes results/NAME.json")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all but {', '.join(ONLY_WHEN_NAMED)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all but {', '.join(ONLY_WHEN_NAMED)}"
+    )
     names = parser.parse_args().names
     unknown = sorted(set(names) - set(NAMES))
     if unknown:

@@ -1,0 +1,161 @@
+"""Bias and noise of the single-step estimators' gradients on the tiny pair; writes results/estimators.json.
+
+On the same sampled completions each estimator's gradient is compared with that of the full vocabulary, over many draws:
+    bias    length of the mean difference
+    noise   root mean square of the difference around its mean
+both over the length of the mean full-vocabulary gradient. With D draws the bias of an unbiased estimator is still
+measured at about noise / sqrt(D); that is its last column. Measured at the student's start and after some steps.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from services.causal_lm import hidden_states, load_tokenizer
+from services.config import LossConfig, RunConfig
+from services.padding import pad_rows, predicting_positions
+from tests.benchmarks import results
+from trainer.lm_head import HeadOutput
+from trainer.loss import LossInputs, minillm_loss
+from trainer.model import head_of, load_student, student_logprobs
+from trainer.prompts import load_prompts
+from trainer.tiny_pair import build_tiny_pair
+
+PAIR = Path("outputs/tiny-pair")
+NUM_PROMPTS, NEW_TOKENS, DRAWS, TRAINING_STEPS = 128, 5, 200, 80
+ON_POLICY = {"importance_sampling": "none", "advantage_clip": None}
+ESTIMATORS: dict[str, tuple[LossConfig, int]] = {
+    "policy gradient, gamma 0": (LossConfig(single_step_decomposition=False, **ON_POLICY), 4),
+    "truncated, K = 4": (LossConfig(single_step_estimator="truncated", **ON_POLICY), 4),
+    "hybrid, K = 4": (LossConfig(**ON_POLICY), 4),
+    "truncated, K = 32": (LossConfig(single_step_estimator="truncated", **ON_POLICY), 32),
+    "hybrid, K = 32": (LossConfig(**ON_POLICY), 32),
+}
+FULL = LossConfig(single_step_estimator="full", **ON_POLICY)
+
+
+class Draw:
+    """Completions sampled from the student, as tensors."""
+
+    def __init__(self, student: PreTrainedModel, prompts: list[list[int]], end: int, generator: torch.Generator):
+        self.prompts, self.completions = prompts, sample(student, prompts, end, generator)
+        lengths = [len(c) for c in self.completions]
+        self.ids, self.mask = pad_rows([p + c for p, c in zip(prompts, self.completions, strict=True)])
+        self.positions = predicting_positions([len(p) for p in prompts], lengths, self.ids.shape[1])
+        self.tokens = torch.tensor([token for c in self.completions for token in c])
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+
+    def logprobs(self, model: PreTrainedModel, support_ids: Tensor) -> HeadOutput:
+        return student_logprobs(model, self.ids, self.mask, self.positions, self.tokens, support_ids, 1.0)
+
+    def loss(self, student: PreTrainedModel, teacher: PreTrainedModel, config: LossConfig, top_k: int) -> Tensor:
+        """Of the whole draw, against the teacher's top-k."""
+        vocabulary = len(head_of(teacher).weight)
+        with torch.no_grad():
+            everything = torch.arange(vocabulary).expand(len(self.tokens), vocabulary)
+            support_ids = self.logprobs(teacher, everything).support_logprobs.topk(top_k).indices
+            scored = self.logprobs(teacher, support_ids)
+        output = self.logprobs(student, support_ids)
+        inputs = LossInputs(
+            student_token_logprobs=output.token_logprobs,
+            student_support_logprobs=output.support_logprobs,
+            student_tail_logprob=output.tail_logprob,
+            rollout_logprobs=output.token_logprobs.detach(),
+            teacher_token_logprobs=scored.token_logprobs,
+            teacher_support_logprobs=scored.support_logprobs,
+            teacher_tail_logprob=scored.tail_logprob,
+            support_ids=support_ids,
+            token_ids=self.tokens,
+            loss_mask=torch.ones_like(self.tokens),
+            cu_seqlens=self.cu_seqlens,
+        )
+        return minillm_loss(inputs, config)[0]
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, prompts: list[list[int]], end: int, generator: torch.Generator) -> list[list[int]]:
+    """One completion a prompt; prompts of equal length."""
+    ids = torch.tensor(prompts)
+    for _ in range(NEW_TOKENS):
+        last = hidden_states(model, ids, torch.ones_like(ids))[:, -1]
+        probabilities = head_of(model).float32_logits(last).softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
+    completions = ids[:, len(prompts[0]) :].tolist()
+    return [c[: c.index(end) + 1] if end in c else c for c in completions]
+
+
+def gradient(loss: Tensor, model: PreTrainedModel) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+
+
+def measure(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[list[int]], end: int) -> dict:
+    """Bias and noise of every estimator, relative to the mean full-vocabulary gradient."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(head_of(teacher).weight)
+    full, difference, square = (
+        torch.zeros(()),
+        dict.fromkeys(ESTIMATORS, torch.zeros(())),
+        dict.fromkeys(ESTIMATORS, 0.0),
+    )
+    for _ in range(DRAWS):
+        draw = Draw(student, prompts, end, generator)
+        exact = gradient(draw.loss(student, teacher, FULL, vocabulary), student)
+        full = full + exact / DRAWS
+        for name, (config, top_k) in ESTIMATORS.items():
+            d = gradient(draw.loss(student, teacher, config, top_k), student) - exact
+            difference[name] = difference[name] + d / DRAWS
+            square[name] += float(d @ d) / DRAWS
+    size = float(full.norm())
+    figures = {}
+    for name in ESTIMATORS:
+        bias = float(difference[name].norm())
+        noise = max(square[name] - bias**2, 0.0) ** 0.5
+        figures[name] = {
+            "bias": bias / size,
+            "noise": noise / size,
+            "bias_of_unbiased": noise / size / DRAWS**0.5,
+        }
+    return figures
+
+
+def trained(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[list[int]], end: int) -> PreTrainedModel:
+    """A copy of the student after some steps on the full-vocabulary term."""
+    student = copy.deepcopy(student)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(TRAINING_STEPS):
+        loss = Draw(student, prompts, end, generator).loss(student, teacher, FULL, len(head_of(teacher).weight))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+    return student
+
+
+def main() -> None:
+    build_tiny_pair(PAIR)
+    student, teacher = (
+        load_student(RunConfig(student={"model": str(PAIR / name)}).student) for name in ("student", "teacher")
+    )
+    tokenizer = load_tokenizer(str(PAIR / "student"))
+    rows = load_prompts(str(PAIR / "train.jsonl"), RunConfig().data, tokenizer, 64)[:NUM_PROMPTS]
+    prompts = [row.token_ids for row in rows]
+    end = tokenizer.eos_token_id
+    figures = {"start": measure(student, teacher, prompts, end)}
+    later = trained(student, teacher, prompts, end)
+    figures[f"after {TRAINING_STEPS} steps"] = measure(later, teacher, prompts, end)
+    results.write("estimators", {"draws": DRAWS, "prompts": NUM_PROMPTS, "figures": figures})
+    table = Table("student", "estimator", "bias", "noise", "bias if unbiased", title="relative to the full gradient")
+    for state, by_estimator in figures.items():
+        for name, figure in by_estimator.items():
+            table.add_row(state, name, *(f"{figure[key]:.3f}" for key in ("bias", "noise", "bias_of_unbiased")))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
