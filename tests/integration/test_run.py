@@ -63,6 +63,36 @@ async def test_three_steps_of_an_untied_llama_on_chat_messages(tmp_path: Path, m
     await check_student_loads(output / "student", Path(models["llama"]), tmp_path)
 
 
+@pytest.mark.timeout(600)
+def test_students_support_texts_and_two_updates_a_batch(tmp_path: Path, models: dict[str, str]) -> None:
+    """The options that reach through all three processes at once: the rollout server sends the student's top-k, the
+    teacher scores it, each batch is used twice, and texts are trained on beside it."""
+    output = tmp_path / "out"
+    texts = [{"text": f"{i} plus {i} is {2 * i}"} for i in range(9)]
+    arguments = [
+        *("--student.model", models["qwen3"], "--teacher.model", save_model(tmp_path / "teacher", "qwen3", seed=7)),
+        *("--data.path", write_rows(tmp_path / "train.jsonl", [{"prompt": f"{i}+{i}="} for i in range(20)])),
+        *("--data.lm_path", write_rows(tmp_path / "texts.jsonl", texts), "--loss.alpha_lm", "0.5"),
+        *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "2"),
+        *("--pipeline.prompts_per_step", "8", "--pipeline.updates_per_batch", "2", "--pipeline.texts_per_step", "4"),
+        *("--loss.support", "student_topk", "--loss.top_k", "6", "--loss.gamma", "0.9"),
+        *("--loss.kd_temperature", "1.5", "--sampling.temperature", "1.5", "--optimizer.learning_rate", "1e-3"),
+        *("--output.dir", str(output)),
+    ]
+    run = subprocess.run(command("up", *arguments), env=environment(), capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert row["num_quarantined"] == 0 and row["canary_residual"] <= 1e-4
+        assert np.isfinite([row["loss"], row["single_step_kl"], row["lm_loss"]]).all()
+        # On policy at the rollout server's own temperature: trainer and engine agree on log q(y).
+        assert row["importance_ratio_mean"] == pytest.approx(1.0, abs=1e-3)
+        # No 6 tokens hold more of the student's mass than its own likeliest.
+        assert 6 / 261 < row["student_support_mass"] < 1
+        assert row["student_support_mass"] > row["teacher_support_mass"]
+
+
 async def check_student_loads(student: Path, before: Path, tmp_path: Path) -> None:
     """transformers and vLLM read the saved folder and compute the same logprobs; it differs from where it began."""
     model, start = AutoModelForCausalLM.from_pretrained(student), AutoModelForCausalLM.from_pretrained(before)
