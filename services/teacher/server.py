@@ -29,8 +29,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
-from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, problem_document
-from services.guard import Guard
+from services.errors import DistillServeError, RequestError
+from services.guard import Guard, problem_response
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
@@ -332,20 +332,17 @@ async def _count_requests(request: Request, call_next: Callable[[Request], Await
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error of every route becomes a problem document."""
 
-    def problem(request: Request, error: RequestError) -> JSONResponse:
+    def problem(request: Request, error: RequestError) -> Response:
         if error.status < 500 or error.retry_after_s is not None:
             app.state.service.metrics.rejected.labels(error.title).inc()
-        request_id = request.scope.get("state", {}).get("request_id", "")
-        document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
-        headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
-        return JSONResponse(document, error.status, headers, media_type=PROBLEM_MEDIA_TYPE)
+        return problem_response(error, request.scope.get("state", {}).get("request_id", ""))
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def refused(request: Request, error: RequestError) -> Response:
         return problem(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         # Of broken JSON, "loc" says at which byte, which is no field.
         location = () if first["type"] == "json_invalid" else first["loc"]
@@ -355,14 +352,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}{got}", field=field))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         response = problem(request, RequestError(error.status_code, str(error.detail), detail))
         response.headers.update(error.headers or {})  # Allow of a 405
         return response
 
     @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
+    async def broken(request: Request, error: Exception) -> Response:
         known = isinstance(error, DistillServeError)
         detail = str(error) if known else "an unexpected error; the server's log has the traceback"
         return problem(request, RequestError(500, "Server error", detail))
