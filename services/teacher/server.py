@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Annotated, Any
 
@@ -288,33 +289,21 @@ def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
     def narrowed(values: np.ndarray) -> np.ndarray:
         return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(dtype)
 
-    columns: dict[str, Any] = {
-        n: narrowed(v) if n.endswith("logprobs") and v is not None else v for n, v in vars(scores).items()
-    }
-    return TeacherScores(**columns)
+    columns: dict[str, Any] = {n: narrowed(v) for n, v in scores.columns().items() if n.endswith("logprobs")}
+    return replace(scores, **columns)
 
 
 def as_json(scores: TeacherScores) -> dict[str, Any]:
     """The readable answer; minus infinity (no mass left outside the candidates) is null, JSON has no word for it."""
-    per_row = ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies")
-    optional = ("support_logprobs", "support_tail_logprobs")
-    names = [*per_row, *(n for n in optional if getattr(scores, n) is not None)]
 
-    def rows(name: str, part: slice) -> Any:
-        values = getattr(scores, name)[part]
+    def listed(values: np.ndarray) -> list[Any]:
         if values.dtype.kind != "f" or np.isfinite(values).all():
             return values.tolist()
         return np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
 
-    bounds = zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
-    return {
-        "protocol": 1,
-        "model": scores.model,
-        "fingerprint": scores.fingerprint,
-        "temperature": scores.temperature,
-        "top_k": scores.top_k,
-        "sequences": [{name: rows(name, slice(start, end)) for name in names} for start, end in bounds],
-    }
+    columns, bounds = scores.columns(), zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
+    sequences = [{name: listed(values[start:end]) for name, values in columns.items()} for start, end in bounds]
+    return {**scores.metadata(), "sequences": sequences}
 
 
 async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
