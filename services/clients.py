@@ -6,7 +6,6 @@ refused again. Loads neither torch nor vllm. Weight control is services/weight_t
 
 import asyncio
 import itertools
-import logging
 import math
 import random
 import time
@@ -22,8 +21,6 @@ from pydantic import TypeAdapter, ValidationError
 from services.errors import PeerError, ProblemError
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling, TeacherInfo, TeacherScores
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_completion, decode_scores, read_frames
-
-logger = logging.getLogger(__name__)
 
 Info = TypeVar("Info")
 Answer = TypeVar("Answer")
