@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from services.errors import StartupError
+from services.text import TextError, render_messages
 
 # Rows of a half-precision output embedding that are widened to float32 at once.
 _WEIGHT_BLOCK_ROWS = 8192
@@ -162,11 +163,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A fixed conversation as the tokenizer's chat template renders it, or None without a template."""
+    """A fixed conversation as the tokenizer's chat template renders it, or None without a template.
+
+    Raises:
+        StartupError: the template fails on it.
+    """
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": "2+2="}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        return render_messages("a user's message", messages, tokenizer, add_generation_prompt=True)
+    except TextError as error:
+        raise StartupError(f"the tokenizer of {tokenizer.name_or_path!r} cannot be used: {error}") from error
 
 
 def _require_folder_or_hub_id(model: str) -> None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from services.config import DataConfig
 from services.errors import DataError
+from services.text import TextError, check_is_text, render_messages
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +83,30 @@ def _parse_row(
         raise DataError(f"invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"expected a JSON object, got {type(content).__name__}")
-    text, token_ids = _tokenize(content, config, tokenizer)
+    try:
+        text, token_ids = _tokenize(content, config, tokenizer)
+        answer = _answer(content, config.answer_column)
+    except TextError as error:
+        raise DataError(str(error)) from error
     if not token_ids:
         raise DataError("the prompt has no tokens")
     if len(token_ids) > max_prompt_tokens:
         raise DataError(
             f"the prompt has {len(token_ids)} tokens, more than the {max_prompt_tokens} that leave room to answer"
         )
-    answer = content.get(config.answer_column)
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise DataError(f"`{config.answer_column}` must be text, got {type(answer).__name__}")
-    _check_is_text(config.answer_column, str(answer))
     used = {config.prompt_column, config.answer_column, "messages"}
     columns = {name: value for name, value in content.items() if name not in used}
-    return Prompt(row, token_ids, text, None if answer is None else str(answer), columns)
+    return Prompt(row, token_ids, text, answer, columns)
+
+
+def _answer(row: dict[str, Any], column: str) -> str | None:
+    answer = row.get(column)
+    if answer is None:
+        return None
+    if not isinstance(answer, str | int | float):
+        raise DataError(f"`{column}` must be text, got {type(answer).__name__}")
+    check_is_text(f"`{column}`", str(answer))
+    return str(answer)
 
 
 def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
@@ -104,7 +114,7 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         prompt = row[config.prompt_column]
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"`{config.prompt_column}` must be non-empty text, got {prompt!r}")
-        _check_is_text(config.prompt_column, prompt)
+        check_is_text(f"`{config.prompt_column}`", prompt)
         return prompt, tokenizer(prompt)["input_ids"]
     if "messages" not in row:
         raise DataError(f"neither `{config.prompt_column}` nor `messages` in the row (found: {sorted(row)})")
@@ -113,22 +123,11 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         raise DataError('`messages` must be a non-empty list of {"role": text, "content": text}')
     if tokenizer.chat_template is None:
         raise DataError("`messages` needs a chat template, which this tokenizer does not have")
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
-        )
-    except TemplateError as error:  # many templates refuse roles or their order this way
-        raise DataError(f"the chat template refuses `messages`: {error}") from error
-    _check_is_text("messages", text)
+    template_kwargs = {"add_generation_prompt": True, **config.chat_template_kwargs}
+    text = render_messages("`messages`", messages, tokenizer, **template_kwargs)
+    check_is_text("`messages`", text)
     # The template writes its own special tokens.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _check_is_text(column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
-        raise DataError(f"`{column}` holds half a surrogate pair at {error.start}, which is no text") from error
 
 
 def _is_message(message: Any) -> bool:

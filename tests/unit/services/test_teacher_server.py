@@ -246,6 +246,24 @@ async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_word
     assert "Conversation roles must alternate" in response.json()["detail"]
 
 
+async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.AsyncClient) -> None:
+    client.app.state.service.engine.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
+    assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
+    assert "the chat template refuses sequences.0.messages: TypeError" in response.json()["detail"]
+
+
+async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncClient) -> None:
+    template = "{{ raise_exception(messages[0]['content']) }}"
+    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    messages = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]'
+    content = f'{{"sequences": [{{"messages": {messages}}}], "top_k": 1}}'
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/teacher/logprobs", content=content, headers=headers)
+    assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
+
+
 async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
     client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

@@ -126,6 +126,9 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
 REFUSING_TEMPLATES = [
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ("{{ messages[0].name.upper() }}", "has no attribute 'name'"),
+    ("{% if %}", "Expected an expression"),
+    ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate str"),
+    ("{{ 1 // (messages | length - 1) }}", "ZeroDivisionError"),
 ]
 
 
@@ -139,7 +142,7 @@ def test_messages_that_a_chat_template_refuses_are_a_bad_row(
     path = write(tmp_path / "d.jsonl", '{"prompt": "fine"}', '{"messages": [{"role": "user", "content": "hi"}]}')
     config = DataConfig(on_bad_row=on_bad_row)  # type: ignore[arg-type]
     if on_bad_row == "stop":
-        with pytest.raises(DataError, match=f"row 2: the chat template refuses `messages`.*{reason}"):
+        with pytest.raises(DataError, match=f"row 2: the chat template refuses `messages`: .*{reason}"):
             load_prompts(path, config, tokenizer, MAX_TOKENS)
     else:
         assert [p.row for p in load_prompts(path, config, tokenizer, MAX_TOKENS)] == [1]
