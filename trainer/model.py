@@ -27,6 +27,7 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         init_kwargs=config.model_init_kwargs,
+        key="student.model",
     )
     if config.disable_dropout:
         for module in model.modules():

@@ -57,7 +57,7 @@ class TransformersEngine:
         self._config = config
         self._device = _device(config.device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            config.model, trust_remote_code=config.trust_remote_code
+            config.model, trust_remote_code=config.trust_remote_code, key="teacher.model"
         )
         self._model: PreTrainedModel = (
             load_causal_lm(
@@ -65,6 +65,7 @@ class TransformersEngine:
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
                 init_kwargs=config.teacher_model_init_kwargs,
+                key="teacher.model",
             )
             .to(self._device)
             .eval()
