@@ -14,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError, problem_document
 
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What either server answers without a key."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 

@@ -29,17 +29,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
+from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
-from services.guard import Guard, problem_response
+from services.guard import OPEN_PATHS, Guard, problem_response
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
 from services.teacher.engine_transformers import EncodedSequence, TransformersEngine
 from services.teacher.requests import encode_request
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
-
-OPEN_PATHS = frozenset({"/health", "/ready"})
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
@@ -392,7 +390,7 @@ def run(config: RunConfig) -> None:
     service: TeacherService = app.state.service
     guard = Guard(
         app,
-        key=key.get_secret_value() if key else None,
+        key=reveal(key),
         open_paths=OPEN_PATHS,
         max_body_bytes=teacher.max_body_mib << 20,
         on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),

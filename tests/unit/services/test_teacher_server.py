@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
-from services.guard import Guard
+from services.guard import OPEN_PATHS, Guard
 from services.schemas import TeacherRequest, TeacherScores
 from services.teacher.engine_transformers import EncodedSequence
-from services.teacher.server import OPEN_PATHS, _as_dtype, create_app
+from services.teacher.server import _as_dtype, create_app
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.models import save_model
 
