@@ -9,7 +9,9 @@ Left out: streaming of files that do not fit in memory.
 
 import json
 import logging
+import math
 import random
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +105,11 @@ def _answer(row: dict[str, Any], column: str) -> str | None:
     answer = row.get(column)
     if answer is None:
         return None
-    if not isinstance(answer, str | int | float):
-        raise DataError(f"`{column}` must be text, got {type(answer).__name__}")
+    # True is an int to Python, and what NaN or 1e999 reads as has a text that nobody wrote.
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and abs(answer) < math.inf
+    if not isinstance(answer, str) and not is_number:
+        got = f"{type(answer).__name__} {reprlib.repr(answer)}"
+        raise DataError(f"`{column}` must be text, got {got}; put it in quotes")
     check_is_text(f"`{column}`", str(answer))
     return str(answer)
 

@@ -39,6 +39,9 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user"}]}', "`messages` must be a non-empty list"),
     ('{"messages": [{"role": "user", "content": 3}]}', "`messages` must be a non-empty list"),
     ('{"prompt": "ok", "answer": [1]}', "`answer` must be text, got list"),
+    ('{"prompt": "ok", "answer": true}', "`answer` must be text, got bool True; put it in quotes"),
+    ('{"prompt": "ok", "answer": NaN}', "`answer` must be text, got float nan"),
+    ('{"prompt": "ok", "answer": -1e999}', "`answer` must be text, got float -inf"),
     ("[" * 100_000, "invalid JSON"),
     ('{"prompt": "ok", "n": ' + "1" * 5000 + "}", "invalid JSON"),  # more digits than Python converts
     (r'{"prompt": "a\ud800"}', "`prompt` holds half a surrogate pair at 1"),
@@ -101,6 +104,12 @@ def test_text_is_tokenized_and_other_columns_ride_along(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", '{"question": "1+1=", "answer": 2, "source": {"page": 3}}')
     (prompt,) = load(path, prompt_column="question")
     assert prompt == Prompt(1, list(b"1+1="), "1+1=", "2", {"source": {"page": 3}})
+
+
+def test_an_answer_that_is_a_number_is_its_text(tmp_path: Path) -> None:
+    answers = ["0", "-1.5", "1" * 400]
+    path = write(tmp_path / "d.jsonl", *(f'{{"prompt": "p", "answer": {answer}}}' for answer in answers))
+    assert [p.answer for p in load(path)] == answers
 
 
 def test_messages_go_through_the_chat_template_with_its_arguments(tmp_path: Path) -> None:
