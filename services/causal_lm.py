@@ -8,13 +8,14 @@ not fit. Left out: generation (vLLM does it) and training (trainer/model.py).
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from services.errors import StartupError
+from services.startup import check_model_folder
+from services.text import TextError, render_messages
 
 # Rows of a half-precision output embedding that are widened to float32 at once.
 _WEIGHT_BLOCK_ROWS = 8192
@@ -64,14 +65,23 @@ def _float32_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 
 
 def load_causal_lm(
-    model: str, *, dtype: str, trust_remote_code: bool = False, init_kwargs: dict[str, Any] | None = None
+    model: str,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    init_kwargs: dict[str, Any] | None = None,
+    key: str = "model",
 ) -> PreTrainedModel:
     """Load weights from safetensors only.
+
+    Args:
+        model: folder or hub id.
+        key: the option that names it, for errors.
 
     Raises:
         StartupError: the folder does not exist or holds no loadable model.
     """
-    _require_folder_or_hub_id(model)
+    check_model_folder(key, model)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model,
@@ -84,13 +94,17 @@ def load_causal_lm(
         raise StartupError(f"cannot load the model {model!r}: {_first_line(error)}") from error
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False, key: str = "model") -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model.
+
+    Args:
+        model: folder or hub id.
+        key: the option that names it, for errors.
 
     Raises:
         StartupError: there is none.
     """
-    _require_folder_or_hub_id(model)
+    check_model_folder(key, model)
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -162,25 +176,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A fixed conversation as the tokenizer's chat template renders it, or None without a template."""
+    """A fixed conversation as the tokenizer's chat template renders it, or None without a template.
+
+    Raises:
+        StartupError: the template fails on it.
+    """
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": "2+2="}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def _require_folder_or_hub_id(model: str) -> None:
-    path = Path(model)
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix != ""
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise StartupError(
-                f"the model folder {model!r} has no config.json; give a folder saved with save_pretrained"
-            )
-    elif path.exists() or (looks_like_path and model.count("/") != 1):
-        raise StartupError(
-            f"the model folder {model!r} does not exist; give a folder saved with save_pretrained or a hub id"
-        )
+    try:
+        return render_messages("a user's message", messages, tokenizer, add_generation_prompt=True)
+    except TextError as error:
+        raise StartupError(f"the tokenizer of {tokenizer.name_or_path!r} cannot be used: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

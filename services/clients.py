@@ -6,11 +6,11 @@ refused again. Loads neither torch nor vllm. Weight control is services/weight_t
 
 import asyncio
 import itertools
-import logging
 import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -21,8 +21,6 @@ from pydantic import TypeAdapter, ValidationError
 from services.errors import PeerError, ProblemError
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling, TeacherInfo, TeacherScores
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_completion, decode_scores, read_frames
-
-logger = logging.getLogger(__name__)
 
 Info = TypeVar("Info")
 Answer = TypeVar("Answer")
@@ -357,14 +355,7 @@ def concatenate_scores(parts: list[TeacherScores]) -> TeacherScores:
         models = ", ".join(sorted({f"{part.model} ({part.fingerprint})" for part in parts}))
         raise PeerError(f"the teachers do not serve the same model: {models}")
     lengths = np.concatenate([np.diff(part.row_offsets) for part in parts])
-    arrays = ["token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies"]
-    if first.support_logprobs is not None:
-        arrays += ["support_logprobs", "support_tail_logprobs"]
-    return TeacherScores(
-        model=first.model,
-        fingerprint=first.fingerprint,
-        temperature=first.temperature,
-        top_k=first.top_k,
-        row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
-    )
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in first.columns()
+    }
+    return replace(first, row_offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)

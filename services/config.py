@@ -427,6 +427,11 @@ class Secrets(BaseSettings):
     teacher_key: SecretStr | None = None
 
 
+def reveal(secret: SecretStr | None) -> str | None:
+    """A key as text, for what must send or compare it; None when it is not set or empty."""
+    return secret.get_secret_value() if secret else None
+
+
 def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) -> None:
     """Refuse to listen where others can connect unless a key guards the server.
 

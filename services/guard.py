@@ -7,11 +7,15 @@ import hmac
 import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError, problem_document
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What either server answers without a key."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -53,17 +57,17 @@ class Guard:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        exchange = _Exchange(receive, send, request_id, self._max_body_bytes)
+        exchange = _Exchange(scope, receive, send, request_id, self._max_body_bytes)
         try:
             self._check_key(scope)
-            exchange.check_announced(scope)
+            exchange.check_announced()
             await self._app(scope, exchange.receive, exchange.send)
         except RequestError as error:
             if exchange.answered:
                 raise
             if self._on_refused is not None:
                 self._on_refused(error)
-            await send_problem(exchange.send, error, request_id)
+            await problem_response(error, request_id)(scope, receive, exchange.send)
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in self._open_paths:
@@ -76,15 +80,15 @@ class Guard:
 class _Exchange:
     """One request and its answer: counts what comes in, adds the request id to what goes out."""
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, max_body_bytes: int) -> None:
-        self._receive, self._send = receive, send
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, max_body_bytes: int) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
         self._request_id, self._max_body_bytes = request_id, max_body_bytes
         self._received = 0
         self._overrun: RequestError | None = None
         self.answered = False
 
-    def check_announced(self, scope: Scope) -> None:
-        announced = _header(scope, b"content-length") or b"0"
+    def check_announced(self) -> None:
+        announced = _header(self._scope, b"content-length") or b"0"
         if not announced.isdigit() or int(announced) > self._max_body_bytes:
             raise self._too_large()
 
@@ -100,7 +104,7 @@ class _Exchange:
         if self._overrun is not None:
             # FastAPI turns what `receive` raised into a 400 of its own; the caller shall learn the reason.
             overrun, self._overrun = self._overrun, None
-            await send_problem(self.send, overrun, self._request_id)
+            await problem_response(overrun, self._request_id)(self._scope, self._receive, self.send)
             self._send = _discard
             return
         if message["type"] == "http.response.start":
@@ -119,24 +123,16 @@ async def _discard(_: Message) -> None:
     return None
 
 
-async def send_problem(send: Send, error: RequestError, request_id: str) -> None:
-    """Answer with the problem document of `error`."""
+def problem_response(error: RequestError, request_id: str) -> Response:
+    """The problem document of `error`, with the headers that go with its status."""
     document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
-    body = json.dumps(document).encode()
-    headers = [
-        (b"content-type", PROBLEM_MEDIA_TYPE.encode()),
-        (b"content-length", str(len(body)).encode()),
-        *_extra_headers(error),
-    ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _extra_headers(error: RequestError) -> Iterable[tuple[bytes, bytes]]:
+    headers = {}
     if error.status == 401:
-        yield b"www-authenticate", b"Bearer"
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
-        yield b"retry-after", str(max(1, round(error.retry_after_s))).encode()
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    # Not JSONResponse, which writes UTF-8: a detail may repeat half of a surrogate pair, which has none.
+    return Response(json.dumps(document), error.status, headers, PROBLEM_MEDIA_TYPE)
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

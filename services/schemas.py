@@ -173,6 +173,18 @@ class TeacherInfo(WireModel):
     """"one": this engine cannot apply a temperature other than 1."""
 
 
+SCORE_COLUMNS = (
+    "token_logprobs",
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logprobs",
+    "entropies",
+    "support_logprobs",
+    "support_tail_logprobs",
+)
+"""The arrays of TeacherScores that hold R rows."""
+
+
 @dataclass(frozen=True)
 class TeacherScores:
     """Scores of all rows of a request, sequence b owning rows row_offsets[b]:row_offsets[b+1]; R rows, K candidates."""
@@ -189,3 +201,17 @@ class TeacherScores:
     entropies: np.ndarray  # [R] nats
     support_logprobs: np.ndarray | None = None  # [R, M] logprobs of support_ids
     support_tail_logprobs: np.ndarray | None = None  # [R] log of the mass outside support_ids
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays that hold R rows, by name; those of support_ids only where these were asked for."""
+        return {name: array for name in SCORE_COLUMNS if (array := getattr(self, name)) is not None}
+
+    def metadata(self) -> dict[str, Any]:
+        """What both encodings say of the answer as a whole."""
+        return {
+            "protocol": PROTOCOL_VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+        }

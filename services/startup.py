@@ -65,9 +65,9 @@ def check_model_folder(key: str, model: str) -> None:
     path = Path(model)
     is_hub_id = not path.exists() and not model.startswith((".", "/", "~")) and model.count("/") <= 1
     if not is_hub_id and not (path / "config.json").is_file():
+        reason = "no config.json there" if path.exists() else "it does not exist"
         raise StartupError(
-            f"{key} = {model!r} is no model folder (no config.json there); "
-            "give a folder saved with save_pretrained, or a hub id"
+            f"{key} = {model!r} is no model folder ({reason}); give a folder saved with save_pretrained, or a hub id"
         )
 
 

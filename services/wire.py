@@ -113,30 +113,9 @@ async def read_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     raise PeerError("the stream broke off before its end mark")
 
 
-_SCORE_ARRAYS = (
-    "row_offsets",
-    "token_logprobs",
-    "topk_ids",
-    "topk_logprobs",
-    "tail_logprobs",
-    "entropies",
-    "support_logprobs",
-    "support_tail_logprobs",
-)
-
-
 def encode_scores(scores: TeacherScores) -> bytes:
     """The binary answer of `POST /v1/teacher/logprobs`."""
-    return encode_document(
-        {name: getattr(scores, name) for name in _SCORE_ARRAYS},
-        {
-            "protocol": PROTOCOL_VERSION,
-            "model": scores.model,
-            "fingerprint": scores.fingerprint,
-            "temperature": scores.temperature,
-            "top_k": scores.top_k,
-        },
-    )
+    return encode_document({"row_offsets": scores.row_offsets, **scores.columns()}, scores.metadata())
 
 
 def decode_scores(document: bytes) -> TeacherScores:

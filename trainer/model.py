@@ -27,21 +27,26 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         init_kwargs=config.model_init_kwargs,
+        key="student.model",
     )
     if config.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
-            if hasattr(model.config, name):  # read by attention functions at every call
-                setattr(model.config, name, 0.0)
-        for module in model.modules():
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        _disable_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     output_head(model)  # refuse an unknown head now, not at the first step
     return model.train()
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """Probability 0 wherever one is kept: dropout layers, attention layers, and what these read in the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    for name in ("attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
+        if hasattr(model.config, name):  # read by attention functions at every call
+            setattr(model.config, name, 0.0)
 
 
 def student_logprobs(

@@ -9,16 +9,18 @@ Left out: streaming of files that do not fit in memory.
 
 import json
 import logging
+import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from services.config import DataConfig
 from services.errors import DataError
+from services.text import TextError, check_is_text, render_messages
 
 logger = logging.getLogger(__name__)
 
@@ -32,35 +34,65 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-def load_prompts(
-    path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
-) -> list[Prompt]:
-    """Read and tokenise a JSONL file.
+@dataclass(frozen=True)
+class PromptRows:
+    """The rows of a file, read and tokenised, before it is known how long a prompt may be."""
 
-    Args:
-        max_prompt_tokens: longer prompts are bad rows; `config.max_prompt_tokens` lowers it further.
+    path: str
+    config: DataConfig
+    prompts: list[Prompt]
+    skipped: dict[int, str]
+    """Reasons by row."""
+
+    def fitting(self, max_prompt_tokens: int) -> list[Prompt]:
+        """The prompts of at most that many tokens; `config.max_prompt_tokens` lowers it further.
+
+        Raises:
+            DataError: a prompt is longer (unless `config.on_bad_row` is "skip"), or none is left.
+        """
+        limit = min(max_prompt_tokens, self.config.max_prompt_tokens or max_prompt_tokens)
+        prompts, skipped = [], dict(self.skipped)
+        for prompt in self.prompts:
+            if len(prompt.token_ids) <= limit:
+                prompts.append(prompt)
+                continue
+            reason = f"the prompt has {len(prompt.token_ids)} tokens, more than the {limit} that leave room to answer"
+            _stop_or_skip(self.path, prompt.row, reason, self.config, skipped)
+        if skipped:
+            shown = "; ".join(f"row {row}: {skipped[row]}" for row in sorted(skipped)[:5])
+            more = "; ..." if len(skipped) > 5 else ""
+            total = len(skipped) + len(prompts)
+            logger.warning("%s: skipped %d of %d rows (%s%s)", self.path, len(skipped), total, shown, more)
+        if not prompts:
+            raise DataError(
+                f"{self.path} holds no usable row; a row is a JSON object with `{self.config.prompt_column}` or `messages`"
+            )
+        return prompts
+
+
+def read_prompts(
+    path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, option: str = "data.path"
+) -> PromptRows:
+    """Read and tokenise a JSONL file, which `option` names.
 
     Raises:
-        DataError: the file is missing, holds no usable row, or (unless `config.on_bad_row` is "skip") a row
-            is bad; the message names file, row and reason.
+        DataError: the file is missing, or (unless `config.on_bad_row` is "skip") a row is bad; the message names file,
+            row and reason.
     """
-    limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
-    prompts, skipped = [], []
-    for row, line in read_lines(path, "data.path"):
+    prompts: list[Prompt] = []
+    skipped: dict[int, str] = {}
+    for row, line in read_lines(path, option):
         try:
-            prompts.append(_parse_row(row, line, config, tokenizer, limit))
+            prompts.append(_parse_row(row, line, config, tokenizer))
         except DataError as error:
-            if config.on_bad_row == "stop":
-                raise DataError(f"{path}, row {row}: {error}; fix the row or pass --data.on_bad_row skip") from error
-            skipped.append(f"row {row}: {error}")
-    if skipped:
-        shown = "; ".join(skipped[:5]) + ("; ..." if len(skipped) > 5 else "")
-        logger.warning("%s: skipped %d of %d rows (%s)", path, len(skipped), len(skipped) + len(prompts), shown)
-    if not prompts:
-        raise DataError(
-            f"{path} holds no usable row; a row is a JSON object with `{config.prompt_column}` or `messages`"
-        )
-    return prompts
+            _stop_or_skip(path, row, str(error), config, skipped)
+    return PromptRows(path, config, prompts, skipped)
+
+
+def _stop_or_skip(path: str, row: int, reason: str, config: DataConfig, skipped: dict[int, str]) -> None:
+    if config.on_bad_row == "stop":
+        raise DataError(f"{path}, row {row}: {reason}; fix the row or pass --data.on_bad_row skip")
+    skipped[row] = reason
 
 
 def read_lines(path: str, option: str) -> Iterator[tuple[int, str]]:
@@ -93,24 +125,31 @@ def parse_object(line: str) -> dict[str, Any]:
     return content
 
 
-def _parse_row(
-    row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
-) -> Prompt:
+def _parse_row(row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     content = parse_object(line)
-    text, token_ids = _tokenize(content, config, tokenizer)
+    try:
+        text, token_ids = _tokenize(content, config, tokenizer)
+        answer = _answer(content, config.answer_column)
+    except TextError as error:
+        raise DataError(str(error)) from error
     if not token_ids:
         raise DataError("the prompt has no tokens")
-    if len(token_ids) > max_prompt_tokens:
-        raise DataError(
-            f"the prompt has {len(token_ids)} tokens, more than the {max_prompt_tokens} that leave room to answer"
-        )
-    answer = content.get(config.answer_column)
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise DataError(f"`{config.answer_column}` must be text, got {type(answer).__name__}")
-    check_is_text(config.answer_column, str(answer))
     used = {config.prompt_column, config.answer_column, "messages"}
     columns = {name: value for name, value in content.items() if name not in used}
-    return Prompt(row, token_ids, text, None if answer is None else str(answer), columns)
+    return Prompt(row, token_ids, text, answer, columns)
+
+
+def _answer(row: dict[str, Any], column: str) -> str | None:
+    answer = row.get(column)
+    if answer is None:
+        return None
+    # True is an int to Python, and what NaN or 1e999 reads as has a text that nobody wrote.
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and abs(answer) < math.inf
+    if not isinstance(answer, str) and not is_number:
+        got = f"{type(answer).__name__} {reprlib.repr(answer)}"
+        raise DataError(f"`{column}` must be text, got {got}; put it in quotes")
+    check_is_text(f"`{column}`", str(answer))
+    return str(answer)
 
 
 def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
@@ -118,7 +157,7 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         prompt = row[config.prompt_column]
         if not isinstance(prompt, str) or not prompt:
             raise DataError(f"`{config.prompt_column}` must be non-empty text, got {prompt!r}")
-        check_is_text(config.prompt_column, prompt)
+        check_is_text(f"`{config.prompt_column}`", prompt)
         return prompt, tokenizer(prompt)["input_ids"]
     if "messages" not in row:
         raise DataError(f"neither `{config.prompt_column}` nor `messages` in the row (found: {sorted(row)})")
@@ -127,22 +166,11 @@ def _tokenize(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
         raise DataError('`messages` must be a non-empty list of {"role": text, "content": text}')
     if tokenizer.chat_template is None:
         raise DataError("`messages` needs a chat template, which this tokenizer does not have")
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
-        )
-    except TemplateError as error:  # many templates refuse roles or their order this way
-        raise DataError(f"the chat template refuses `messages`: {error}") from error
-    check_is_text("messages", text)
+    template_kwargs = {"add_generation_prompt": True, **config.chat_template_kwargs}
+    text = render_messages("`messages`", messages, tokenizer, **template_kwargs)
+    check_is_text("`messages`", text)
     # The template writes its own special tokens.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def check_is_text(column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
-        raise DataError(f"`{column}` holds half a surrogate pair at {error.start}, which is no text") from error
 
 
 def _is_message(message: Any) -> bool:

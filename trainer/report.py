@@ -8,7 +8,6 @@ student/         the trained model               summary.json     before -> afte
 
 import importlib.util
 import json
-import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from services.config import RunConfig, check_output_dir
 from services.errors import ConfigError, StartupError
 from trainer.evaluate import Evaluation
 from trainer.teacher_scores import ScoredSample
-
-logger = logging.getLogger(__name__)
 
 
 def check_trackers(config: RunConfig) -> None:

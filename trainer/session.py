@@ -4,28 +4,29 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import SecretStr
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import eos_token_ids, load_tokenizer
 from services.clients import RolloutClient, TeacherClient
-from services.config import RunConfig, Secrets
+from services.config import RunConfig, Secrets, reveal
 from services.errors import ConfigError
+from services.schemas import RolloutInfo, TeacherInfo
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.loss import is_exclusive
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
-from trainer.prompts import Prompt, load_prompts
+from trainer.prompts import Prompt, PromptRows, read_prompts
 from trainer.report import RunRecord, Summary
 from trainer.staleness_buffer import StalenessBuffer
 from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
-from trainer.texts import load_texts
+from trainer.texts import check_windows_fit, load_texts
 from trainer.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -133,55 +134,46 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
             f"launched with {accelerator.num_processes} processes, but this version trains in one; start it without torchrun"
         )
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.student.model or "", trust_remote_code=config.student.trust_remote_code)
+    student = config.student
+    tokenizer = load_tokenizer(student.model or "", trust_remote_code=student.trust_remote_code, key="student.model")
     record = RunRecord(config, accelerator, tokenizer)
-    # Read once without a length limit: a broken file must not wait for the servers to be reported.
-    load_prompts(config.data.path or "", config.data, tokenizer, max_prompt_tokens=2**31)
-
-    model = load_student(config.student)
-    texts = _texts(config, tokenizer, model)
-    secrets = Secrets()
-    rollout_client = RolloutClient(
-        config.rollout.server_urls(), key=_reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
-    )
-    teacher_client = TeacherClient(
-        config.teacher.server_urls(), key=_reveal(secrets.teacher_key), timeout_s=config.teacher.request_timeout_s
-    )
-    stack.push_async_callback(rollout_client.close)
-    stack.push_async_callback(teacher_client.close)
-    rollouts, teacher = await preflight.attach(config, rollout_client, teacher_client)
-    if config.loss.rkl_advantage and config.loss.gamma == 0 and is_exclusive(config.loss):
-        logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
+    files = _read_files(config, tokenizer)  # a broken file must not wait for the servers to be reported
+    model = load_student(student)
+    check_windows_fit(files.texts, model.config.get_text_config())
+    servers = await _attach(config, stack)
     eos = eos_token_ids(model, tokenizer)
-    await preflight.check_same_tokens(config, tokenizer, eos, teacher, teacher_client)
-    preflight.check_temperature(config.loss, teacher)
-    support = preflight.choose_support(config.loss, len(head_of(model).weight), rollouts, teacher)
+    await preflight.check_same_tokens(config, tokenizer, eos, servers.teacher, servers.teacher_client)
+    preflight.check_temperature(config.loss, servers.teacher)
+    support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teacher)
+    if config.loss.uses_rkl_advantage and config.loss.gamma == 0 and is_exclusive(config.loss):
+        logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
 
-    room = preflight.max_model_len(config, rollouts, teacher) - config.longest_completion()
-    prompts = load_prompts(config.data.path or "", config.data, tokenizer, room)
+    room = preflight.max_model_len(config, servers.rollouts, servers.teacher) - config.longest_completion()
+    prompts = files.prompts.fitting(room)
     evaluator = None
-    if config.data.eval_path is not None:
-        held_out = load_prompts(config.data.eval_path, config.data, tokenizer, room)
-        evaluator = Evaluator(config, held_out, tokenizer, rollout_client, teacher_client, teacher, eos)
-
+    if files.held_out is not None:
+        clients = servers.rollout_client, servers.teacher_client
+        evaluator = Evaluator(config, files.held_out.fitting(room), tokenizer, *clients, servers.teacher, eos)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     num_steps = count_steps(config, len(prompts))
     canaries = prompts[: config.weight_sync.canary_prompts]
-    weights = WeightSync(config, model, rollout_client, rollouts, canaries, _reveal(secrets.rollout_key))
+    key = reveal(Secrets().rollout_key)
+    weights = WeightSync(config, model, servers.rollout_client, servers.rollouts, canaries, key)
     stack.callback(weights.close)
+    stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     return Session(
         config=config,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config.optimizer, num_steps),
-        prompts=RowStream(prompts, seed=config.seed, shuffle=config.data.shuffle),
-        texts=texts,
+        prompts=stream(prompts),
+        texts=stream(files.texts) if files.texts else None,
         num_steps=num_steps,
         support=support,
-        rollout_client=rollout_client,
-        teacher_client=teacher_client,
+        rollout_client=servers.rollout_client,
+        teacher_client=servers.teacher_client,
         buffer=StalenessBuffer(config.pipeline.max_staleness),
         weights=weights,
         evaluator=evaluator,
@@ -190,15 +182,42 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     )
 
 
-def _texts(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> RowStream[list[int]] | None:
-    """The texts of L_PT, or None without data.lm_path."""
-    if config.data.lm_path is None:
-        return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.data.max_text_tokens
-    windows = load_texts(config.data.lm_path, config.data, tokenizer, longest)
-    return RowStream(windows, seed=config.seed, shuffle=config.data.shuffle)
+@dataclass(frozen=True)
+class _Files:
+    prompts: PromptRows
+    held_out: PromptRows | None
+    texts: list[list[int]]  # none without data.lm_path
+
+
+def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Files:
+    data = config.data
+    return _Files(
+        read_prompts(data.path or "", data, tokenizer, "data.path"),
+        None if data.eval_path is None else read_prompts(data.eval_path, data, tokenizer, "data.eval_path"),
+        [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer),
+    )
+
+
+@dataclass(frozen=True)
+class _Servers:
+    rollout_client: RolloutClient
+    teacher_client: TeacherClient
+    rollouts: list[RolloutInfo]
+    teacher: TeacherInfo
+
+
+async def _attach(config: RunConfig, stack: AsyncExitStack) -> _Servers:
+    """Clients of both servers, closed with the stack, and what the servers say of themselves."""
+    secrets = Secrets()
+    rollout_client = RolloutClient(
+        config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
+    )
+    teacher_client = TeacherClient(
+        config.teacher.server_urls(), key=reveal(secrets.teacher_key), timeout_s=config.teacher.request_timeout_s
+    )
+    stack.push_async_callback(rollout_client.close)
+    stack.push_async_callback(teacher_client.close)
+    return _Servers(rollout_client, teacher_client, *await preflight.attach(config, rollout_client, teacher_client))
 
 
 def count_steps(config: RunConfig, num_prompts: int) -> int:
@@ -207,7 +226,3 @@ def count_steps(config: RunConfig, num_prompts: int) -> int:
         return config.pipeline.steps
     assert config.pipeline.epochs is not None
     return max(1, round(config.pipeline.epochs * num_prompts / config.pipeline.prompts_per_step))
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.config import Secrets
+from services.config import Secrets, reveal
 from services.errors import RequestError
-from services.guard import Guard
+from services.guard import OPEN_PATHS, Guard
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 
@@ -33,7 +33,6 @@ VLLM_ROUTES = frozenset(
         ("POST", "/finish_weight_update"),
     }
 )
-OPEN_PATHS = frozenset({"/health", "/ready"})
 
 Handler = Callable[[Request, RolloutSettings], Awaitable[Response]]
 
@@ -77,10 +76,9 @@ class RolloutGuard(Guard):
 
     def __init__(self, app: ASGIApp) -> None:
         settings = RolloutSettings.from_environment()
-        key = Secrets().rollout_key
         super().__init__(
             AllowList(app, settings),
-            key=key.get_secret_value() if key else None,
+            key=reveal(Secrets().rollout_key),
             open_paths=OPEN_PATHS,
             max_body_bytes=settings.max_body_bytes,
         )

@@ -5,8 +5,6 @@ all sequences), C rows of a chunk, V vocabulary, K candidates, M support ids.
 """
 
 import hashlib
-import logging
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +24,6 @@ from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
-
-logger = logging.getLogger(__name__)
 
 # Elements of one chunk of float32 logits: 64 Mi are 256 MiB.
 _MAX_CHUNK_ELEMENTS = 64 << 20
@@ -61,7 +57,7 @@ class TransformersEngine:
         self._config = config
         self._device = _device(config.device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            config.model, trust_remote_code=config.trust_remote_code
+            config.model, trust_remote_code=config.trust_remote_code, key="teacher.model"
         )
         self._model: PreTrainedModel = (
             load_causal_lm(
@@ -69,13 +65,13 @@ class TransformersEngine:
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
                 init_kwargs=config.teacher_model_init_kwargs,
+                key="teacher.model",
             )
             .to(self._device)
             .eval()
         )
         self._head = output_head(self._model)
         self.info = self._describe()
-        self.forward_s = 0.0
 
     def _describe(self) -> TeacherInfo:
         config, text_config = self._config, self._model.config.get_text_config()
@@ -114,14 +110,12 @@ class TransformersEngine:
             DistillServeError: the model's logits are not finite.
         """
         _check_scorable(sequences, top_k, self.info.padded_vocab_size)
-        started = time.monotonic()
         offsets = np.concatenate([[0], np.cumsum([s.num_rows for s in sequences])])
         columns = _Columns.empty(int(offsets[-1]), top_k, _support_width(sequences))
         lengths = [len(s.token_ids) for s in sequences]
         for group in cut_by_padded_tokens(lengths, self._config.tokens_per_forward):
             rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in group])
             self._score_group([sequences[i] for i in group], rows, columns, temperature)
-        self.forward_s += time.monotonic() - started
         return TeacherScores(
             model=self.info.model,
             fingerprint=self.info.fingerprint,

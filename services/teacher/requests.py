@@ -1,12 +1,12 @@
 """What a score request may ask, checked in full before anything is allocated; text becomes token ids here."""
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.schemas import TeacherInfo, TeacherRequest, TeacherSequence
 from services.teacher.engine_transformers import EncodedSequence
+from services.text import TextError, check_is_text, render_messages
 
 _BYTES_PER_CANDIDATE = 8
 
@@ -86,16 +86,12 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
         raise RequestError(
             422, "Nothing to score", f"{field}.messages must end with an assistant message after a prompt", field=field
         )
+    name = f"{field}.messages"
     try:
-        before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:  # many templates refuse roles or their order this way
-        raise RequestError(
-            422,
-            "Chat template",
-            f"{field}.messages: the chat template refuses them: {error}",
-            field=f"{field}.messages",
-        ) from error
+        before = render_messages(name, messages[:-1], tokenizer, add_generation_prompt=True)
+        whole = render_messages(name, messages, tokenizer)
+    except TextError as error:
+        raise RequestError(422, "Chat template", str(error), field=name) from error
     if not whole.startswith(before):
         raise RequestError(
             422,
@@ -103,18 +99,16 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
             f"{field}: the template rewrites earlier messages; send token_ids instead",
             field=field,
         )
-    prompt = _tokenize(f"{field}.messages", before, tokenizer)
-    completion = _tokenize(f"{field}.messages", whole[len(before) :], tokenizer)
+    prompt = _tokenize(name, before, tokenizer)
+    completion = _tokenize(name, whole[len(before) :], tokenizer)
     return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
 
 
 def _tokenize(field: str, text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
-        raise RequestError(
-            422, "Invalid text", f"{field} holds half a surrogate pair at {error.start}, which is no text", field=field
-        ) from error
+        check_is_text(field, text)
+    except TextError as error:
+        raise RequestError(422, "Invalid text", str(error), field=field) from error
     return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 

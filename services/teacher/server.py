@@ -2,8 +2,8 @@
 
 consumes   POST /v1/teacher/logprobs
 produces   logprobs of the given completions, as JSON or safetensors
-waits for  the one engine thread; past max_pending_requests a client is told to come back, its body unread
-unblocked  by the forward pass before
+waits for  the queue of services/teacher/service.py; a client that finds it full is told so, its body unread
+unblocked  by the requests before
 
 On SIGTERM or SIGINT the server drains: /ready and new requests get 503 while accepted ones finish, then the
 port closes. A second signal closes it at once.
@@ -12,9 +12,9 @@ port closes. A second signal closes it at once.
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Annotated, Any
 
@@ -28,143 +28,18 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback
-from services.errors import PROBLEM_MEDIA_TYPE, DistillServeError, RequestError, problem_document
-from services.guard import Guard
-from services.metrics import TeacherMetrics
+from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
+from services.errors import DistillServeError, RequestError
+from services.guard import OPEN_PATHS, Guard, problem_response
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
-from services.teacher.engine_transformers import EncodedSequence, TransformersEngine
-from services.teacher.requests import encode_request
+from services.teacher.service import TeacherService
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
-
-OPEN_PATHS = frozenset({"/health", "/ready"})
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
 # Of a wrong value, what its problem document repeats.
 _SHOWN_CHARACTERS = 80
-# Weight of the newest request in the running mean of their time in the engine, which Retry-After is.
-_MEAN_WEIGHT = 0.2
-
-
-class TeacherService:
-    """The engine behind its queue: one thread scores, requests wait in order."""
-
-    def __init__(self, config: TeacherConfig) -> None:
-        self.config = config
-        self.engine: TransformersEngine | None = None
-        self.metrics = TeacherMetrics()
-        self.draining = False
-        self.failure: Exception | None = None
-        self.on_failure: Callable[[Exception], None] = lambda error: None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-engine")
-        # Tokenizers must not be called by two threads at once, and long texts must not hold up /health.
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-requests")
-        self._pending = 0
-        self._mean_score_s = 0.0
-
-    async def load(self) -> None:
-        """Load the model on the engine's thread; /ready answers 503 until then."""
-        self.engine = await asyncio.get_running_loop().run_in_executor(self._thread, TransformersEngine, self.config)
-
-    def ready_engine(self) -> TransformersEngine:
-        """The engine, or a 503.
-
-        Raises:
-            RequestError: still loading, shutting down, or broken.
-        """
-        self.check_alive()
-        if self.draining:
-            raise RequestError(503, "Shutting down", "this server takes no more requests", retry_after_s=5)
-        if self.engine is None:
-            raise RequestError(503, "Loading", "the teacher is still being loaded", retry_after_s=2)
-        return self.engine
-
-    def check_alive(self) -> None:
-        """Raises a 503 RequestError when the engine broke: this process will not score again."""
-        if self.failure is not None:
-            raise RequestError(503, "Engine failed", f"the engine failed ({type(self.failure).__name__})")
-
-    @property
-    def pending(self) -> int:
-        """Accepted requests without an answer."""
-        return self._pending
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the accepted requests, given back at the end.
-
-        Raises:
-            RequestError: too many are accepted already, or the engine is not ready.
-        """
-        self.ready_engine()
-        if self._pending >= self.config.max_pending_requests:
-            raise RequestError(
-                429,
-                "Too many requests",
-                f"{self._pending} requests wait already (max_pending_requests); try again later",
-                retry_after_s=max(1.0, self._mean_score_s),
-            )
-        self._pending += 1
-        self.metrics.pending.set(self._pending)
-        try:
-            yield
-        finally:
-            self._pending -= 1
-            self.metrics.pending.set(self._pending)
-
-    async def score(self, request: TeacherRequest) -> TeacherScores:
-        """Score one request that has its `place`; one that is cancelled before its turn is skipped.
-
-        Raises:
-            RequestError: the request is refused.
-        """
-        engine, loop = self.engine, asyncio.get_running_loop()
-        assert engine is not None
-        sequences = await loop.run_in_executor(
-            self._reader, encode_request, request, engine.info, self.config, engine.tokenizer
-        )
-        accepted = time.monotonic()
-
-        def work() -> TeacherScores:
-            self.metrics.wait_seconds.observe(time.monotonic() - accepted)
-            return self._run(engine, sequences, request)
-
-        # The one place where a batcher across requests goes.
-        scores = await loop.run_in_executor(self._thread, work)
-        self.metrics.sequences.inc(len(sequences))
-        self.metrics.rows.inc(len(scores.token_logprobs))
-        self.metrics.tokens.inc(sum(len(s.token_ids) for s in sequences))
-        return scores
-
-    def _run(
-        self, engine: TransformersEngine, sequences: list[EncodedSequence], request: TeacherRequest
-    ) -> TeacherScores:
-        """One request on the engine's thread; an unexpected error makes the engine prove that it still works."""
-        self.check_alive()
-        started = time.monotonic()
-        try:
-            with self.metrics.score_seconds.time():
-                return engine.score(sequences, top_k=request.top_k, temperature=request.temperature)
-        except RequestError:
-            raise
-        except Exception:
-            self._probe(engine)
-            raise
-        finally:
-            self._mean_score_s += _MEAN_WEIGHT * (time.monotonic() - started - self._mean_score_s)
-
-    def _probe(self, engine: TransformersEngine) -> None:
-        try:
-            engine.score([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0)
-        except Exception as error:  # a dead CUDA context, for one, never comes back in this process
-            self.failure = error
-            self.on_failure(error)
-
-    def close(self) -> None:
-        self._reader.shutdown(wait=True)
-        self._thread.shutdown(wait=True)
 
 
 class PlacedRoute(APIRoute):
@@ -288,33 +163,21 @@ def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
     def narrowed(values: np.ndarray) -> np.ndarray:
         return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(dtype)
 
-    columns: dict[str, Any] = {
-        n: narrowed(v) if n.endswith("logprobs") and v is not None else v for n, v in vars(scores).items()
-    }
-    return TeacherScores(**columns)
+    columns: dict[str, Any] = {n: narrowed(v) for n, v in scores.columns().items() if n.endswith("logprobs")}
+    return replace(scores, **columns)
 
 
 def as_json(scores: TeacherScores) -> dict[str, Any]:
     """The readable answer; minus infinity (no mass left outside the candidates) is null, JSON has no word for it."""
-    per_row = ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies")
-    optional = ("support_logprobs", "support_tail_logprobs")
-    names = [*per_row, *(n for n in optional if getattr(scores, n) is not None)]
 
-    def rows(name: str, part: slice) -> Any:
-        values = getattr(scores, name)[part]
+    def listed(values: np.ndarray) -> list[Any]:
         if values.dtype.kind != "f" or np.isfinite(values).all():
             return values.tolist()
         return np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
 
-    bounds = zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
-    return {
-        "protocol": 1,
-        "model": scores.model,
-        "fingerprint": scores.fingerprint,
-        "temperature": scores.temperature,
-        "top_k": scores.top_k,
-        "sequences": [{name: rows(name, slice(start, end)) for name in names} for start, end in bounds],
-    }
+    columns, bounds = scores.columns(), zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
+    sequences = [{name: listed(values[start:end]) for name, values in columns.items()} for start, end in bounds]
+    return {**scores.metadata(), "sequences": sequences}
 
 
 async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -332,20 +195,17 @@ async def _count_requests(request: Request, call_next: Callable[[Request], Await
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error of every route becomes a problem document."""
 
-    def problem(request: Request, error: RequestError) -> JSONResponse:
+    def problem(request: Request, error: RequestError) -> Response:
         if error.status < 500 or error.retry_after_s is not None:
             app.state.service.metrics.rejected.labels(error.title).inc()
-        request_id = request.scope.get("state", {}).get("request_id", "")
-        document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
-        headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
-        return JSONResponse(document, error.status, headers, media_type=PROBLEM_MEDIA_TYPE)
+        return problem_response(error, request.scope.get("state", {}).get("request_id", ""))
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def refused(request: Request, error: RequestError) -> Response:
         return problem(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         # Of broken JSON, "loc" says at which byte, which is no field.
         location = () if first["type"] == "json_invalid" else first["loc"]
@@ -355,14 +215,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}{got}", field=field))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         response = problem(request, RequestError(error.status_code, str(error.detail), detail))
         response.headers.update(error.headers or {})  # Allow of a 405
         return response
 
     @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
+    async def broken(request: Request, error: Exception) -> Response:
         known = isinstance(error, DistillServeError)
         detail = str(error) if known else "an unexpected error; the server's log has the traceback"
         return problem(request, RequestError(500, "Server error", detail))
@@ -406,7 +266,7 @@ def run(config: RunConfig) -> None:
     service: TeacherService = app.state.service
     guard = Guard(
         app,
-        key=key.get_secret_value() if key else None,
+        key=reveal(key),
         open_paths=OPEN_PATHS,
         max_body_bytes=teacher.max_body_mib << 20,
         on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),

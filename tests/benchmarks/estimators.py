@@ -23,7 +23,7 @@ from tests.benchmarks import results
 from trainer.lm_head import HeadOutput
 from trainer.loss import LossInputs, minillm_loss
 from trainer.model import head_of, load_student, student_logprobs
-from trainer.prompts import load_prompts
+from trainer.prompts import read_prompts
 from trainer.tiny_pair import build_tiny_pair
 
 PAIR = Path("outputs/tiny-pair")
@@ -143,7 +143,7 @@ def main() -> None:
         load_student(RunConfig(student={"model": str(PAIR / name)}).student) for name in ("student", "teacher")
     )
     tokenizer = load_tokenizer(str(PAIR / "student"))
-    rows = load_prompts(str(PAIR / "train.jsonl"), RunConfig().data, tokenizer, 64)[:NUM_PROMPTS]
+    rows = read_prompts(str(PAIR / "train.jsonl"), RunConfig().data, tokenizer).fitting(64)[:NUM_PROMPTS]
     prompts = [row.token_ids for row in rows]
     end = tokenizer.eos_token_id
     figures = {"start": measure(student, teacher, prompts, end)}

@@ -24,6 +24,7 @@ from services.teacher.engine_transformers import (
     top_k_ids,
 )
 from tests.models import save_model
+from trainer.tiny_pair import build_tokenizer
 
 VOCABULARY = 261  # 256 bytes and five special tokens
 ARCHITECTURES = ["qwen3", "llama"]
@@ -371,6 +372,13 @@ def test_fingerprints_tell_models_and_dtypes_apart_but_not_folders(
     }
     assert len(fingerprints) == 4
     assert engines("llama").info.tokenizer_fingerprint == engines().info.tokenizer_fingerprint
+
+
+def test_a_chat_template_that_fails_is_named() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[1]['content'] + 1 }}"
+    with pytest.raises(StartupError, match=r"refuses a user's message: .*has no element 1"):
+        causal_lm.chat_template_probe(tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """The teacher's API in process: answers, refusals, the key, limits."""
 
-import asyncio
 import json
-import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -13,38 +10,20 @@ import pytest
 from pydantic import ValidationError
 
 from services.clients import TeacherClient
-from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
-from services.guard import Guard
+from services.guard import OPEN_PATHS
 from services.schemas import TeacherRequest, TeacherScores
-from services.teacher.engine_transformers import EncodedSequence
-from services.teacher.server import OPEN_PATHS, _as_dtype, create_app
+from services.teacher.server import _as_dtype
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
-from tests.models import save_model
+from tests.teacher_app import GOOD, score, serving
 
 KEY = "the-key"
 VOCAB = 261
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("teacher"), "qwen3")
-
-
-@asynccontextmanager
-async def serving(
-    folder: str, *, key: str | None = None, max_body: int = 1 << 20, wait: bool = True, **options: object
-):  # type: ignore[no-untyped-def]
-    """A client whose requests go straight into the guarded application."""
-    app = create_app(TeacherConfig(model=folder, **options))  # type: ignore[arg-type]
-    guard = Guard(app, key=key, open_paths=OPEN_PATHS, max_body_bytes=max_body)
-    async with app.router.lifespan_context(app):
-        while wait and app.state.service.engine is None:
-            await asyncio.sleep(0.01)
-        transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
-            client.app, client.guard = app, guard  # type: ignore[attr-defined]
-            yield client
+@pytest.fixture
+def folder(tiny_model_folder: Callable[[str], str]) -> str:
+    return tiny_model_folder("qwen3")
 
 
 @pytest.fixture
@@ -52,10 +31,6 @@ async def client(folder: str) -> AsyncIterator[httpx.AsyncClient]:
     limits = {"max_model_len": 16, "max_sequences_per_request": 4, "max_tokens_per_request": 40, "max_top_k": 50}
     async with serving(folder, **limits) as client:
         yield client
-
-
-async def score(client: httpx.AsyncClient, body: object, **headers: str) -> httpx.Response:
-    return await client.post("/v1/teacher/logprobs", json=body, headers=headers)
 
 
 async def test_json_and_safetensors_say_the_same(client: httpx.AsyncClient) -> None:
@@ -105,7 +80,6 @@ async def test_an_empty_tail_is_null_in_json(folder: str) -> None:
     assert json.loads(answer.text)["sequences"][0]["tail_logprobs"] == [None]
 
 
-GOOD = {"token_ids": [5, 6], "prompt_length": 1}
 BAD_BODIES = [
     ({"sequences": [GOOD], "top_k": -1}, "top_k", 422),
     ({"sequences": [GOOD], "top_k": 0}, "top_k", 422),
@@ -246,6 +220,24 @@ async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_word
     assert "Conversation roles must alternate" in response.json()["detail"]
 
 
+async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.AsyncClient) -> None:
+    client.app.state.service.engine.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
+    assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
+    assert "the chat template refuses sequences.0.messages: TypeError" in response.json()["detail"]
+
+
+async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncClient) -> None:
+    template = "{{ raise_exception(messages[0]['content']) }}"
+    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    messages = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]'
+    content = f'{{"sequences": [{{"messages": {messages}}}], "top_k": 1}}'
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/teacher/logprobs", content=content, headers=headers)
+    assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
+
+
 async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
     client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -311,179 +303,6 @@ async def test_large_bodies_are_refused_announced_or_not(folder: str) -> None:
     for response in (announced, streamed):
         assert response.status_code == 413 and "1000 bytes" in response.json()["detail"]
         assert response.json()["request_id"] == response.headers["x-request-id"]
-
-
-async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
-    async with serving(folder, max_pending_requests=1) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        release = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        blocked = loop.run_in_executor(
-            service._thread, lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
-        )
-        body = {"sequences": [GOOD], "top_k": 1}
-        accepted = asyncio.create_task(score(client, body))
-        while service._pending == 0:
-            await asyncio.sleep(0)
-        refused = await score(client, body)
-        release.set()
-        await blocked
-        assert (await accepted).status_code == 200
-    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-
-
-async def test_a_full_queue_does_not_read_the_body_it_refuses(folder: str) -> None:
-    read: list[bytes] = []
-
-    async def chunks() -> AsyncIterator[bytes]:
-        read.append(b" ")
-        yield read[0]
-
-    async with serving(folder, max_pending_requests=1) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        with service.place():
-            refused = await client.post("/v1/teacher/logprobs", content=chunks())
-        assert refused.status_code == 429 and read == []
-        assert (await score(client, {"sequences": [GOOD], "top_k": 1})).status_code == 200
-        text = (await client.get("/metrics")).text
-    assert 'distillserve_teacher_rejected_total{reason="Too many requests"} 1.0' in text
-    assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="429"} 1.0' in text
-
-
-async def test_a_caller_that_goes_away_in_its_body_frees_its_place(folder: str) -> None:
-    async with serving(folder, max_pending_requests=1) as client:
-        messages: list[Any] = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
-        answered: list[Any] = []
-
-        async def receive() -> Any:
-            return messages.pop()
-
-        async def send(message: Any) -> None:
-            answered.append(message)
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "query_string": b""}
-        await client.guard({**scope, "path": "/v1/teacher/logprobs", "headers": headers}, receive, send)  # type: ignore[attr-defined]
-        assert answered[0]["status"] == 499
-        assert client.app.state.service.pending == 0  # type: ignore[attr-defined]
-
-
-async def test_a_long_text_does_not_hold_up_health(folder: str) -> None:
-    async with serving(folder) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        busy = threading.Event()
-        service._reader.submit(busy.wait)  # stands for a tokenizer at work
-        waiting = asyncio.create_task(score(client, {"sequences": [{"prompt": "a", "completion": "b"}], "top_k": 1}))
-        while service.pending == 0:
-            await asyncio.sleep(0)
-        assert (await client.get("/health")).status_code == 200
-        busy.set()
-        assert (await waiting).status_code == 200
-
-
-async def test_a_caller_that_goes_away_before_its_turn_is_not_scored(folder: str) -> None:
-    async with serving(folder, max_pending_requests=1) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        scored: list[int] = []
-        really_score = service.engine.score
-
-        def record(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
-            scored.append(sequences[0].token_ids[0])
-            return really_score(sequences, **options)
-
-        service.engine.score = record
-        busy = threading.Event()
-        service._thread.submit(busy.wait)
-        body = json.dumps({"sequences": [GOOD], "top_k": 1}).encode()
-        hang_up = asyncio.Event()
-        messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Any:
-            if messages:
-                return messages.pop()
-            await hang_up.wait()
-            return {"type": "http.disconnect"}
-
-        answered: list[Any] = []
-
-        async def send(message: Any) -> None:
-            answered.append(message)
-
-        scope = {
-            "type": "http",
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": "/v1/teacher/logprobs",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        leaving = asyncio.create_task(client.guard(scope, receive, send))  # type: ignore[attr-defined]
-        while service._pending == 0:
-            await asyncio.sleep(0)
-        hang_up.set()
-        await leaving
-        next_one = asyncio.create_task(
-            score(client, {"sequences": [{"token_ids": [9, 6], "prompt_length": 1}], "top_k": 1})
-        )
-        while service._pending == 0:
-            await asyncio.sleep(0)
-        busy.set()
-        assert (await next_one).status_code == 200
-        text = (await client.get("/metrics")).text
-    assert scored == [9]
-    assert answered[0]["status"] == 499 and "distillserve_teacher_pending_requests 0.0" in text
-
-
-async def test_it_is_not_ready_before_the_model_is_loaded_and_while_it_drains(folder: str) -> None:
-    async with serving(folder, wait=False) as client:
-        early = await client.get("/ready")
-        assert (early.status_code, early.json()["title"]) == (503, "Loading")
-        assert (await client.get("/health")).status_code == 200
-        while client.app.state.service.engine is None:  # type: ignore[attr-defined]
-            await asyncio.sleep(0.01)
-        assert (await client.get("/ready")).status_code == 200
-        client.app.state.service.draining = True  # type: ignore[attr-defined]
-        assert (await client.get("/ready")).status_code == 503
-
-
-async def test_an_engine_failure_is_a_problem_without_its_insides(folder: str) -> None:
-    async with serving(folder) as client:
-        client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
-        response = await score(client, {"sequences": [GOOD], "top_k": 1})
-    assert response.status_code == 500 and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
-    assert "division" not in response.text
-
-
-async def test_one_request_that_fails_leaves_the_engine_in_service(folder: str) -> None:
-    async with serving(folder) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        really_score = service.engine.score
-
-        def fail_on_seven(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
-            if 7 in sequences[0].token_ids:
-                raise IndexError("a bug")
-            return really_score(sequences, **options)
-
-        service.engine.score = fail_on_seven
-        bad = {"sequences": [{"token_ids": [7, 6], "prompt_length": 1}], "top_k": 1}
-        assert (await score(client, bad)).status_code == 500
-        assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
-        assert (await score(client, {"sequences": [GOOD], "top_k": 1})).status_code == 200
-
-
-async def test_a_dead_engine_says_so_and_fails_fast(folder: str) -> None:
-    failures: list[Exception] = []
-    async with serving(folder) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
-        service.on_failure = failures.append
-        service.engine.score = lambda *_, **__: 1 / 0
-        body = {"sequences": [GOOD], "top_k": 1}
-        assert (await score(client, body)).status_code == 500
-        service.engine.score = None  # nothing is asked of it any more
-        for response in (await client.get("/health"), await client.get("/ready"), await score(client, body)):
-            assert (response.status_code, response.json()["title"]) == (503, "Engine failed")
-    assert [type(error) for error in failures] == [ZeroDivisionError]
 
 
 async def test_the_guard_tells_of_what_it_refuses(folder: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from services.config import DataConfig
 from services.errors import DataError
-from trainer.prompts import Prompt, load_prompts
+from trainer.prompts import Prompt, read_prompts
 from trainer.stream import RowStream
 from trainer.tiny_pair import build_tokenizer
 
@@ -23,7 +23,7 @@ def write(path: Path, *lines: str) -> str:
 
 
 def load(path: str, **options: object) -> list[Prompt]:
-    return load_prompts(path, DataConfig(path=path, **options), TOKENIZER, MAX_TOKENS)  # type: ignore[arg-type]
+    return read_prompts(path, DataConfig(path=path, **options), TOKENIZER).fitting(MAX_TOKENS)  # type: ignore[arg-type]
 
 
 BAD_ROWS = [
@@ -40,6 +40,9 @@ BAD_ROWS = [
     ('{"messages": [{"role": "user"}]}', "`messages` must be a non-empty list"),
     ('{"messages": [{"role": "user", "content": 3}]}', "`messages` must be a non-empty list"),
     ('{"prompt": "ok", "answer": [1]}', "`answer` must be text, got list"),
+    ('{"prompt": "ok", "answer": true}', "`answer` must be text, got bool True; put it in quotes"),
+    ('{"prompt": "ok", "answer": NaN}', "`answer` must be text, got float nan"),
+    ('{"prompt": "ok", "answer": -1e999}', "`answer` must be text, got float -inf"),
     ("[" * 100_000, "invalid JSON"),
     ('{"prompt": "ok", "n": ' + "1" * 5000 + "}", "invalid JSON"),  # more digits than Python converts
     (r'{"prompt": "a\ud800"}', "`prompt` holds half a surrogate pair at 1"),
@@ -104,6 +107,12 @@ def test_text_is_tokenized_and_other_columns_ride_along(tmp_path: Path) -> None:
     assert prompt == Prompt(1, list(b"1+1="), "1+1=", "2", {"source": {"page": 3}})
 
 
+def test_an_answer_that_is_a_number_is_its_text(tmp_path: Path) -> None:
+    answers = ["0", "-1.5", "1" * 400]
+    path = write(tmp_path / "d.jsonl", *(f'{{"prompt": "p", "answer": {answer}}}' for answer in answers))
+    assert [p.answer for p in load(path)] == answers
+
+
 def test_messages_go_through_the_chat_template_with_its_arguments(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
     (prompt,) = load(path)
@@ -113,7 +122,7 @@ def test_messages_go_through_the_chat_template_with_its_arguments(tmp_path: Path
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinking %}!{% endif %}"
     config = DataConfig(chat_template_kwargs={"thinking": True})
-    assert load_prompts(path, config, tokenizer, MAX_TOKENS)[0].text == "hi!"
+    assert read_prompts(path, config, tokenizer).fitting(MAX_TOKENS)[0].text == "hi!"
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:
@@ -121,12 +130,15 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     path = write(tmp_path / "d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
     with pytest.raises(DataError, match="needs a chat template"):
-        load_prompts(path, DataConfig(), tokenizer, MAX_TOKENS)
+        read_prompts(path, DataConfig(), tokenizer).fitting(MAX_TOKENS)
 
 
 REFUSING_TEMPLATES = [
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ("{{ messages[0].name.upper() }}", "has no attribute 'name'"),
+    ("{% if %}", "Expected an expression"),
+    ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate str"),
+    ("{{ 1 // (messages | length - 1) }}", "ZeroDivisionError"),
 ]
 
 
@@ -140,10 +152,10 @@ def test_messages_that_a_chat_template_refuses_are_a_bad_row(
     path = write(tmp_path / "d.jsonl", '{"prompt": "fine"}', '{"messages": [{"role": "user", "content": "hi"}]}')
     config = DataConfig(on_bad_row=on_bad_row)  # type: ignore[arg-type]
     if on_bad_row == "stop":
-        with pytest.raises(DataError, match=f"row 2: the chat template refuses `messages`.*{reason}"):
-            load_prompts(path, config, tokenizer, MAX_TOKENS)
+        with pytest.raises(DataError, match=f"row 2: the chat template refuses `messages`: .*{reason}"):
+            read_prompts(path, config, tokenizer).fitting(MAX_TOKENS)
     else:
-        assert [p.row for p in load_prompts(path, config, tokenizer, MAX_TOKENS)] == [1]
+        assert [p.row for p in read_prompts(path, config, tokenizer).fitting(MAX_TOKENS)] == [1]
         assert "skipped 1 of 2 rows (row 2: the chat template refuses" in caplog.text
 
 
@@ -153,7 +165,7 @@ def test_the_tighter_of_both_length_limits_counts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="7 tokens, more than the 6"):
         load(path, max_prompt_tokens=6)
     with pytest.raises(DataError, match="7 tokens, more than the 5"):
-        load_prompts(path, DataConfig(max_prompt_tokens=7), TOKENIZER, 5)
+        read_prompts(path, DataConfig(max_prompt_tokens=7), TOKENIZER).fitting(5)
 
 
 def numbered(count: int) -> list[Prompt]:
