@@ -38,7 +38,7 @@ check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json
+bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json (ARGS="head" for one)
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lock: $(STAMP)  ## write deploy/locks/*.txt anew from the tested environment

@@ -1,83 +1,24 @@
-"""`make bench`: what a step costs on this machine, each part against real servers; writes results/step.json.
+"""`make bench`: run benchmarks by name (ARGS="head step"), all of them by default.
 
-Machines are shared and noisy: every figure is a median, with the fastest and slowest run beside it.
+A benchmark is a module of this package with a `main()` that writes results/<its name>.json.
 """
 
-import asyncio
-import json
-import os
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+import argparse
+import importlib
+from importlib.util import find_spec
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from services.clients import TeacherClient
-from services.config import RunConfig
-from services.schemas import RolloutSampling
-from tests.integration.attach import attached
-from tests.integration.processes import KEY, server
-from trainer.model import load_student
-from trainer.tiny_pair import build_tiny_pair
-
-RESULTS = Path(__file__).parent / "results"
-PAIR = Path("outputs/tiny-pair")
-NUM_ROLLOUTS, NEW_TOKENS, REPEATS, WARM_UP = 64, 5, 30, 5
-TOP_K = 32
-
-
-async def timed(work: Callable[[], Awaitable[object]]) -> dict[str, float]:
-    """Seconds of one call: median, fastest, slowest, after a warm-up."""
-    seconds = []
-    for _ in range(WARM_UP + REPEATS):
-        started = time.perf_counter()
-        await work()
-        seconds.append(time.perf_counter() - started)
-    kept = seconds[WARM_UP:]
-    return {"median_s": statistics.median(kept), "min_s": min(kept), "max_s": max(kept)}
-
-
-async def measure(rollout_url: str, teacher_url: str) -> dict[str, dict[str, float]]:
-    """64 rollouts, their scoring, a push of the student, and a push with its canary."""
-    model = load_student(RunConfig(student={"model": str(PAIR / "student")}).student)
-    prompts = [list(f"{a:02d}+{b:02d}=".encode()) for a in range(8) for b in range(8)]
-    sampling = RolloutSampling(max_new_tokens=NEW_TOKENS)
-    figures: dict[str, dict[str, float]] = {}
-    versions = iter(range(10_000))
-    async with attached(model, rollout_url) as (sync, rollouts), TeacherClient([teacher_url], key=KEY) as teacher:
-        figures["push_and_canary"] = await timed(lambda: sync.push(next(versions)))
-        figures["push"] = await timed(lambda: asyncio.to_thread(sync._send, next(versions)))
-        figures["rollouts_64"] = await timed(lambda: rollouts.generate(prompts[:NUM_ROLLOUTS], sampling))
-        completions = await rollouts.generate(prompts[:NUM_ROLLOUTS], sampling)
-        sequences = [([*prompts[c.prompt_index], *c.token_ids.tolist()], 6) for c in completions]
-        figures["teacher_64"] = await timed(lambda: teacher.score(sequences, top_k=TOP_K))
-    return figures
+NAMES = tuple(name for name in ("step", "head", "estimators") if find_spec(f"{__package__}.{name}"))
 
 
 def main() -> None:
-    build_tiny_pair(PAIR)
-    with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder)
-        student, teacher = str(PAIR / "student"), str(PAIR / "teacher")
-        limits = ["--rollout.max_model_len", "64", "--sampling.max_new_tokens", "16"]
-        with (
-            server("rollout", logs / "rollout", "--student.model", student, *limits) as rollout,
-            server("teacher", logs / "teacher", "--teacher.model", teacher) as scorer,
-        ):
-            figures = asyncio.run(measure(rollout.url, scorer.url))
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    content = {"machine": machine, "torch": torch.__version__, "repeats": REPEATS, "figures": figures}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step.json").write_text(json.dumps(content, indent=2) + "\n")
-    table = Table("what", "median", "fastest", "slowest")
-    for name, figure in figures.items():
-        table.add_row(name, *(f"{figure[key] * 1000:.0f} ms" for key in ("median_s", "min_s", "max_s")))
-    Console().print(table)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="measure; writes results/NAME.json")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    names = parser.parse_args().names
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    for name in names or NAMES:
+        importlib.import_module(f"{__package__}.{name}").main()
 
 
 if __name__ == "__main__":
