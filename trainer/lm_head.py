@@ -3,7 +3,7 @@
 For each position it returns log q of the sampled token, of the K support tokens S, of everything outside S (the
 tail), and the entropy. Positions go through in chunks, and a chunk in tiles of the vocabulary, small enough for a
 processor's cache; only hidden, weight, ids and two logsumexps are saved, and backward recomputes the logits tile by
-tile (LOSS_SPEC section 6), so memory is one or two [C, T] buffers.
+tile, so memory is one or two [C, T] buffers.
 
 Logits are z = softcap(logit_scale * (h W^T + b)) / temperature. The matrix products have the dtype of the hidden
 states, as in the model and in the rollout engine; everything after them is float32 (float64 for float64 hidden states).

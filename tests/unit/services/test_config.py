@@ -1,4 +1,4 @@
-"""FAULTS 25: a wrong config is refused before anything is loaded, with key, value, constraint and fix."""
+"""A wrong config is refused before anything is loaded, with key, value, constraint and fix."""
 
 import json
 import subprocess
