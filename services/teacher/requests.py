@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.schemas import TeacherInfo, TeacherRequest, TeacherSequence
-from services.teacher.engine_transformers import EncodedSequence
+from services.teacher.jobs import EncodedSequence
 from services.text import TextError, check_is_text, render_messages
 
 _BYTES_PER_CANDIDATE = 8

@@ -17,12 +17,12 @@ from services.errors import DistillServeError, RequestError, StartupError
 from services.padding import cut_by_padded_tokens
 from services.schemas import TeacherScores
 from services.teacher.engine_transformers import (
-    EncodedSequence,
     TransformersEngine,
-    _Columns,
     log_mass_outside,
+    reduce_logits,
     top_k_ids,
 )
+from services.teacher.jobs import Columns, EncodedSequence, ScoreJob
 from tests.models import save_model
 from trainer.tiny_pair import build_tokenizer
 
@@ -115,6 +115,21 @@ def test_the_company_in_a_batch_changes_nothing(architecture: str, engines: Call
             mine = getattr(alone, name)
             for batch, place in ((together, index), (backwards, len(sequences) - 1 - index)):
                 np.testing.assert_allclose(getattr(batch, name)[rows_of(batch, place)], mine, rtol=0, atol=1e-5)
+
+
+def test_jobs_that_ask_for_different_things_share_a_forward_pass(engines: Callable[..., TransformersEngine]) -> None:
+    engine = engines()
+    asked = [
+        (random_sequences(3, (4, 9), (2, 3)), 5, 1.0),
+        (random_sequences(4, (1, 3), support=2), 5, 1.0),
+        (random_sequences(5, (30, 4)), 2, 0.5),
+    ]
+    jobs = [ScoreJob(sequences, top_k=k, temperature=t) for sequences, k, t in asked]
+    engine.forward([item for job in jobs for item in job.items()][::-1])
+    for job, (sequences, k, t) in zip(jobs, asked, strict=True):
+        alone, together = engine.score(sequences, top_k=k, temperature=t), job.scores(engine.info)
+        for name, values in alone.columns().items():
+            np.testing.assert_allclose(getattr(together, name), values, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_sizes_of_forward_and_head_change_nothing(engines: Callable[..., TransformersEngine]) -> None:
@@ -214,7 +229,7 @@ def test_what_cannot_be_scored_is_refused_before_any_forward(
     engines: Callable[..., TransformersEngine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TransformersEngine, "_score_group", None)
+    monkeypatch.setattr(TransformersEngine, "forward", None)
     with pytest.raises(RequestError) as caught:
         engines().score(sequences, top_k=top_k, temperature=1.0)
     assert (caught.value.status, caught.value.field) == (422, field)
@@ -231,10 +246,11 @@ def test_a_device_that_is_not_there_is_named(device: str, tiny_model_folder: Cal
 
 def reduced(
     logits: list[list[float]], targets: list[int], top_k: int, support: list[list[int]] | None = None
-) -> _Columns:
-    columns = _Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
-    columns.fill(
-        np.arange(len(logits)),
+) -> Columns:
+    columns = Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
+    reduce_logits(
+        columns,
+        slice(0, len(logits)),
         torch.tensor(logits),
         torch.tensor(targets),
         None if support is None else torch.tensor(support),

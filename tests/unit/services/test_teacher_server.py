@@ -250,7 +250,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_before_it_is_compute
     sequence = {"token_ids": [1] * 13, "prompt_length": 1}
     async with serving(folder, max_answer_mib=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        service.engine.score = None
+        service.engine.forward = None
         refused = await score(client, {"sequences": [sequence] * 100, "top_k": 110})
         text = (await client.get("/metrics")).text
     assert (refused.status_code, refused.json()["field"]) == (413, "top_k")
@@ -322,13 +322,13 @@ async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
     assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="422"} 1.0' in text
     assert "distillserve_teacher_rows_total 2.0" in text and "distillserve_teacher_tokens_total 3.0" in text
     assert "distillserve_teacher_sequences_total 1.0" in text
-    assert "distillserve_teacher_score_seconds_count 1.0" in text
+    assert "distillserve_teacher_forward_seconds_count 1.0" in text
     assert "distillserve_teacher_wait_seconds_count 1.0" in text
     assert "distillserve_teacher_pending_requests 0.0" in text
 
 
 async def test_failures_and_unknown_paths_are_counted_under_few_labels(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+    client.app.state.service.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
     await score(client, {"sequences": [GOOD], "top_k": 1})
     for path in ("/a", "/b"):
         await client.get(path)
