@@ -199,7 +199,7 @@ class LossConfig(Section):
     support: Literal["teacher_topk", "student_topk"] = "teacher_topk"
     """Whose likeliest tokens the single-step term looks at."""
     top_k: int = Field(32, ge=1)
-    """Tokens of the support per position."""
+    """Tokens of the support per position; at most the vocabulary less one."""
     alpha_rkl: float = Field(1.0, ge=0)
     """Weight of the policy-gradient term."""
     alpha_single_step: float = Field(1.0, ge=0)
@@ -223,7 +223,7 @@ class LossConfig(Section):
     clip_high: float = Field(0.2, gt=0)
     """With several updates per batch: the policy ratio counts up to 1 + clip_high."""
     truncated: Literal["train", "mask", "drop"] = "train"
-    """Completions that hit max_new_tokens: train on them, mask their tokens, or leave them out."""
+    """Completions that hit max_new_tokens: train on them; mask: only count them in their group of rewards; drop: nowhere."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     """How token losses become one number; "constant" divides by sequences times max_new_tokens."""
 
@@ -236,22 +236,22 @@ class LossConfig(Section):
         return self.single_step_decomposition and self.alpha_single_step > 0
 
     @property
+    def is_exclusive(self) -> bool:
+        """Whether a token's own reward is left to the single-step term (MiniLLM's decomposition, eq. 3)."""
+        return self.reward_to_go == "exclusive" or (self.reward_to_go == "auto" and self.uses_single_step)
+
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether the teacher's rewards make advantages at all: not when only what follows counts, by nothing."""
+        return self.uses_rkl_advantage and not (self.gamma == 0 and self.is_exclusive)
+
+    @property
     def uses_sampled_tokens(self) -> bool:
         """Whether a term is an expectation over the sampled token, which must then come from the student itself."""
-        return self.uses_rkl_advantage or (self.uses_single_step and self.single_step_estimator == "hybrid")
+        return self.has_policy_gradient or (self.uses_single_step and self.single_step_estimator == "hybrid")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.uses_rkl_advantage and not self.uses_single_step:
-            raise ValueError(
-                f"loss.rkl_advantage = {self.rkl_advantage} (alpha_rkl = {self.alpha_rkl}) and loss.single_step_decomposition = "
-                f"{self.single_step_decomposition} (alpha_single_step = {self.alpha_single_step}) leave nothing to learn; "
-                "set one of them to true, with a weight above 0"
-            )
-        if not self.uses_single_step and self.reward_to_go == "exclusive" and self.gamma == 0:
-            raise ValueError(
-                "loss.reward_to_go = exclusive with loss.gamma = 0 and no single-step term leaves nothing to learn; use inclusive"
-            )
         if self.icepop_low >= self.icepop_high:
             raise ValueError(f"loss.icepop_low = {self.icepop_low} must be below loss.icepop_high = {self.icepop_high}")
         return self
@@ -284,7 +284,7 @@ class PipelineConfig(Section):
     """How much work a step is, and how it flows."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps; give this or epochs."""
+    """Batches to train on, updates_per_batch optimizer steps each; give this or epochs."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the prompts; give this or steps."""
     prompts_per_step: int = Field(32, ge=1)
@@ -292,9 +292,9 @@ class PipelineConfig(Section):
     samples_per_prompt: int = Field(1, ge=1)
     """Completions per prompt."""
     updates_per_batch: int = Field(1, ge=1)
-    """Optimizer steps on each batch before the weights are pushed; from the second on the policy ratio is clipped."""
+    """Optimizer steps on each batch, before the weights are pushed; from the second on the policy ratio is clipped."""
     texts_per_step: int = Field(32, ge=1)
-    """Windows of data.lm_path per optimizer step."""
+    """Windows of data.lm_path per batch."""
     tokens_per_micro_batch: int = Field(16384, ge=1)
     """Padded tokens in one forward and backward pass of the trainer."""
     max_staleness: int = Field(0, ge=0, le=0)

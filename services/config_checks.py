@@ -15,11 +15,27 @@ def check(config: "RunConfig") -> None:
     Raises:
         ValueError: of the first misfit.
     """
+    _check_something_to_learn(config)
     _check_work(config)
     _check_servers(config)
     _check_sampled_policy(config)
+    _check_student_support(config)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
+
+
+def _check_something_to_learn(config: "RunConfig") -> None:
+    loss = config.loss
+    if not loss.uses_rkl_advantage and not loss.uses_single_step:
+        raise ValueError(
+            f"loss.rkl_advantage = {loss.rkl_advantage} (alpha_rkl = {loss.alpha_rkl}) and loss.single_step_decomposition = "
+            f"{loss.single_step_decomposition} (alpha_single_step = {loss.alpha_single_step}) leave nothing to learn; "
+            "set one of them to true, with a weight above 0"
+        )
+    if not loss.has_policy_gradient and not loss.uses_single_step:
+        raise ValueError(
+            "loss.reward_to_go = exclusive with loss.gamma = 0 and no single-step term leaves nothing to learn; use inclusive"
+        )
 
 
 def _check_work(config: "RunConfig") -> None:
@@ -49,7 +65,7 @@ def _check_servers(config: "RunConfig") -> None:
         "student_topk": ("rollout.max_logprobs", rollout.max_logprobs),
     }
     name, limit = limits[loss.support]
-    if limit is not None and loss.top_k > limit:
+    if limit is not None and loss.top_k > limit and loss.single_step_estimator != "full":
         raise ValueError(
             f"loss.top_k = {loss.top_k} with loss.support = {loss.support} is above {name} = {limit}; lower the one or raise the other"
         )
@@ -60,18 +76,20 @@ def _check_sampled_policy(config: "RunConfig") -> None:
     loss, sampling = config.loss, config.sampling
     if not loss.uses_sampled_tokens:
         return
-    without = "set loss.rkl_advantage = false and loss.single_step_estimator = truncated"
+    without = "make them equal"
+    if loss.uses_single_step:
+        without += ", or set loss.rkl_advantage = false and loss.single_step_estimator = truncated"
     is_cut = sampling.top_p < 1.0 or sampling.top_k > 0
     if loss.kd_temperature != 1.0:
         if sampling.temperature != loss.kd_temperature:
             raise ValueError(
                 f"loss.kd_temperature = {loss.kd_temperature} with sampling.temperature = {sampling.temperature}: the policy "
-                f"gradient needs the logprobs of the policy that sampled; make them equal, or {without}"
+                f"gradient needs the logprobs of the policy that sampled; {without}"
             )
         if is_cut:
             raise ValueError(
                 f"loss.kd_temperature = {loss.kd_temperature} needs sampling.top_p = 1 and sampling.top_k = 0 "
-                f"(got {sampling.top_p} and {sampling.top_k}), or {without}"
+                f"(got {sampling.top_p} and {sampling.top_k}): the policy that samples must be the one that learns"
             )
     elif loss.importance_sampling == "none" and (is_cut or sampling.temperature != 1.0):
         raise ValueError(
@@ -80,14 +98,39 @@ def _check_sampled_policy(config: "RunConfig") -> None:
         )
 
 
+def _check_student_support(config: "RunConfig") -> None:
+    loss, sampling = config.loss, config.sampling
+    if loss.support != "student_topk":
+        return
+    if sampling.top_p < 1.0 or 0 < sampling.top_k < loss.top_k:
+        raise ValueError(
+            f"loss.support = student_topk with loss.top_k = {loss.top_k} needs the student's whole distribution, but sampling.top_p = "
+            f"{sampling.top_p} and sampling.top_k = {sampling.top_k} cut it; sample at 1 and 0, or use teacher_topk"
+        )
+
+
 def _refuse_ignored_loss_options(config: "RunConfig") -> None:
-    """An option that another one makes meaningless is a mistake; gamma = 0 beside the single-step term is none."""
+    """An option that another one makes meaningless is a mistake.
+
+    Two are spared: rkl_advantage itself, which the defaults silence, and top_k, which metrics and costs follow anyway.
+    """
     loss = config.loss
     rules: list[tuple[bool, str, list[str]]] = [
+        (not loss.uses_rkl_advantage, "the policy-gradient term is off", ["gamma", "reward_to_go"]),
         (
-            not loss.uses_rkl_advantage,
-            "the policy-gradient term is off",
-            ["gamma", "length_normalization", "reward_to_go", "advantage_clip", "clip_low", "clip_high"],
+            not loss.has_policy_gradient,
+            "the policy-gradient term is silent (off, or loss.gamma = 0 beside the single-step term)",
+            ["advantage_clip", "clip_low", "clip_high"],
+        ),
+        (
+            loss.uses_rkl_advantage and not loss.has_policy_gradient,
+            "loss.gamma = 0 beside the single-step term",
+            ["alpha_rkl"],
+        ),
+        (
+            loss.gamma == 0 or not loss.uses_rkl_advantage,
+            "loss.gamma = 0 looks at one token, or the policy-gradient term is off",
+            ["length_normalization"],
         ),
         (
             not loss.uses_single_step,

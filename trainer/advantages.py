@@ -16,11 +16,6 @@ from trainer.aggregation import sequence_ids
 _GROUP_STD_EPSILON = 1e-4
 
 
-def is_exclusive(config: LossConfig) -> bool:
-    """Whether a token's own reward is left to the single-step term (MiniLLM's decomposition, eq. 4)."""
-    return config.reward_to_go == "exclusive" or (config.reward_to_go == "auto" and config.uses_single_step)
-
-
 @torch.no_grad()
 def token_advantages(
     rewards: Tensor, external_advantages: Tensor | None, loss_mask: Tensor, cu_seqlens: Tensor, config: LossConfig
@@ -36,9 +31,9 @@ def token_advantages(
         Advantages [N], and which of them advantage_clip has changed [N].
     """
     advantages = torch.zeros_like(rewards)
-    if config.uses_rkl_advantage:
+    if config.has_policy_gradient:
         returns = reward_to_go(
-            rewards, loss_mask, cu_seqlens, config.gamma, config.length_normalization, is_exclusive(config)
+            rewards, loss_mask, cu_seqlens, config.gamma, config.length_normalization, config.is_exclusive
         )
         advantages = config.alpha_rkl * returns
     if external_advantages is not None:
@@ -114,6 +109,7 @@ def reward_advantages(
     Returns:
         [B]; 0 for a group of one, whatever its reward ("raw" apart): there is nothing to compare it with.
     """
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # 0 and 1 come as integers or booleans
     if kind == "raw":
         return rewards
     zeros = rewards.new_zeros(len(rewards))

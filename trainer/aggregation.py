@@ -38,7 +38,8 @@ class LossTotals:
         lengths = {part.max_completion_length for part in parts}
         if len(lengths) > 1:
             raise ValueError(f"max_completion_length differs within one step: {lengths}; give all parts the same")
-        return cls(sum(p.num_valid_tokens for p in parts), sum(p.num_sequences for p in parts), *lengths)
+        tokens, sequences = (sum(getattr(p, name) for p in parts) for name in ("num_valid_tokens", "num_sequences"))
+        return cls(tokens, sequences, lengths.pop() if lengths else None)
 
     def over_ranks(self, device: torch.device | str = "cpu") -> "LossTotals":
         """The sum over the ranks of the default process group, or this one's own counts where there is none.

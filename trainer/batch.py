@@ -6,7 +6,6 @@ Shapes: B samples of a micro-batch, T padded length, N completion positions, K t
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -65,26 +64,26 @@ def pack(samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch
     """Cut a batch into micro-batches of rows of similar length.
 
     Args:
-        samples: of one optimizer step; truncated ones are left out when `config.truncated` is "drop".
+        samples: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
+            ones have no part in the loss either, and need no forward pass.
         tokens_per_micro_batch: bound on B * T; a longer sample stands alone.
     """
-    used = [s for s in samples if not (config.truncated == "drop" and s.rollout.completion.truncated)]
+    used = [s for s in samples if config.truncated == "train" or not s.rollout.completion.truncated]
     groups = cut_by_padded_tokens([len(s.rollout.sequence) for s in used], tokens_per_micro_batch)
-    return [_pack_group([used[index] for index in group], config.truncated) for group in groups]
+    return [_pack_group([used[index] for index in group]) for group in groups]
 
 
-def _pack_group(samples: list[ScoredSample], truncated: Literal["train", "mask", "drop"]) -> MicroBatch:
+def _pack_group(samples: list[ScoredSample]) -> MicroBatch:
     rollouts = [s.rollout for s in samples]
     completions = [r.completion for r in rollouts]
     lengths = [len(c.token_ids) for c in completions]
     input_ids, attention_mask = pad_rows([r.sequence for r in rollouts])
-    counts = [not (truncated == "mask" and c.truncated) for c in completions]
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         positions=predicting_positions([len(r.prompt.token_ids) for r in rollouts], lengths, input_ids.shape[1]),
         token_ids=_concatenate([c.token_ids for c in completions], np.int64),
-        loss_mask=torch.from_numpy(np.repeat(counts, lengths)),
+        loss_mask=torch.ones(sum(lengths), dtype=torch.bool),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
         rollout_logprobs=_concatenate([c.rollout_logprobs for c in completions]),
         teacher_token_logprobs=_concatenate([s.teacher_token_logprobs for s in samples]),

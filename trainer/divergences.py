@@ -10,6 +10,7 @@ the tokens that were sampled anyway. Buckets and that term together are the "hyb
 is the full vocabulary's as long as S does not depend on y (docs/losses.md).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,21 +21,25 @@ from services.config import LossConfig
 
 
 class Divergence(NamedTuple):
-    """One f-divergence between student q and teacher p as functions of log q and log p, elementwise."""
+    """One f-divergence between student q and teacher p, elementwise."""
 
     term: Callable[[Tensor, Tensor], Tensor]
-    """h(q, p)."""
-    slope: Callable[[Tensor, Tensor], Tensor]
-    """dh / dq, up to a constant: the derivatives of all terms sum to one, so a constant has no effect."""
+    """h(q, p) from log q and log p."""
+    per_mass: Callable[[Tensor], Tensor]
+    """h(q, p) / q from log q - log p: what a sampled token contributes, without dividing by its probability."""
+    slope: Callable[[Tensor], Tensor]
+    """dh / dq from log q - log p, up to a constant: the derivatives of all terms sum to one, so it has no effect."""
 
 
 REVERSE_KL = Divergence(
     term=lambda log_q, log_p: log_q.exp() * (log_q - log_p),
-    slope=lambda log_q, log_p: log_q - log_p,
+    per_mass=lambda log_ratio: log_ratio,
+    slope=lambda log_ratio: log_ratio,
 )
 FORWARD_KL = Divergence(
     term=lambda log_q, log_p: log_p.exp() * (log_p - log_q),
-    slope=lambda log_q, log_p: -(log_p - log_q).exp(),
+    per_mass=lambda log_ratio: -log_ratio * (-log_ratio).exp(),
+    slope=lambda log_ratio: -(-log_ratio).exp(),
 )
 
 
@@ -46,16 +51,20 @@ def jensen_shannon(beta: float) -> Divergence:
     """
     if beta in (0.0, 1.0):
         return REVERSE_KL if beta else FORWARD_KL
-    log_p_share, log_q_share = torch.tensor([beta, 1.0 - beta], dtype=torch.float64).log().tolist()
-
-    def log_mixture(log_q: Tensor, log_p: Tensor) -> Tensor:
-        return torch.logaddexp(log_p + log_p_share, log_q + log_q_share)
+    log_p_share, log_q_share = math.log(beta), math.log1p(-beta)
 
     def term(log_q: Tensor, log_p: Tensor) -> Tensor:
-        log_m = log_mixture(log_q, log_p)
+        log_m = torch.logaddexp(log_p + log_p_share, log_q + log_q_share)
         return beta * log_p.exp() * (log_p - log_m) + (1.0 - beta) * log_q.exp() * (log_q - log_m)
 
-    return Divergence(term, slope=lambda log_q, log_p: (1.0 - beta) * (log_q - log_mixture(log_q, log_p)))
+    def log_m_over_q(log_ratio: Tensor) -> Tensor:
+        return torch.logaddexp(log_p_share - log_ratio, torch.full_like(log_ratio, log_q_share))
+
+    def per_mass(log_ratio: Tensor) -> Tensor:
+        m = log_m_over_q(log_ratio)
+        return -beta * (-log_ratio).exp() * (log_ratio + m) - (1.0 - beta) * m
+
+    return Divergence(term, per_mass, slope=lambda log_ratio: -(1.0 - beta) * log_m_over_q(log_ratio))
 
 
 def single_step_divergence(config: LossConfig) -> Divergence:
@@ -77,20 +86,24 @@ def bucketed(divergence: Divergence, student: tuple[Tensor, Tensor], teacher: tu
     return divergence.term(q_support, p_support).sum(-1) + divergence.term(q_tail, p_tail)
 
 
+class TailCorrection(NamedTuple):
+    """What the buckets lack, estimated from a sampled token outside S; detached."""
+
+    factor: Tensor
+    """[N] of log q(y): the gradient of their product, in expectation over y, is that inside the tail."""
+    value: Tensor
+    """[N] what completes the divergence, in expectation over y."""
+
+
 @torch.no_grad()
-def tail_correction(
-    divergence: Divergence, token: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """For a sampled token y outside S, what the buckets lack.
+def tail_correction(divergence: Divergence, token_log_ratio: Tensor, tail_log_ratio: Tensor) -> TailCorrection:
+    """Compare the sampled token with the tail it is part of.
 
     Args:
-        token: [N] log q(y) and log p(y).
-        tail: [N] log of the mass outside S of student and teacher.
-
-    Returns:
-        [N] factor of log q(y) whose gradient, in expectation over y, is that inside the tail; [N] term whose
-        expectation completes the value.
+        token_log_ratio: [N] log q(y) - log p(y).
+        tail_log_ratio: [N] the same of the masses outside S.
     """
-    slope = divergence.slope(*token) - divergence.slope(*tail)
-    value = divergence.term(*token) / token[0].exp() - divergence.term(*tail) / tail[0].exp()
-    return slope, value
+    return TailCorrection(
+        divergence.slope(token_log_ratio) - divergence.slope(tail_log_ratio),
+        divergence.per_mass(token_log_ratio) - divergence.per_mass(tail_log_ratio),
+    )

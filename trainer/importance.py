@@ -12,10 +12,14 @@ from torch import Tensor
 
 from services.config import LossConfig
 
+# Beyond exp(20) a ratio says only that two policies have nothing in common; infinity would make NaN of a zero advantage.
+_MAX_LOG_RATIO = 20.0
+
 
 class Importance(NamedTuple):
     """w_t and what is made of it; detached."""
 
+    log_ratio: Tensor  # [N] log w_t
     ratio: Tensor  # [N] w_t
     weight: Tensor  # [N] f(w_t)
     is_capped: Tensor  # [N] bool, capped ("tis") or dropped ("icepop")
@@ -27,13 +31,19 @@ def importance_weights(old_token_logprobs: Tensor, rollout_logprobs: Tensor, con
 
     A dropped token leaves the numerator of the loss only: the denominators are counted before any forward pass.
     """
-    ratio = (old_token_logprobs - rollout_logprobs).exp()
+    log_ratio = old_token_logprobs - rollout_logprobs
+    ratio = log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
     if config.importance_sampling == "tis":
-        return Importance(ratio, ratio.clamp(max=config.importance_cap), ratio > config.importance_cap)
+        return Importance(log_ratio, ratio, ratio.clamp(max=config.importance_cap), ratio > config.importance_cap)
     if config.importance_sampling == "icepop":
         is_dropped = (ratio < config.icepop_low) | (ratio > config.icepop_high)
-        return Importance(ratio, ratio.masked_fill(is_dropped, 0.0), is_dropped)
-    return Importance(ratio, torch.ones_like(ratio), torch.zeros_like(ratio, dtype=torch.bool))
+        return Importance(log_ratio, ratio, ratio.masked_fill(is_dropped, 0.0), is_dropped)
+    return Importance(log_ratio, ratio, torch.ones_like(ratio), torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def policy_ratio(token_logprobs: Tensor, old_token_logprobs: Tensor) -> Tensor:
+    """rho_t [N]; without gradient where it is bounded, beyond exp(20)."""
+    return (token_logprobs - old_token_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
 
 
 def policy_gradient(
@@ -50,6 +60,6 @@ def policy_gradient(
     """
     if old_token_logprobs is None:
         return -(weight * advantages) * token_logprobs, torch.zeros_like(token_logprobs, dtype=torch.bool)
-    rho = (token_logprobs - old_token_logprobs).exp()
+    rho = policy_ratio(token_logprobs, old_token_logprobs)
     free, bounded = rho * advantages, rho.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * advantages
     return -weight * torch.minimum(free, bounded), bounded < free

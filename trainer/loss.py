@@ -21,21 +21,25 @@ import torch
 from torch import Tensor
 
 from services.config import LossConfig
-from trainer.advantages import is_exclusive, reward_advantages, reward_to_go, token_advantages
+from trainer.advantages import reward_advantages, reward_to_go, token_advantages
 from trainer.aggregation import LossTotals, merge_metrics, token_weights, tokens_per_sequence
 from trainer.divergences import bucketed, single_step_divergence, tail_correction
-from trainer.importance import Importance, importance_weights, policy_gradient
+from trainer.importance import Importance, importance_weights, policy_gradient, policy_ratio
 
 __all__ = [
     "LossInputs",
     "LossTotals",
-    "is_exclusive",
     "language_model_loss",
     "merge_metrics",
     "minillm_loss",
     "reward_advantages",
     "reward_to_go",
 ]
+
+
+_OF_SUPPORT = ("student_support_logprobs", "teacher_support_logprobs", "support_ids")
+_OF_TAIL = ("student_tail_logprob", "teacher_tail_logprob")
+_OF_SEQUENCE = ("external_advantages",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,8 @@ class LossInputs:
         for name, value in vars(self).items():
             if value is None or name == "cu_seqlens":
                 continue
-            expected = self.support_ids.shape if "support" in name else self.support_ids.shape[:1]
-            if name == "external_advantages":
+            expected = self.support_ids.shape if name in _OF_SUPPORT else self.support_ids.shape[:1]
+            if name in _OF_SEQUENCE:
                 expected = self.cu_seqlens[1:].shape
             assert value.shape == expected, f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
 
@@ -89,6 +93,8 @@ def minillm_loss(
     Raises:
         ValueError: an option needs an input that is missing.
     """
+    if config.single_step_estimator == "full" and inputs.single_step_kl is None:
+        _check_whole_vocabulary(inputs)
     x = _without_masked(inputs)
     totals = LossTotals.of(x.loss_mask, x.cu_seqlens) if totals is None else totals
     old = x.student_token_logprobs.detach() if x.old_token_logprobs is None else x.old_token_logprobs
@@ -98,7 +104,7 @@ def minillm_loss(
     per_token, is_ratio_clipped = policy_gradient(
         x.student_token_logprobs, x.old_token_logprobs, importance.weight, advantages, config
     )
-    rho = (x.student_token_logprobs.detach() - old).exp()
+    rho = policy_ratio(x.student_token_logprobs.detach(), old)
     single_step, single_step_kl = _single_step(x, importance.weight * rho, config)
     if config.uses_single_step:
         per_token = per_token + config.alpha_single_step * single_step
@@ -129,7 +135,7 @@ def _without_masked(inputs: LossInputs) -> LossInputs:
     With a 0 for both policies their log ratio is 0, so such entries drop out of every term.
     """
     mask = inputs.loss_mask.bool()
-    has_tail = mask & (inputs.student_tail_logprob > -torch.inf)
+    has_tail = mask & (inputs.student_tail_logprob != -torch.inf)
     in_support = mask.unsqueeze(-1) & (inputs.support_ids >= 0)
     values = {**vars(inputs), "loss_mask": mask, "support_ids": inputs.support_ids.masked_fill(~in_support, -1)}
     if inputs.old_token_logprobs is not None:
@@ -137,8 +143,8 @@ def _without_masked(inputs: LossInputs) -> LossInputs:
     for name, value in values.items():
         if value is None or not value.is_floating_point():
             continue
-        where = in_support if "support" in name else has_tail if "tail" in name else mask
-        if name == "external_advantages":
+        where = in_support if name in _OF_SUPPORT else has_tail if name in _OF_TAIL else mask
+        if name in _OF_SEQUENCE:
             where = tokens_per_sequence(mask, inputs.cu_seqlens) > 0
         values[name] = torch.where(where, value.to(torch.promote_types(value.dtype, torch.float32)), 0.0)
     return LossInputs(**values)
@@ -159,20 +165,21 @@ def _single_step(x: LossInputs, weight: Tensor, config: LossConfig) -> tuple[Ten
         (x.student_support_logprobs, x.student_tail_logprob),
         (x.teacher_support_logprobs, x.teacher_tail_logprob),
     )
-    if config.single_step_estimator == "full":
-        _check_whole_vocabulary(x)
     if config.single_step_estimator != "hybrid":
         return value, value.detach()
-    tail = x.student_tail_logprob, x.teacher_tail_logprob
-    lacking = tail_correction(divergence, (x.student_token_logprobs, x.teacher_token_logprobs), tail)
-    is_outside = x.loss_mask & ~_in_support(x)
-    slope, rest = (torch.where(is_outside, weight * part, 0.0) for part in lacking)
-    return value + slope * x.student_token_logprobs, value.detach() + rest
+    lacking = tail_correction(
+        divergence,
+        x.student_token_logprobs - x.teacher_token_logprobs,
+        x.student_tail_logprob - x.teacher_tail_logprob,
+    )
+    # A weight of 0, of a dropped token, must win against an infinite factor; masked tokens have no support to be in.
+    counts = x.loss_mask & ~_in_support(x) & (weight != 0)
+    factor, rest = (torch.where(counts, weight * part, 0.0) for part in lacking)
+    return value + factor * x.student_token_logprobs, value.detach() + rest
 
 
-def _check_whole_vocabulary(x: LossInputs) -> None:
-    # `_without_masked` has put 0, the logarithm of one, where the tail is empty or the position masked.
-    if bool((x.student_tail_logprob != 0).any()):
+def _check_whole_vocabulary(inputs: LossInputs) -> None:
+    if bool((inputs.student_tail_logprob[inputs.loss_mask.bool()] != -torch.inf).any()):
         raise ValueError(
             'loss.single_step_estimator = "full" got a support that is not the whole vocabulary; pass single_step_kl, '
             'or every token in support_ids, or use "hybrid"'
@@ -184,6 +191,7 @@ def _in_support(x: LossInputs) -> Tensor:
     return (x.support_ids == x.token_ids.unsqueeze(-1)).any(-1)
 
 
+@torch.no_grad()
 def _policy_metrics(x: LossInputs, importance: Importance) -> dict[str, Tensor]:
     """[N] each: how far student, teacher and rollout policy are apart."""
     log_ratio = x.teacher_token_logprobs - x.student_token_logprobs
@@ -197,7 +205,7 @@ def _policy_metrics(x: LossInputs, importance: Importance) -> dict[str, Tensor]:
         "importance_ratio_mean": importance.ratio,
         "importance_ratio_capped_fraction": importance.is_capped,
         # k3 estimate of KL(b || q_old): unlike the mean of log b - log q_old it is never negative and has little noise.
-        "rollout_mismatch_kl": importance.ratio - 1.0 - importance.ratio.log(),
+        "rollout_mismatch_kl": importance.ratio.double() - 1.0 - importance.log_ratio,
     }
     return metrics if x.student_entropies is None else {**metrics, "student_entropy": x.student_entropies}
 

@@ -41,7 +41,8 @@ async def attach(
             )
     if len({t.fingerprint for t in teachers}) > 1:
         raise StartupError(f"the teachers at {', '.join(teacher_client.urls)} do not serve the same model")
-    return rollouts, teachers[0]
+    limits = {name: min(getattr(t, name) for t in teachers) for name in ("max_model_len", "max_top_k")}
+    return rollouts, teachers[0].model_copy(update=limits)  # replicas of one model may be configured differently
 
 
 async def check_same_tokens(

@@ -7,11 +7,16 @@ waits for  the rollout servers; a server that is paused for a weight push answer
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from services.clients import RolloutClient
 from services.config import SamplingConfig
 from services.errors import PeerError
 from services.schemas import RolloutCompletion, RolloutSampling
 from trainer.prompts import Prompt
+
+# What rounding can put a logprob above 0.
+_LOGPROB_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -59,4 +64,20 @@ async def generate_rollouts(
     for completion in completions:
         if completion.finish_reason == "abort" or len(completion.token_ids) == 0:
             raise PeerError(f"the rollout server gave up on the prompt of row {prompts[completion.prompt_index].row}")
+        if (reason := _logprob_defect(completion)) is not None:
+            raise PeerError(
+                f"the rollout server {reason}, for the prompt of row {prompts[completion.prompt_index].row}"
+            )
     return [Rollout(prompts[c.prompt_index], c) for c in completions]
+
+
+def _logprob_defect(completion: RolloutCompletion) -> str | None:
+    """Why the importance weights of a completion would be wrong, or None."""
+    logprobs = completion.rollout_logprobs
+    if len(logprobs) != len(completion.token_ids):
+        return f"sent {len(logprobs)} logprobs for {len(completion.token_ids)} tokens"
+    if not np.isfinite(logprobs).all():
+        return "gave a logprob that is not finite to a token it sampled"
+    if logprobs.max() > _LOGPROB_TOLERANCE:
+        return f"sent the logprob {logprobs.max():.4g}, which is no probability"
+    return None

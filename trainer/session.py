@@ -19,7 +19,6 @@ from services.errors import ConfigError
 from services.schemas import RolloutInfo, TeacherInfo
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
-from trainer.loss import is_exclusive
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
 from trainer.prompts import Prompt, PromptRows, read_prompts
 from trainer.report import RunRecord, Summary
@@ -145,7 +144,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     await preflight.check_same_tokens(config, tokenizer, eos, servers.teacher, servers.teacher_client)
     preflight.check_temperature(config.loss, servers.teacher)
     support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teacher)
-    if config.loss.uses_rkl_advantage and config.loss.gamma == 0 and is_exclusive(config.loss):
+    if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
 
     room = preflight.max_model_len(config, servers.rollouts, servers.teacher) - config.longest_completion()

@@ -18,7 +18,8 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
 
     Returns:
         metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
-        sampled; of clipping, those of the last. Only the counts when no token is left to train on.
+        sampled; of clipping, that of the last. "loss" is without the texts' part, which is alpha_lm times "lm_loss".
+        Only the counts when there is nothing to train on.
 
     Raises:
         DistillServeError: the gradient is not finite; the weights are those of the update before.
@@ -27,11 +28,12 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch)
     longest = config.sampling.max_new_tokens
     totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
-    if totals.num_valid_tokens == 0:
-        return {"num_valid_tokens": 0.0}
     texts = [] if run.texts is None else run.texts.take(config.pipeline.texts_per_step)
     text_batches = pack_texts(texts, config.pipeline.tokens_per_micro_batch)
     learning_rate = run.schedule.get_last_lr()[0]
+    if totals.num_valid_tokens == 0 and not texts:
+        run.schedule.step()
+        return {"num_valid_tokens": 0.0}
     # Log-probabilities before the first update: those of its own forward passes.
     old: list[torch.Tensor] | None = None
     updates = []
@@ -40,7 +42,7 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
         old = of_update if old is None else old
         updates.append(metrics | _backward_texts(run, text_batches) | {"grad_norm": _apply(run)})
     run.schedule.step()
-    clipped = {name: updates[-1][name] for name in updates[-1] if name.startswith("policy_ratio")}
+    clipped = {name: value for name, value in updates[-1].items() if name == "policy_ratio_clipped_fraction"}
     return updates[0] | clipped | {"learning_rate": float(learning_rate)}
 
 
@@ -65,7 +67,8 @@ def _backward(
         collected.append(metrics)
         logprobs.append(output.token_logprobs.detach())
         total_loss += float(loss.detach())  # micro-batch losses add up to the step's
-    return {"loss": total_loss, **merge_metrics(collected)}, logprobs
+    merged = merge_metrics(collected) if collected else {"num_valid_tokens": 0.0}
+    return {"loss": total_loss, **merged}, logprobs
 
 
 def _backward_texts(run: Session, batches: list[TextBatch]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from services.errors import PeerError
 from services.schemas import TeacherScores
 from trainer.rollouts import Rollout
 
-# Over-unit mass of a row's probabilities that rounding can explain.
+# Distance of a row's probabilities from one that rounding can explain.
 _MASS_TOLERANCE = 1e-3
 
 
@@ -107,23 +107,27 @@ def _slice(rollout: Rollout, scores: TeacherScores, index: int, support: Support
 
 def defect(sample: ScoredSample, support: Support) -> str | None:
     """Why a sample's teacher rows cannot be trained on, or None."""
-    length = len(sample.rollout.completion.token_ids)
-    if len(sample.teacher_token_logprobs) != length:
-        return f"the teacher scored {len(sample.teacher_token_logprobs)} of {length} tokens"
-    if not np.isfinite(sample.teacher_token_logprobs).all():
+    length, tokens = len(sample.rollout.completion.token_ids), sample.teacher_token_logprobs
+    ids, logprobs, tails = sample.support_ids, sample.teacher_support_logprobs, sample.teacher_tail_logprobs
+    if len(tokens) != length:
+        return f"the teacher scored {len(tokens)} of {length} tokens"
+    if ids.shape != logprobs.shape or len(ids) != length or len(tails) != length:
+        return f"the teacher's candidates have the shapes {ids.shape}, {logprobs.shape} and {tails.shape} for {length} tokens"
+    if not np.isfinite(tokens).all():
         return "the teacher gave a logprob that is not finite to a sampled token"
     # A student that puts mass where the teacher has none at all would make the loss infinite.
-    tails = sample.teacher_tail_logprobs if support.has_tail else np.zeros(0)
-    if not np.isfinite(sample.teacher_support_logprobs).all() or not np.isfinite(tails).all():
+    if not np.isfinite(logprobs).all() or not (np.isfinite(tails).all() or not support.has_tail):
         return "the teacher's candidates hold a value that is no finite logprob"
-    if any(len(set(row)) < len(row) for row in sample.support_ids.tolist()):
+    if (np.diff(np.sort(ids, -1), axis=-1) == 0).any():
         return "the teacher named a candidate twice in one row"
-    if sample.support_ids.max(initial=-1) >= support.vocab_size:
-        return f"candidate {sample.support_ids.max()} is padding of the teacher: the student has {support.vocab_size} tokens"
-    mass = np.exp(sample.teacher_support_logprobs.astype(np.float64)).sum(-1)
-    mass += np.exp(sample.teacher_tail_logprobs.astype(np.float64))
-    if mass.max(initial=0.0) > 1 + _MASS_TOLERANCE:
-        return f"the teacher's probabilities of one row sum to {mass.max():.4f}"
+    if ids.min(initial=0) < 0:
+        return f"candidate {ids.min()} is no token"
+    if ids.max(initial=-1) >= support.vocab_size:
+        return f"candidate {ids.max()} is padding of the teacher: the student has {support.vocab_size} tokens"
+    mass = np.exp(logprobs.astype(np.float64)).sum(-1) + np.exp(tails.astype(np.float64))
+    furthest = mass[np.abs(mass - 1.0).argmax()] if length else 1.0
+    if abs(furthest - 1.0) > _MASS_TOLERANCE or tokens.max(initial=0.0) > _MASS_TOLERANCE:
+        return f"the teacher's probabilities of one row sum to {max(furthest, float(np.exp(tokens.max(initial=-np.inf)))):.4f}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""FAULTS 25: a wrong config is refused before anything is loaded, with key, value, constraint and fix."""
+"""A wrong config is refused before anything is loaded, with key, value, constraint and fix."""
 
 import json
 import subprocess
@@ -40,7 +40,21 @@ BAD_OPTIONS = [
         ["--loss.rkl_advantage", "false", "--loss.single_step_decomposition", "false"],
         ["loss.rkl_advantage", "loss.single_step_decomposition", "set one of them to true"],
     ),
-    (["--loss.kd_temperature", "2"], ["loss.kd_temperature = 2", "sampling.temperature = 1", "make them equal"]),
+    (
+        ["--loss.kd_temperature", "2"],
+        ["loss.kd_temperature = 2", "sampling.temperature = 1", "make them equal", "truncated"],
+    ),
+    # hybrid is off here, and truncated would not help
+    ([*NO_SINGLE_STEP, "--loss.kd_temperature", "2"], ["loss.kd_temperature = 2", "sampled; make them equal\n"]),
+    (["--loss.advantage_clip", "1"], ["loss.advantage_clip = 1.0 would be ignored", "silent"]),
+    (["--loss.alpha_rkl", "2"], ["loss.alpha_rkl = 2.0 would be ignored", "loss.gamma = 0"]),
+    (["--loss.length_normalization", "false"], ["loss.length_normalization = False", "looks at one token"]),
+    (["--pipeline.updates_per_batch", "2", "--loss.clip_low", "0.1"], ["loss.clip_low = 0.1", "silent"]),
+    (
+        ["--loss.support", "student_topk", "--sampling.top_p", "0.9"],
+        ["loss.support = student_topk", "sampling.top_p = 0.9", "use teacher_topk"],
+    ),
+    (["--loss.support", "student_topk", "--sampling.top_k", "5"], ["loss.top_k = 32", "top_k = 5"]),
     (
         ["--loss.kd_temperature", "2", "--sampling.temperature", "2", "--sampling.top_p", "0.9"],
         ["loss.kd_temperature = 2", "sampling.top_p", "0.9"],
@@ -66,7 +80,7 @@ BAD_OPTIONS = [
         [*["--loss.rkl_advantage", "false", "--loss.single_step_estimator", "truncated"], "--loss.importance_cap", "3"],
         ["loss.importance_cap = 3.0 would be ignored", "no term looks at the sampled token"],
     ),
-    (["--loss.clip_low", "0.1"], ["loss.clip_low = 0.1 would be ignored", "pipeline.updates_per_batch = 1"]),
+    (["--loss.clip_low", "0.1", "--loss.gamma", "0.5"], ["clip_low = 0.1 would be ignored", "updates_per_batch = 1"]),
     (["--loss.clip_low", "1"], ["loss.clip_low", "less than 1"]),
     (["--loss.alpha_reward", "2"], ["loss.alpha_reward = 2.0 would be ignored", "no rewards besides the teacher"]),
     (["--loss.alpha_lm", "0.5"], ["loss.alpha_lm = 0.5", "data.lm_path = None", "give both or neither"]),
@@ -145,7 +159,12 @@ def test_a_bad_option_is_refused_in_one_line(
         ["--loss.kd_temperature", "2", "--sampling.temperature", "2"],
         ["--loss.kd_temperature", "2", *["--loss.rkl_advantage", "false", "--loss.single_step_estimator", "truncated"]],
         ["--sampling.temperature", "0.7"],  # tis corrects for it
-        ["--pipeline.updates_per_batch", "2", "--loss.clip_low", "0.1"],
+        ["--pipeline.updates_per_batch", "2", "--loss.clip_low", "0.1", "--loss.gamma", "0.5"],
+        # truncated beside a silent advantage: nothing looks at the sampled token
+        ["--loss.kd_temperature", "2", "--loss.single_step_estimator", "truncated"],
+        ["--sampling.top_k", "5", *["--loss.single_step_estimator", "truncated", "--sampling.temperature", "0.7"]],
+        ["--loss.support", "student_topk", "--sampling.top_k", "40"],
+        ["--loss.single_step_estimator", "full", "--teacher.max_top_k", "300"],
         ["--loss.alpha_lm", "0.5", "--data.lm_path", "t.jsonl"],
     ],
 )
@@ -277,7 +296,7 @@ def test_null_on_the_command_line_takes_an_option_away(tmp_path: Path, capsys: p
     run_file = tmp_path / "run.toml"
     run_file.write_text("[loss]\nadvantage_clip = 3.0\n")
     with pytest.raises(SystemExit):
-        main(["train", str(run_file), "--loss.advantage_clip", "null", "--dry-run"])
+        main(["train", str(run_file), "--loss.gamma", "1", "--loss.advantage_clip", "null", "--dry-run"])
     assert json.loads(capsys.readouterr().out)["loss"]["advantage_clip"] is None
 
 

@@ -1,4 +1,4 @@
-"""FAULTS 28: what cannot start says so in one line with the fix."""
+"""What cannot start says so in one line with the fix."""
 
 import shutil
 import socket

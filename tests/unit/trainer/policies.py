@@ -142,7 +142,7 @@ def random_batch(
         student_entropies=-(student.exp() * student).sum(-1),
     )
     padded = support.clone()
-    if k < vocabulary:
+    if 0 < k < vocabulary:
         padded[::3, -1] = -1
     old = batch.student_token_logprobs + 0.3 * torch.randn(n, generator=generator, dtype=F64)
     return replace(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from services.config import LossConfig
 from tests.unit.trainer.policies import (
     F64,
     assert_close,
@@ -129,7 +130,7 @@ def test_reward_alone_follows_the_policy_gradient_of_its_expectation() -> None:
     logits, teacher = torch.randn(2, 7, 3, generator=generator, dtype=F64)
     logits.requires_grad_()
     rewards = torch.randn(len(sequences), generator=generator, dtype=F64)
-    config = exact(rkl_advantage=False, alpha_single_step=1e-30)
+    config = exact(rkl_advantage=False, single_step_decomposition=False)
     total = objective = torch.zeros((), dtype=F64)
     for reward, (nodes, tokens) in zip(rewards, sequences, strict=True):
         inputs = inputs_of(
@@ -143,4 +144,50 @@ def test_reward_alone_follows_the_policy_gradient_of_its_expectation() -> None:
         total = total + probability.detach() * minillm_loss(inputs, config)[0]
         objective = objective - probability * reward
     got, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (total, objective))
+    assert_close(got, wanted)
+
+
+def advantages(config: LossConfig, log_ratios: list[float], external: float | None = None) -> Tensor:
+    """Minus the gradient of each token's loss by its log-probability, on policy."""
+    student = torch.full((len(log_ratios), 4), 0.25, dtype=F64).log()
+    zeros = torch.zeros(len(log_ratios), dtype=torch.int64)
+    inputs = inputs_of(student, student, zeros, zeros[:, None] + 1)
+    leaf = inputs.student_token_logprobs.requires_grad_()
+    inputs = replace(
+        inputs,
+        student_token_logprobs=leaf,
+        teacher_token_logprobs=leaf.detach() + torch.tensor(log_ratios, dtype=F64),
+        external_advantages=None if external is None else torch.tensor([external], dtype=F64),
+    )
+    return -torch.autograd.grad(minillm_loss(inputs, config)[0], leaf)[0]
+
+
+def test_without_a_clip_nothing_is_clipped_and_with_one_the_total_is() -> None:
+    free = exact(single_step_decomposition=False)
+    assert_close(advantages(free, [20.0, -30.0]), [20.0, -30.0])
+    clipped = LossConfig(single_step_decomposition=False, aggregation="sequence_sum")
+    assert_close(advantages(clipped, [20.0, -30.0, 3.0]), [10.0, -10.0, 3.0])
+    assert_close(advantages(clipped, [4.0, -4.0, 4.0], external=8.0), [10.0, 4.0, 10.0])
+
+
+def test_a_single_step_term_without_weight_leaves_the_tokens_own_reward_in() -> None:
+    assert_close(advantages(exact(alpha_single_step=0.0), [2.0, 1.0]), [2.0, 1.0])
+
+
+def test_rewards_of_zeros_and_ones_may_be_integers_or_booleans() -> None:
+    expected = reward_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), "group")
+    for rewards in (torch.tensor([1, 0]), torch.tensor([True, False])):
+        assert_close(reward_advantages(rewards, torch.tensor([0, 0]), "group"), expected)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_long_packed_sequences_equal_the_recurrence(normalize: bool, exclusive: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [300, 1, 517, 64]
+    rewards = torch.randn(sum(lengths), generator=generator, dtype=F64)
+    mask = torch.rand(sum(lengths), generator=generator) > 0.2
+    cu = [0, *itertools.accumulate(lengths)]
+    got = reward_to_go(rewards, mask, torch.tensor(cu), 0.97, normalize, exclusive)
+    wanted = naive_reward_to_go(rewards.tolist(), mask.long().tolist(), cu, 0.97, normalize, exclusive)
     assert_close(got, wanted)

@@ -122,12 +122,13 @@ def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
     assert batch.cu_seqlens.tolist() == [0, 2, 5]
 
 
-@pytest.mark.parametrize(("truncated", "tokens", "trained"), [("train", 5, 5), ("mask", 5, 2), ("drop", 2, 2)])
-def test_truncated_completions_are_trained_masked_or_left_out(truncated: str, tokens: int, trained: int) -> None:
+@pytest.mark.parametrize(("truncated", "expected"), [("train", [0, 1]), ("mask", [1]), ("drop", [1])])
+def test_truncated_completions_are_trained_on_or_not(truncated: str, expected: list[int]) -> None:
     samples = [sample(0, 2, 3, "length"), sample(1, 2, 2, "stop")]
     (batch,) = pack(samples, LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
-    assert len(batch.token_ids) == tokens and int(batch.loss_mask.sum()) == trained
-    assert batch.loss_mask[-2:].all()  # the completion that stopped by itself always counts
+    completions = [samples[index].rollout.completion.token_ids.tolist() for index in expected]
+    assert sorted(part.tolist() for part in batch.token_ids.tensor_split(batch.cu_seqlens[1:-1])) == sorted(completions)
+    assert batch.loss_mask.all()
 
 
 def test_dropping_everything_leaves_no_batch() -> None:

@@ -108,9 +108,10 @@ def test_a_sampled_token_in_the_support_would_bias_hybrid() -> None:
 def test_full_refuses_a_support_that_is_not_the_whole_vocabulary() -> None:
     config = exact(rkl_advantage=False, single_step_estimator="full")
     student, teacher = torch.randn(2, 3, 5, dtype=F64).log_softmax(-1)
-    inputs = inputs_of(student, teacher, torch.zeros(3, dtype=torch.int64), torch.tensor([[0, 1]] * 3))
-    with pytest.raises(ValueError, match="not the whole vocabulary"):
-        minillm_loss(inputs, config)
+    for support in (torch.tensor([[0, 1]] * 3), torch.zeros(3, 0, dtype=torch.int64)):
+        inputs = inputs_of(student, teacher, torch.zeros(3, dtype=torch.int64), support)
+        with pytest.raises(ValueError, match="not the whole vocabulary"):
+            minillm_loss(inputs, config)
 
 
 def test_jsd_goes_over_into_both_kl_divergences() -> None:
@@ -123,13 +124,41 @@ def test_jsd_goes_over_into_both_kl_divergences() -> None:
 
 
 @pytest.mark.parametrize("options", DIVERGENCES, ids=str)
-def test_slope_is_the_derivative_of_the_term_up_to_a_constant(options: dict) -> None:
+def test_the_forms_of_a_divergence_agree(options: dict) -> None:
     divergence = single_step_divergence(LossConfig(**options))
     student, teacher = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=F64).log_softmax(-1)
     q = student.exp().requires_grad_()
-    (derivative,) = torch.autograd.grad(divergence.term(q.log(), teacher).sum(), q)
-    difference = derivative - divergence.slope(student, teacher)
+    term = divergence.term(q.log(), teacher)
+    (derivative,) = torch.autograd.grad(term.sum(), q)
+    difference = derivative - divergence.slope(student - teacher)
     assert_close(difference, difference[:1].expand(7), 1e-12)
+    assert_close(student.exp() * divergence.per_mass(student - teacher), term.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("options", DIVERGENCES, ids=str)
+def test_a_sampled_token_of_hardly_any_probability_does_no_harm(options: dict) -> None:
+    """exp(log q) underflows for the sampled token, outside the support, of student and teacher."""
+    logits = torch.tensor([[0.0, 0.3, -111.0, -110.0]], requires_grad=True)
+    inputs = inputs_of(
+        logits.log_softmax(-1),
+        torch.tensor([[0.1, 0.0, -110.0, -111.0]]).log_softmax(-1),
+        torch.tensor([2]),
+        torch.tensor([[0, 1]]),
+    )
+    loss, metrics = minillm_loss(inputs, exact(rkl_advantage=False, **options))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all() and metrics["sum/single_step_kl"].isfinite()
+
+
+def test_a_dropped_token_has_no_gradient_however_large_its_factor() -> None:
+    logits = torch.tensor([[0.0, 0.3, -111.0, -110.0]], requires_grad=True)
+    student, teacher = logits.log_softmax(-1), torch.tensor([[0.1, 0.0, 0.2, 0.3]]).log_softmax(-1)  # p / q is infinite
+    tokens, support = torch.tensor([2]), torch.tensor([[0, 1]])
+    dropped = {"importance_sampling": "icepop", "single_step_divergence": "forward_kl"}
+    inputs = inputs_of(student, teacher, tokens, support, rollout_logprobs=student[:, 2].detach() - 3)
+    loss, _ = minillm_loss(inputs, exact(rkl_advantage=False, **dropped))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("options", DIVERGENCES, ids=str)

@@ -99,3 +99,33 @@ def test_second_update_follows_the_per_token_surrogate_in_expectation() -> None:
     got, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (total, expected))
     assert wanted.abs().max() > 0.01
     assert_close(got, wanted, 1e-12)
+
+
+def test_old_logprobs_carry_no_gradient_even_if_they_could() -> None:
+    student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1), dtype=F64).log_softmax(-1)
+    attached = torch.randn(6, dtype=F64).requires_grad_()
+    inputs = inputs_of(student.requires_grad_(), teacher, torch.arange(6) % 5, torch.tensor([[0, 3]] * 6))
+    old = inputs.student_token_logprobs.detach() + 0.1 * attached
+    loss, _ = minillm_loss(replace(inputs, old_token_logprobs=old), exact(gamma=0.9))
+    loss.backward()
+    assert attached.grad is None
+
+
+def test_policies_with_nothing_in_common_give_finite_numbers() -> None:
+    """A ratio that overflows must not turn a zero advantage into NaN, nor the metrics."""
+    student = torch.tensor([[-0.001, -200.0]]).log_softmax(-1).requires_grad_()
+    inputs = inputs_of(student, student.detach(), torch.tensor([0]), torch.tensor([[0]]))
+    inputs = replace(inputs, old_token_logprobs=torch.tensor([-95.0]), rollout_logprobs=torch.tensor([-200.0]))
+    loss, metrics = minillm_loss(inputs, LossConfig())
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
+    assert all(math.isfinite(value) for value in merge_metrics([metrics]).values())
+
+
+def test_half_precision_is_widened_before_anything_is_computed() -> None:
+    student, teacher = (2 * torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))).log_softmax(-1)
+    tokens, support = torch.arange(6) % 5, torch.tensor([[0, 3]] * 6)
+    half = inputs_of(student.bfloat16(), teacher.bfloat16(), tokens, support)
+    wide = replace(half, **{n: v.float() for n, v in vars(half).items() if v is not None and v.is_floating_point()})
+    losses = [minillm_loss(inputs, LossConfig(gamma=0.9))[0] for inputs in (half, wide)]
+    assert losses[0].dtype == torch.float32 and torch.equal(losses[0], losses[1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer import lm_head
 from trainer.lm_head import HeadOutput, support_logprobs
 
 N, H, V, K = 7, 5, 11, 4
@@ -185,6 +186,56 @@ def test_tail_far_below_the_support_stays_accurate_in_float32(gap: float) -> Non
     assert_close(output.tail_logprob, logits[:, 1:].logsumexp(-1) - gap, 1e-5)
     (got,) = torch.autograd.grad(output.tail_logprob.sum(), hidden)
     assert_close(got, torch.cat([torch.tensor([[-1.0]]), logits[:, 1:].softmax(-1)], -1), 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_several_tiles_of_the_vocabulary_equal_dense_autograd(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "MAX_TILE_ELEMENTS", 1)  # the smallest tiles: tokens 0..63, 64..127 and 128..149
+    v, k = 150, 70
+    ids = distinct_ids(N, k, v)
+    ids[0] = torch.arange(k)  # all of the first tile
+    ids[1] = torch.arange(v - k, v)  # all of the last one
+    ids[2], ids[3, 1:], ids[4, ::2] = -1, -1, -1
+    tokens = torch.tensor([0, 63, 64, 127, 128, 149, 5])
+    inputs = leaves(v=v)
+    hidden, weight, bias = inputs
+    options = {"temperature": 0.7, "softcap": softcap, "logit_scale": 0.9}
+    got = support_logprobs(hidden, weight, tokens, ids, bias=bias, chunk_tokens=3, **options)
+    expected = dense(hidden, weight, tokens, ids, bias, **options)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b)
+    for a, b in zip(gradients(got, inputs), gradients(expected, inputs), strict=True):
+        assert_close(a, b)
+
+
+def test_whole_vocabulary_of_several_tiles_as_support_has_an_empty_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "MAX_TILE_ELEMENTS", 1)
+    v = 150
+    hidden, weight, _ = leaves(v=v)
+    output = support_logprobs(hidden, weight, token_ids(v=v), distinct_ids(N, v, v))
+    assert (output.tail_logprob == -torch.inf).all()
+    assert_close(output.entropy, dense(hidden, weight, token_ids(v=v), distinct_ids(N, v, v), None).entropy)
+    got = torch.autograd.grad(output[:3], [hidden, weight], [torch.full_like(x, 0.5) for x in output[:3]])
+    assert all(x.isfinite().all() for x in got)
+
+
+@pytest.mark.parametrize("gap", [60.0, 5_000.0])
+def test_tail_of_several_tiles_far_below_the_support_stays_accurate(
+    gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "MAX_TILE_ELEMENTS", 1)
+    v = 150  # the tail of the last tile is far below that of the first
+    logits = torch.linspace(1.0, -30.0, v)
+    logits[100] = gap
+    hidden, weight = logits[None].requires_grad_(), torch.eye(v)
+    output = support_logprobs(hidden, weight, torch.tensor([1]), torch.tensor([[100]]))
+    tail = torch.cat([logits[:100], logits[101:]]).detach()
+    assert_close(output.tail_logprob, tail.logsumexp(-1, keepdim=True) - gap, 1e-5)
+    (got,) = torch.autograd.grad(output.tail_logprob.sum(), hidden)
+    expected = tail.softmax(-1)
+    assert_close(got[0], torch.cat([expected[:100], torch.tensor([-1.0]), expected[100:]]), 1e-5)
 
 
 def test_half_precision_matches_float64_on_the_same_numbers() -> None:

@@ -1,5 +1,6 @@
 """The MiniLLM loss against enumeration: closed forms and exact sequence-level gradients (oracles 1 to 6)."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ def test_one_binary_token(full: bool) -> None:
     (gradient,) = torch.autograd.grad(loss, logits)
     q = 1 / (1 + math.exp(-0.3))
     assert_close(loss, 0.1310690, 5e-8)
+    assert_close(loss, q * math.log(q / 0.8) + (1 - q) * math.log((1 - q) / 0.2))
     assert_close(gradient[0, 0], -0.2655537, 5e-8)
     assert_close(gradient[0, 0], q * (1 - q) * (0.3 - math.log(0.8 / 0.2)))
 
@@ -59,6 +61,23 @@ def test_two_binary_steps(options: dict, expected: list[float | None], full: boo
     for got, value in zip(gradient, expected, strict=True):
         if value is not None:
             assert_close(got, value, 6e-8)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_discounted_gradients_of_two_steps_are_those_of_the_score_function(gamma: float, normalize: bool) -> None:
+    """E[sum_t grad log q(y_t) (r_t + gamma r_t+1) / den], written out for two steps."""
+    logits, teacher, support = binary([0.3, -0.5, 1.1], [0.8, 0.4, 0.6])
+    sequences = enumerate_sequences(2, 2, end_token=None)
+    surrogate = torch.zeros((), dtype=F64)
+    for nodes, tokens in sequences:
+        log_q = logits.log_softmax(-1)[nodes, tokens]
+        first, second = (teacher[nodes, tokens] - log_q).detach()
+        returns = torch.stack([(first + gamma * second) / (1 + gamma if normalize else 1), second])
+        surrogate = surrogate - log_q.sum().exp().detach() * (log_q * returns).sum()
+    (expected,) = torch.autograd.grad(surrogate, logits)
+    config = exact(**{**PURE_PG, "gamma": gamma, "length_normalization": normalize})
+    assert_close(expected_gradient(config, logits, teacher, sequences, support), expected, 1e-12)
 
 
 # --- oracle 3: three tokens of which one ends the sequence, up to three steps ---
@@ -95,12 +114,34 @@ def test_gamma_zero_without_single_step_is_thinking_machines_distillation() -> N
 
 
 def test_single_step_alone_on_the_full_vocabulary_is_gkd_reverse_kl() -> None:
-    student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1), dtype=F64).log_softmax(-1)
-    inputs = inputs_of(
-        student, teacher, torch.zeros(6, dtype=torch.int64), torch.zeros(6, 1, dtype=torch.int64), full=True
-    )
-    loss, _ = minillm_loss(inputs, LossConfig(rkl_advantage=False))
-    assert_close(loss, torch.nn.functional.kl_div(teacher, student, log_target=True, reduction="sum") / 6)
+    generator = torch.Generator().manual_seed(1)
+    logits, teacher = torch.randn(2, 6, 5, generator=generator, dtype=F64)
+    teacher = teacher.log_softmax(-1)
+    tokens = torch.randint(5, (6,), generator=generator)
+    everything = torch.stack([torch.randperm(5, generator=generator) for _ in range(6)])
+    student = logits.requires_grad_().log_softmax(-1)
+    gkd = torch.nn.functional.kl_div(teacher, student, log_target=True, reduction="sum") / 6
+    (expected,) = torch.autograd.grad(gkd, logits, retain_graph=True)
+    for full in (False, True):  # from every token's buckets, or handed in
+        inputs = inputs_of(student, teacher, tokens, everything, full=full)
+        loss, metrics = minillm_loss(inputs, LossConfig(rkl_advantage=False, single_step_estimator="full"))
+        assert_close(loss, gkd)
+        assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+        assert_close(metrics["sum/single_step_kl"] / 6, gkd)
+
+
+@pytest.mark.parametrize("options", [PURE_PG, DECOMPOSED])
+def test_expected_gradient_equals_finite_differences_of_the_sequence_level_reverse_kl(options: dict) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sequences = enumerate_sequences(3, 3, end_token=2)
+    logits = torch.randn(7, 3, generator=generator, dtype=F64).requires_grad_()
+    teacher = torch.randn(7, 3, generator=generator, dtype=F64).log_softmax(-1)
+    gradient = expected_gradient(exact(**options), logits, teacher, sequences, teacher.argsort(-1)[:, 2:])
+    for node, token in itertools.product(range(7), range(3)):
+        step = torch.zeros(7, 3, dtype=F64)
+        step[node, token] = 1e-5
+        upper, lower = (exact_kl(logits.detach() + s * step, teacher, sequences) for s in (1, -1))
+        assert_close((upper - lower) / 2e-5, gradient[node, token], 1e-9)
 
 
 # --- oracle 6: nothing to learn, and bounded tokens ---

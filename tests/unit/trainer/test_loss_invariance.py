@@ -67,7 +67,7 @@ BATCHES = st.builds(
     random_batch,
     st.integers(0, 20),
     lengths=st.tuples(st.integers(1, 6), *[st.integers(0, 6)] * 4),
-    k=st.integers(1, 6),
+    k=st.integers(0, 6),
     several_updates=st.booleans(),
     with_rewards=st.booleans(),
 )

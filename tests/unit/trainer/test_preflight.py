@@ -1,4 +1,4 @@
-"""FAULTS 11: a teacher that means other tokens, ends or chats differently is refused before anything is trained."""
+"""A teacher that means other tokens, ends or chats differently is refused before anything is trained."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""FAULTS 26: bad rows are named by number and reason, and never reach a training step."""
+"""Bad rows are named by number and reason, and never reach a training step."""
 
 import json
 import logging

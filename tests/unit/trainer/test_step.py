@@ -13,7 +13,7 @@ from services.config import RunConfig
 from services.errors import DistillServeError
 from tests.unit.trainer.test_batch import SAMPLES
 from trainer.batch import pack, pack_texts
-from trainer.loss import minillm_loss
+from trainer.loss import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
 from trainer.step import loss_inputs, optimize
 from trainer.stream import RowStream
@@ -51,30 +51,49 @@ def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # t
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
 
 
-def test_the_second_update_is_measured_against_the_first_ones_policy(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    pipeline = {"updates_per_batch": 2}
-    run = session(tiny_model_folder("qwen3"), pipeline=pipeline, loss={"gamma": 0.9, "clip_low": 0.3})
-    by_hand = session(tiny_model_folder("qwen3"), loss={"gamma": 0.9})
-    optimize(run, SAMPLES)
+def by_hand(run: Any, num_updates: int) -> None:
+    """What `optimize` should do with SAMPLES in one micro-batch, updates against the first one's policy."""
     (batch,) = pack(SAMPLES, run.config.loss, 10_000)
-    old = None
-    for _ in range(2):
+    totals, old = LossTotals.of(batch.loss_mask, batch.cu_seqlens, run.config.sampling.max_new_tokens), None
+    for _ in range(num_updates):
         output = student_logprobs(
-            by_hand.model,
+            run.model,
             batch.input_ids,
             batch.attention_mask,
             batch.positions,
             batch.token_ids,
             batch.support_ids,
-            1.0,
+            run.config.loss.kd_temperature,
         )
-        loss, _ = minillm_loss(loss_inputs(batch, output, old), run.config.loss)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
-        by_hand.optimizer.step()
-        by_hand.optimizer.zero_grad()
+        minillm_loss(loss_inputs(batch, output, old), run.config.loss, totals)[0].backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
         old = output.token_logprobs.detach() if old is None else old
-    torch.testing.assert_close(weights(run), weights(by_hand), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"pipeline": {"updates_per_batch": 3}, "loss": {"gamma": 0.9, "clip_low": 0.3}},
+        {"loss": {"kd_temperature": 1.5}, "sampling": {"temperature": 1.5}},
+        {"loss": {"aggregation": "constant"}, "sampling": {"max_new_tokens": 12}},
+    ],
+    ids=str,
+)
+def test_an_update_is_the_loss_by_hand(sections: dict[str, Any], tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    run, expected = (session(tiny_model_folder("qwen3"), **sections) for _ in range(2))
+    optimize(run, SAMPLES)
+    by_hand(expected, run.config.pipeline.updates_per_batch)
+    torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_schedule_moves_once_a_batch(updates: int, tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    run = session(tiny_model_folder("qwen3"), pipeline={"updates_per_batch": updates})
+    optimize(run, SAMPLES)
+    optimize(run, [])
+    assert run.schedule.last_epoch == 2
 
 
 def test_metrics_are_the_first_updates_and_clipping_the_lasts(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
@@ -92,9 +111,24 @@ def test_metrics_are_the_first_updates_and_clipping_the_lasts(tiny_model_folder)
 def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
     options = {"data": {"lm_path": "t.jsonl"}, "optimizer": {"max_grad_norm": 1e9}}
     pipeline = {"texts_per_step": 3, "tokens_per_micro_batch": 4}
-    run = session(tiny_model_folder("qwen3"), 1.0, True, loss={"alpha_lm": 0.5}, pipeline=pipeline, **options)
+    # Texts are not softened by the temperature of the distillation.
+    loss, sampling = {"kd_temperature": 2.0}, {"temperature": 2.0}
+    run = session(
+        tiny_model_folder("qwen3"),
+        1.0,
+        True,
+        loss={**loss, "alpha_lm": 0.5},
+        sampling=sampling,
+        pipeline=pipeline,
+        **options,
+    )
     without = session(
-        tiny_model_folder("qwen3"), 1.0, optimizer=options["optimizer"], pipeline={"tokens_per_micro_batch": 4}
+        tiny_model_folder("qwen3"),
+        1.0,
+        loss=loss,
+        sampling=sampling,
+        optimizer=options["optimizer"],
+        pipeline={"tokens_per_micro_batch": 4},
     )
     start = weights(run)
     model = load_student(run.config.student)
@@ -133,3 +167,11 @@ def test_a_batch_without_trained_tokens_changes_nothing(tiny_model_folder) -> No
     ]
     assert optimize(run, cut) == {"num_valid_tokens": 0.0}
     assert torch.equal(weights(run), start)
+
+
+def test_texts_are_learned_even_from_a_batch_without_trained_tokens(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    run = session(tiny_model_folder("qwen3"), texts=True, loss={"alpha_lm": 0.5}, data={"lm_path": "t.jsonl"})
+    start = weights(run)
+    metrics = optimize(run, [])
+    assert metrics["lm_loss"] > 0 and metrics["loss"] == metrics["num_valid_tokens"] == 0.0
+    assert not torch.equal(weights(run), start) and run.texts.position > 0

@@ -40,6 +40,17 @@ def test_a_good_sample_has_no_defect() -> None:
         (with_value("teacher_tail_logprobs", -np.inf), "no finite logprob"),
         (with_value("support_ids", int(sample(0, 2, 3).support_ids[0, 1])), "twice in one row"),
         (with_value("teacher_support_logprobs", 0.0), "sum to"),
+        (with_value("teacher_support_logprobs", -50.0), "sum to 0."),
+        (with_value("teacher_token_logprobs", 5.0), "sum to 148.4"),
+        (with_value("support_ids", -1), "candidate -1 is no token"),
+        (changed(support_ids=sample(0, 2, 3).support_ids[:2]), "shapes (2, 4), (3, 4) and (3,) for 3 tokens"),
+        (
+            changed(
+                support_ids=sample(0, 2, 3).support_ids[:2],
+                teacher_support_logprobs=sample(0, 2, 3).teacher_support_logprobs[:2],
+            ),
+            "shapes (2, 4), (2, 4) and (3,)",
+        ),
         (changed(teacher_token_logprobs=np.zeros(2, np.float32)), "scored 2 of 3 tokens"),
         (
             with_value("support_ids", VOCAB),
@@ -60,6 +71,11 @@ def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
 
     assert defect(row(0.0009), SUPPORT) is None
     assert defect(row(0.0011), SUPPORT) == "the teacher's probabilities of one row sum to 1.0011"
+
+
+def test_an_empty_tail_is_a_defect_for_the_students_support_too() -> None:
+    support = Support("student_topk", TOP_K, VOCAB)
+    assert "no finite logprob" in (defect(with_value("teacher_tail_logprobs", -np.inf), support) or "")
 
 
 def test_a_teacher_that_holds_a_sampled_token_for_unlikely_but_possible_is_fine() -> None:
@@ -145,10 +161,10 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
     teacher = Scorer()
     support = Support("student_topk", 2, VOCAB)
     assert support.student_top_k == 2
-    samples, quarantined = await score_rollouts(teacher, rollouts, support=support, temperature=1.0)  # type: ignore[arg-type]
+    samples, quarantined = await score_rollouts(teacher, rollouts, support=support, temperature=0.5)  # type: ignore[arg-type]
     assert teacher.options == {
         "top_k": 1,
-        "temperature": 1.0,
+        "temperature": 0.5,
         "support_ids": [r.completion.student_topk_ids.tolist() for r in rollouts],
     }
     assert quarantined == []
