@@ -247,6 +247,7 @@ def scores_for(body: dict[str, Any], **changes: Any) -> TeacherScores:
         "temperature": body["temperature"],
         "top_k": width,
         "row_offsets": offsets.astype(np.int64),
+        "token_ids": np.concatenate(completions).astype(np.int32),
         "token_logprobs": -np.concatenate(completions).astype(np.float32),
         "topk_ids": np.tile(np.concatenate(completions).astype(np.int32)[:, None], (1, width)),
         "topk_logprobs": np.zeros((rows, width), np.float32),

@@ -42,6 +42,7 @@ def answer(request: httpx.Request, **changes: Any) -> httpx.Response:
         "temperature": body["temperature"],
         "top_k": body["top_k"],
         "row_offsets": np.cumsum([0, *map(len, completions)]),
+        "token_ids": tokens.astype(np.int32),
         "token_logprobs": -tokens,
         "topk_ids": np.zeros((len(tokens), body["top_k"]), np.int32),
         "topk_logprobs": np.zeros((len(tokens), body["top_k"]), np.float32),

@@ -79,7 +79,8 @@ class Teacher:
             for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs")
         )
         offsets = np.cumsum([0, *(len(s.teacher_token_logprobs) for s in self.samples)])
-        return TeacherScores("t", "f", 0.5, 4, offsets, tokens, ids, support, tail, np.zeros(len(tokens)))
+        scored = np.concatenate([s.rollout.completion.token_ids for s in self.samples])
+        return TeacherScores("t", "f", 0.5, 4, offsets, scored, tokens, ids, support, tail, np.zeros(len(tokens)))
 
 
 async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> None:
@@ -133,6 +134,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
                 1.0,
                 1,
                 offsets,
+                np.concatenate([r.completion.token_ids for r in rollouts]),
                 rows[:, 0],
                 one.astype(np.int32),
                 one,
