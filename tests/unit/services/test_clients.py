@@ -11,10 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
-from services import clients
-from services.clients import RolloutClient, TeacherClient, cut_by_rows
+from services import server_client
+from services.clients import RolloutClient, TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import RolloutCompletion, RolloutSampling, TeacherScores, VersionSpan
+from services.teacher_client import cut_by_rows
 from services.wire import END_OF_STREAM, encode_completion, encode_scores, encode_stream_error
 
 A, B = "http://a:1", "http://b:2"
@@ -166,7 +167,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         await really_sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    monkeypatch.setattr(server_client, "time", SimpleNamespace(monotonic=lambda: fake.now))
     yield fake
 
 

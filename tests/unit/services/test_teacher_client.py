@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services import clients
+from services import teacher_client
 from services.clients import TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import TeacherScores
@@ -135,7 +135,7 @@ async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
 
 
 async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_SCORES_IN_FLIGHT", 2)
+    monkeypatch.setattr(teacher_client, "_SCORES_IN_FLIGHT", 2)
     under_way, most = 0, 0
 
     async def slow(request: httpx.Request) -> httpx.Response:
