@@ -7,7 +7,7 @@ import httpx
 
 from services.errors import PeerError
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
-from services.server_client import ServerClient, raise_for_problem
+from services.server_client import ServerClient, describe_transport_error, raise_for_problem
 from services.wire import decode_completion, read_frames
 
 
@@ -56,7 +56,7 @@ class RolloutClient(ServerClient):
         try:
             completions = await self._read_completions(url, body)
         except httpx.TransportError as error:
-            raise PeerError(f"{url} cannot be reached: {type(error).__name__} {error}".strip()) from error
+            raise PeerError(f"{url} cannot be reached: {describe_transport_error(error)}") from error
         return sorted(completions, key=lambda c: c.prompt_index)
 
     async def _read_completions(self, url: str, body: dict[str, Any]) -> list[RolloutCompletion]:

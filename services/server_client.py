@@ -22,6 +22,8 @@ Answer = TypeVar("Answer")
 
 _CONNECT_TIMEOUT_S = 10.0
 _POLL_S = 0.25
+# A server that names a longer time is asked again all the same: attempts are bounded, and so should be their waits.
+_LONGEST_RETRY_AFTER_S = 300.0
 
 
 class ServerClient:
@@ -86,7 +88,7 @@ class ServerClient:
         try:
             response = await self._http.get(f"{url}/ready", timeout=_CONNECT_TIMEOUT_S)
         except httpx.TransportError as error:
-            return f"{type(error).__name__} {error}".strip()
+            return describe_transport_error(error)
         return None if response.is_success else f"it answers {response.status_code}"
 
     async def _get_info(self, path: str, kind: type[Info]) -> list[Info]:
@@ -118,7 +120,7 @@ class ServerClient:
                     return await call()
         except httpx.TransportError as error:
             url = error.request.url if error._request is not None else self.urls
-            raise PeerError(f"{url} cannot be reached: {type(error).__name__} {error}".strip()) from error
+            raise PeerError(f"{url} cannot be reached: {describe_transport_error(error)}") from error
         raise AssertionError("unreachable: stamina either returns or raises")
 
 
@@ -142,14 +144,23 @@ def raise_for_problem(response: httpx.Response) -> None:
     raise error
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may be answered later."""
+    if isinstance(error, ProblemError):
+        return error.status in (408, 429) or error.status >= 500
+    return isinstance(error, httpx.TransportError)
+
+
 def wait_before_retry(error: Exception) -> bool | float:
     """False: do not retry; True: after stamina's own backoff; a number: after that many seconds."""
-    if isinstance(error, ProblemError):
-        if error.status not in (408, 429) and error.status < 500:
-            return False
+    if isinstance(error, ProblemError) and may_pass(error) and error.retry_after_s is not None:
         # A little jitter, so that clients that were refused together do not return together.
-        return True if error.retry_after_s is None else error.retry_after_s * random.uniform(1.0, 1.25)
-    return isinstance(error, httpx.TransportError)
+        return min(error.retry_after_s, _LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+    return may_pass(error)
+
+
+def describe_transport_error(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__} {error}".strip()
 
 
 def _seconds(header: str | None) -> float | None:

@@ -324,7 +324,7 @@ async def test_only_the_share_that_failed_is_asked_again(waits: list[float]) -> 
 
     got = await teacher(handler, (A, B)).score([([9, 1], 1), ([9, 2], 1)], top_k=1)
     assert got.token_logprobs.tolist() == [-1, -2]
-    assert calls == {"a": 1, "b": 2}
+    assert calls == {"a": 2, "b": 1} and waits == []
 
 
 @pytest.mark.parametrize(
