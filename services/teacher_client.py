@@ -3,27 +3,39 @@
 import asyncio
 import itertools
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import httpx
-import numpy as np
 
 from services.errors import PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer, ServerClient, describe_transport_error, may_pass
+from services.teacher_answers import check_answer, concatenate_scores, cut_by_rows, mismatches
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 
 Sequence = tuple[list[int], int]
 """Token ids of prompt and completion, and the prompt's length."""
+OnMismatch = Literal["raise", "keep"]
+LogprobDtype = Literal["float32", "float16"]
 
 # Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
 _SCORES_IN_FLIGHT = 8
 _TOO_LARGE = 413
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
+
+_SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)")
+
+
+class RefusedSequenceError(ProblemError):
+    """A teacher refused one of the sequences; `index` is its place among those that were asked."""
+
+    def __init__(self, error: ProblemError, index: int) -> None:
+        super().__init__(error.url, error.status, error.problem)
+        self.index = index
 
 
 class TeacherClient(ServerClient):
@@ -55,10 +67,14 @@ class TeacherClient(ServerClient):
         super().__init__(urls, key=key, timeout_s=timeout_s, attempts=attempts, transport=transport)
         self._outage_s, self._clock = outage_s, clock
         self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
+        self._first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
 
     async def info(self) -> list[TeacherInfo]:
-        """One answer per server, in the order of the URLs."""
-        return await self._get_info("/v1/teacher/info", TeacherInfo)
+        """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
+        answers = await self._get_info("/v1/teacher/info", TeacherInfo)
+        if len({answer.fingerprint for answer in answers}) == 1:
+            self._check_same_model(self.urls[0], answers[0])
+        return answers
 
     async def vocabulary(self) -> dict[str, int]:
         """The first teacher's token-to-id map, for saying how two tokenizers differ."""
@@ -73,6 +89,7 @@ class TeacherClient(ServerClient):
         temperature: float = 1.0,
         support_ids: list[list[list[int]]] | None = None,
         max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
     ) -> TeacherScores:
         """Score completions, spread over the replicas; when one of them fails, the others take over.
 
@@ -82,36 +99,80 @@ class TeacherClient(ServerClient):
             support_ids: of each sequence, [rows][M] further token ids to score.
             max_rows_per_request: cut the work into requests of about this many rows; default: one per replica.
                 What a server calls too large (413) is cut further.
+            on_mismatch: "keep" leaves it to the caller to find sequences whose rows are not those that were asked
+                (`mismatches`).
 
         Raises:
-            PeerError: no replica answered for `outage_s`, an answer has the wrong shape, or the replicas do not
+            RefusedSequenceError: a teacher refused one of the sequences.
+            PeerError: no replica answered for `outage_s`, an answer is not to the question, or the replicas do not
                 serve the same model.
         """
-        num_rows = [len(ids) - prompt_length for ids, prompt_length in sequences]
-        limit = max_rows_per_request or -(-sum(num_rows) // len(self.urls))
-        parts = cut_by_rows(num_rows, limit)
+        asked: list[dict[str, Any]] = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
+        if support_ids is not None:
+            asked = [{**s, "support_ids": ids} for s, ids in zip(asked, support_ids, strict=True)]
+        return await self.score_sequences(
+            asked,
+            top_k=top_k,
+            temperature=temperature,
+            max_rows_per_request=max_rows_per_request,
+            on_mismatch=on_mismatch,
+        )
 
+    async def score_text(self, texts: list[tuple[str, str]], *, top_k: int, temperature: float = 1.0) -> TeacherScores:
+        """Score (prompt, completion) texts; the teacher tokenizes, and `token_ids` of the answer says how.
+
+        Raises:
+            As `score`.
+        """
+        asked = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+        return await self.score_sequences(asked, top_k=top_k, temperature=temperature)
+
+    async def score_sequences(
+        self,
+        sequences: list[dict[str, Any]],
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        logprob_dtype: LogprobDtype = "float32",
+        max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
+    ) -> TeacherScores:
+        """Score sequences in any of the forms of the API (services.schemas.TeacherSequence), mixed as you like.
+
+        Of a text, the rows are not known before; each of its characters is counted as one.
+
+        Args:
+            logprob_dtype: "float16" halves the bytes of a candidate's logprob on the wire, and keeps three digits.
+
+        Raises:
+            As `score`.
+        """
+        num_rows = [_estimated_rows(sequence) for sequence in sequences]
+        limit = max_rows_per_request or -(-sum(num_rows) // len(self.urls))
         room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
+        settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
+        if logprob_dtype != "float32":
+            settings["logprob_dtype"] = logprob_dtype
 
         async def one(part: slice) -> list[TeacherScores]:
-            asked = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences[part]]
-            if support_ids is not None:
-                asked = [{**s, "support_ids": ids} for s, ids in zip(asked, support_ids[part], strict=True)]
-            body = {"sequences": asked, "top_k": top_k, "temperature": temperature}
+            asked = sequences[part]
             try:
                 async with room:
-                    url, scores = await self._score_somewhere(body)
+                    url, scores = await self._score_somewhere({"sequences": asked, **settings})
             except ProblemError as error:
-                if error.status != _TOO_LARGE or len(asked) == 1:
-                    raise
-                middle = (part.start + part.stop) // 2
-                halves = slice(part.start, middle), slice(middle, part.stop)
-                return [scores for half in halves for scores in await one(half)]
-            width = None if support_ids is None else len(support_ids[part.start][0])
-            _check_shape(url, scores, num_rows[part], top_k, width)
+                if error.status == _TOO_LARGE and len(asked) > 1:
+                    middle = (part.start + part.stop) // 2
+                    halves = slice(part.start, middle), slice(middle, part.stop)
+                    return [scores for half in halves for scores in await one(half)]
+                if (index := _refused_index(error, len(asked))) is not None:
+                    raise RefusedSequenceError(error, part.start + index) from error
+                raise
+            check_answer(url, scores, asked, top_k, temperature)
+            if on_mismatch == "raise" and (found := mismatches(scores, asked)):
+                raise PeerError(f"{url}: sequence {part.start + min(found)}: {found[min(found)]}")
             return [scores]
 
-        pieces = await _all_or_first_error([one(part) for part in parts])
+        pieces = await _all_or_first_error([one(part) for part in cut_by_rows(num_rows, limit)])
         return concatenate_scores(list(itertools.chain.from_iterable(pieces)))
 
     async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
@@ -121,11 +182,26 @@ class TeacherClient(ServerClient):
             url = f"{base}/v1/teacher/logprobs"
             response = await self._send("POST", url, json=body, headers={"Accept": SAFETENSORS_MEDIA_TYPE})
             try:
-                return url, decode_scores(response.content)
+                scores = decode_scores(response.content)
             except PeerError as error:
                 raise PeerError(f"{url}: {error}") from error
+            self._check_same_model(base, scores)
+            return url, scores
 
         return await self._ask_replicas(send)
+
+    def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
+        """Refuse an answer of another model than the first one, also when a server was replaced in between.
+
+        Raises:
+            PeerError: names both servers and models.
+        """
+        first_url, first = self._first_answer = self._first_answer or (url, answer)
+        if answer.fingerprint != first.fingerprint:
+            raise PeerError(
+                f"the teachers do not serve the same model: {first.model} ({first.fingerprint}) answered from {first_url}, "
+                f"{answer.model} ({answer.fingerprint}) from {url}"
+            )
 
     async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
         """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.
@@ -183,6 +259,21 @@ class TeacherClient(ServerClient):
         return said
 
 
+def _estimated_rows(sequence: dict[str, Any]) -> int:
+    if "token_ids" in sequence:
+        return max(1, len(sequence["token_ids"]) - sequence.get("prompt_length", 0))
+    last_message = (sequence.get("messages") or [{}])[-1]
+    return max(1, len(sequence.get("completion") or last_message.get("content") or ""))
+
+
+def _refused_index(error: ProblemError, num_asked: int) -> int | None:
+    """Which sequence of a request was refused, where the problem is one of a sequence."""
+    named = _SEQUENCE_FIELD.match(str(error.problem.get("field")))
+    if named is not None and int(named[1]) < num_asked:
+        return int(named[1])
+    return 0 if error.status == _TOO_LARGE and num_asked == 1 else None
+
+
 def _backoff_s(num_waits: int) -> float:
     return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))
 
@@ -196,50 +287,3 @@ async def _all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[A
         first = errors.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in tasks]
-
-
-def cut_by_rows(num_rows: list[int], limit: int) -> list[slice]:
-    """Consecutive slices of sequences with at most `limit` rows each; a longer sequence stands alone."""
-    slices, start, rows = [], 0, 0
-    for index, count in enumerate(num_rows):
-        if index > start and rows + count > limit:
-            slices.append(slice(start, index))
-            start, rows = index, 0
-        rows += count
-    return [*slices, slice(start, len(num_rows))]
-
-
-def _check_shape(url: str, scores: TeacherScores, num_rows: list[int], top_k: int, support: int | None) -> None:
-    total = sum(num_rows)
-    expected = np.concatenate([[0], np.cumsum(num_rows)])
-    if not np.array_equal(scores.row_offsets, expected):
-        raise PeerError(
-            f"{url} scored {len(scores.token_logprobs)} rows where {total} were asked, or cut them differently"
-        )
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_logprobs", "tail_logprobs", "entropies"), (total,))
-    shapes |= dict.fromkeys(("topk_ids", "topk_logprobs"), (total, top_k))
-    if support is not None:
-        shapes |= {"support_logprobs": (total, support), "support_tail_logprobs": (total,)}
-    for name, shape in shapes.items():
-        array = getattr(scores, name)
-        if array is None or array.shape != shape:
-            raise PeerError(f"{url} sent {name} of shape {None if array is None else array.shape}, expected {shape}")
-
-
-def concatenate_scores(parts: list[TeacherScores]) -> TeacherScores:
-    """One answer from the answers to consecutive slices.
-
-    Raises:
-        PeerError: they come from different models.
-    """
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if len({part.fingerprint for part in parts}) > 1:
-        models = ", ".join(sorted({f"{part.model} ({part.fingerprint})" for part in parts}))
-        raise PeerError(f"the teachers do not serve the same model: {models}")
-    lengths = np.concatenate([np.diff(part.row_offsets) for part in parts])
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in first.columns()
-    }
-    return replace(first, row_offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)

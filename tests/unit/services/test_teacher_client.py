@@ -15,6 +15,8 @@ from services import teacher_client
 from services.clients import TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import TeacherScores
+from services.teacher_answers import mismatches
+from services.teacher_client import RefusedSequenceError
 from services.wire import encode_scores
 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
@@ -125,8 +127,58 @@ async def test_replicas_take_over_from_one_that_is_down(failure: httpx.Response 
 
 
 async def test_answers_of_different_models_are_not_mixed() -> None:
-    with pytest.raises(PeerError, match=r"do not serve the same model: m \(a\), m \(b\)"):
+    message = r"do not serve the same model: m \(a\) answered from http://a:1, m \(b\) from http://b:2"
+    with pytest.raises(PeerError, match=message):
         await teacher(lambda r: answer(r, fingerprint=r.url.host), A, B).score(SEQUENCES, top_k=1)
+
+
+async def test_a_server_that_comes_back_with_another_model_is_refused() -> None:
+    fingerprints = iter("aab")
+    client = teacher(lambda r: answer(r, fingerprint=next(fingerprints)))
+    for _ in range(2):
+        await client.score(SEQUENCES, top_k=1)
+    with pytest.raises(PeerError, match=r"m \(a\) answered from http://a:1, m \(b\) from http://a:1"):
+        await client.score(SEQUENCES, top_k=1)
+
+
+async def test_a_refused_sequence_is_named_by_its_place_among_all() -> None:
+    """Also where it was refused as part of a piece."""
+
+    def refuse_five(request: httpx.Request) -> httpx.Response:
+        last_ids = [s["token_ids"][-1] for s in json.loads(request.content)["sequences"]]
+        if len(last_ids) > 2:
+            return TOO_LARGE
+        if 5 not in last_ids:
+            return answer(request)
+        problem = {"detail": "too long", "field": f"sequences.{last_ids.index(5)}.token_ids"}
+        return httpx.Response(422, json=problem)
+
+    with pytest.raises(RefusedSequenceError, match="answered 422: too long") as caught:
+        await teacher(refuse_five).score(SEQUENCES, top_k=1)
+    assert SEQUENCES[caught.value.index] == ([9, 5], 1)
+
+
+@pytest.mark.parametrize("field", ["top_k", "sequences", "sequences.7.token_ids", None])
+async def test_what_is_not_a_problem_of_a_sequence_is_not_called_one(field: str | None) -> None:
+    refusal = httpx.Response(422, json={"detail": "no", "field": field})
+    with pytest.raises(ProblemError, match="answered 422: no") as caught:
+        await teacher(lambda _: refusal).score(SEQUENCES, top_k=1)
+    assert not isinstance(caught.value, RefusedSequenceError)
+
+
+async def test_rows_of_other_tokens_can_be_left_to_the_caller() -> None:
+    shifted = np.array([2, 3, 4, 5, 6, 7, 1], np.int32)
+    scores = await teacher(lambda r: answer(r, token_ids=shifted)).score(SEQUENCES, top_k=1, on_mismatch="keep")
+    assert scores.token_ids.tolist() == shifted.tolist()
+    asked = [{"token_ids": ids, "prompt_length": length} for ids, length in SEQUENCES]
+    assert mismatches(scores, asked)[2] == "the teacher scored token 4 in row 0, asked was 3"
+
+
+def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
+    rows, ids = np.zeros(2), np.array([7, 8])
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 2, 2]), ids, rows, ids[:, None], rows[:, None], rows, rows)
+    asked = [{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "b"}]
+    assert mismatches(scores, asked) == {1: "the teacher scored none of its tokens"}
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
