@@ -10,7 +10,8 @@ from anyio.from_thread import start_blocking_portal
 
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer
-from services.teacher_client import LogprobDtype, OnMismatch, Sequence, TeacherClient
+from services.teacher_answers import Sequence
+from services.teacher_client import LogprobDtype, OnMismatch, TeacherClient
 
 
 class BlockingTeacherClient:

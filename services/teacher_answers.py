@@ -1,5 +1,6 @@
 """What answers of a teacher are checked for, and how the answers to pieces of the work become one."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,9 @@ import numpy as np
 
 from services.errors import PeerError
 from services.schemas import TeacherScores
+
+Sequence = tuple[list[int], int]
+"""Token ids of prompt and completion, and the prompt's length."""
 
 
 def cut_by_rows(num_rows: list[int], limit: int) -> list[slice]:
@@ -46,20 +50,23 @@ def check_answer(url: str, scores: TeacherScores, asked: list[dict[str, Any]], t
             raise PeerError(f"{url} sent {name} of shape {None if array is None else array.shape}, expected {shape}")
 
 
-def mismatches(scores: TeacherScores, asked: list[dict[str, Any]]) -> dict[int, str]:
+def mismatches(scores: TeacherScores, asked: Iterable[Sequence | None]) -> dict[int, str]:
     """Reason by index of the sequences whose rows are not those of the tokens that were asked about.
 
-    A row is of another token where a server lost, shifted or mixed up rows; of a text only the presence of rows can
-    be seen.
+    A row is of another token where a server lost, shifted or mixed up rows.
+
+    Args:
+        asked: None for a text, of whose rows only the presence can be seen.
     """
     found = {}
     for index, sequence in enumerate(asked):
         scored = scores.token_ids[scores.row_offsets[index] : scores.row_offsets[index + 1]]
-        if "token_ids" not in sequence:
+        if sequence is None:
             if len(scored) == 0:
                 found[index] = "the teacher scored none of its tokens"
             continue
-        expected = np.asarray(sequence["token_ids"][sequence["prompt_length"] :])
+        token_ids, prompt_length = sequence
+        expected = np.asarray(token_ids[prompt_length:])
         if len(scored) != len(expected):
             found[index] = f"the teacher scored {len(scored)} of {len(expected)} tokens"
         elif (wrong := scored != expected).any():

@@ -14,11 +14,9 @@ from services.errors import PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer, ServerClient, describe_transport_error, may_pass
-from services.teacher_answers import check_answer, concatenate_scores, cut_by_rows, mismatches
+from services.teacher_answers import Sequence, check_answer, concatenate_scores, cut_by_rows, mismatches
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 
-Sequence = tuple[list[int], int]
-"""Token ids of prompt and completion, and the prompt's length."""
 OnMismatch = Literal["raise", "keep"]
 LogprobDtype = Literal["float32", "float16"]
 
@@ -168,7 +166,7 @@ class TeacherClient(ServerClient):
                     raise RefusedSequenceError(error, part.start + index) from error
                 raise
             check_answer(url, scores, asked, top_k, temperature)
-            if on_mismatch == "raise" and (found := mismatches(scores, asked)):
+            if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
                 raise PeerError(f"{url}: sequence {part.start + min(found)}: {found[min(found)]}")
             return [scores]
 
@@ -264,6 +262,10 @@ def _estimated_rows(sequence: dict[str, Any]) -> int:
         return max(1, len(sequence["token_ids"]) - sequence.get("prompt_length", 0))
     last_message = (sequence.get("messages") or [{}])[-1]
     return max(1, len(sequence.get("completion") or last_message.get("content") or ""))
+
+
+def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
+    return (sequence["token_ids"], sequence["prompt_length"]) if "token_ids" in sequence else None
 
 
 def _refused_index(error: ProblemError, num_asked: int) -> int | None:

@@ -170,15 +170,13 @@ async def test_rows_of_other_tokens_can_be_left_to_the_caller() -> None:
     shifted = np.array([2, 3, 4, 5, 6, 7, 1], np.int32)
     scores = await teacher(lambda r: answer(r, token_ids=shifted)).score(SEQUENCES, top_k=1, on_mismatch="keep")
     assert scores.token_ids.tolist() == shifted.tolist()
-    asked = [{"token_ids": ids, "prompt_length": length} for ids, length in SEQUENCES]
-    assert mismatches(scores, asked)[2] == "the teacher scored token 4 in row 0, asked was 3"
+    assert mismatches(scores, SEQUENCES)[2] == "the teacher scored token 4 in row 0, asked was 3"
 
 
 def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
     rows, ids = np.zeros(2), np.array([7, 8])
     scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 2, 2]), ids, rows, ids[:, None], rows[:, None], rows, rows)
-    asked = [{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "b"}]
-    assert mismatches(scores, asked) == {1: "the teacher scored none of its tokens"}
+    assert mismatches(scores, [None, None]) == {1: "the teacher scored none of its tokens"}
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
