@@ -8,7 +8,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -161,6 +161,17 @@ def wait_before_retry(error: Exception) -> bool | float:
 
 def describe_transport_error(error: httpx.TransportError) -> str:
     return f"{type(error).__name__} {error}".strip()
+
+
+async def all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """The results in order; at the first error the rest is cancelled, and nothing goes on in the background."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
 
 
 def _seconds(header: str | None) -> float | None:

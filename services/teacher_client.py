@@ -5,7 +5,7 @@ import itertools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import httpx
@@ -13,7 +13,7 @@ import httpx
 from services.errors import PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
-from services.server_client import Answer, ServerClient, describe_transport_error, may_pass
+from services.server_client import Answer, ServerClient, all_or_first_error, describe_transport_error, may_pass
 from services.teacher_answers import Sequence, check_answer, concatenate_scores, cut_by_rows, mismatches
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 
@@ -170,7 +170,7 @@ class TeacherClient(ServerClient):
                 raise PeerError(f"{url}: sequence {part.start + min(found)}: {found[min(found)]}")
             return [scores]
 
-        pieces = await _all_or_first_error([one(part) for part in cut_by_rows(num_rows, limit)])
+        pieces = await all_or_first_error([one(part) for part in cut_by_rows(num_rows, limit)])
         return concatenate_scores(list(itertools.chain.from_iterable(pieces)))
 
     async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
@@ -278,14 +278,3 @@ def _refused_index(error: ProblemError, num_asked: int) -> int | None:
 
 def _backoff_s(num_waits: int) -> float:
     return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))
-
-
-async def _all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """The results in order; at the first error the rest is cancelled, and nothing goes on in the background."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as errors:
-        first = errors.exceptions[0]
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
