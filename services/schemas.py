@@ -174,6 +174,7 @@ class TeacherInfo(WireModel):
 
 
 SCORE_COLUMNS = (
+    "token_ids",
     "token_logprobs",
     "topk_ids",
     "topk_logprobs",
@@ -194,7 +195,8 @@ class TeacherScores:
     temperature: float
     top_k: int
     row_offsets: np.ndarray  # [B+1] int64
-    token_logprobs: np.ndarray  # [R] logprob of the token that follows
+    token_ids: np.ndarray  # [R] int32, the scored tokens: what was asked, or what text became
+    token_logprobs: np.ndarray  # [R] logprob of the scored token
     topk_ids: np.ndarray  # [R, K] int32, by falling logprob
     topk_logprobs: np.ndarray  # [R, K]
     tail_logprobs: np.ndarray  # [R] log of the mass outside the top-k, -inf when K covers the vocabulary

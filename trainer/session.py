@@ -212,7 +212,10 @@ async def _attach(config: RunConfig, stack: AsyncExitStack) -> _Servers:
         config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
     )
     teacher_client = TeacherClient(
-        config.teacher.server_urls(), key=reveal(secrets.teacher_key), timeout_s=config.teacher.request_timeout_s
+        config.teacher.server_urls(),
+        key=reveal(secrets.teacher_key),
+        timeout_s=config.teacher.request_timeout_s,
+        outage_s=config.teacher.outage_s,
     )
     stack.push_async_callback(rollout_client.close)
     stack.push_async_callback(teacher_client.close)

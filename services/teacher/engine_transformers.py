@@ -158,6 +158,7 @@ def reduce_logits(
     if not bool(torch.isfinite(logprobs.amax(-1)).all()):
         raise DistillServeError("the teacher's logits are not finite; its weights or its dtype are not usable")
     targets = targets.to(logits.device)
+    columns.token_ids[rows] = targets.cpu().numpy()
     columns.token_logprobs[rows] = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).cpu().numpy()
     columns.entropies[rows] = -torch.special.xlogy(p := logprobs.exp(), p).sum(-1).cpu().numpy()
     if support is not None:

@@ -30,6 +30,7 @@ class EncodedSequence:
 class Columns:
     """The arrays of an answer, one entry per row."""
 
+    token_ids: np.ndarray  # [R], written by the engine beside their logprobs, so that rows that got mixed up show
     token_logprobs: np.ndarray  # [R]
     topk_ids: np.ndarray  # [R, K]
     topk_logprobs: np.ndarray  # [R, K]
@@ -44,6 +45,7 @@ class Columns:
             return np.empty(shape, np.float32)
 
         return cls(
+            token_ids=np.empty(rows, np.int32),
             token_logprobs=floats(rows),
             topk_ids=np.empty((rows, top_k), np.int32),
             topk_logprobs=floats(rows, top_k),

@@ -391,13 +391,13 @@ def test_help_answers_within_two_seconds() -> None:
     command = [sys.executable, "-m", "services.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert time.monotonic() - started < 2.0
-    for role in ("up", "rollout", "teacher", "train", "tiny"):
+    for role in ("up", "rollout", "teacher", "train", "score", "tiny"):
         assert f"    {role} " in done.stdout
 
 
 def test_contracts_clients_and_help_load_no_model_library() -> None:
     code = (
-        "import sys, services.config, services.schemas, services.wire, services.clients, services.cli\n"
+        "import sys, services.config, services.schemas, services.wire, services.clients, services.score, services.cli\n"
         "try: services.cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"

@@ -83,6 +83,7 @@ def test_scores_equal_a_full_float64_forward(
     sequences = random_sequences(1, (3, 5), (1, 1), (7, 20), (2, 11), support=4)
     scores = engines(architecture).score(sequences, top_k=6, temperature=temperature)
     assert scores.row_offsets.tolist() == [0, 5, 6, 26, 37]
+    assert scores.token_ids.tolist() == [i for s in sequences for i in s.token_ids[s.prompt_length :]]
     for index, sequence in enumerate(sequences):
         part = rows_of(scores, index)
         exact = exact_logprobs(tiny_model_folder(architecture), sequence, temperature)
@@ -152,6 +153,7 @@ def test_types_and_shapes_are_those_of_the_contract(engines: Callable[..., Trans
     described = {n: (v.dtype.name, v.shape) for n, v in vars(scores).items() if isinstance(v, np.ndarray)}
     assert described == {
         "row_offsets": ("int64", (3,)),
+        "token_ids": ("int32", (4,)),
         "token_logprobs": ("float32", (4,)),
         "topk_ids": ("int32", (4, 4)),
         "topk_logprobs": ("float32", (4, 4)),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from services.clients import TeacherClient
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.guard import OPEN_PATHS
-from services.schemas import TeacherRequest, TeacherScores
+from services.schemas import SCORE_COLUMNS, TeacherRequest, TeacherScores
 from services.teacher.server import _as_dtype
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.teacher_app import GOOD, score, serving
@@ -47,7 +47,8 @@ async def test_json_and_safetensors_say_the_same(client: httpx.AsyncClient) -> N
     assert binary.headers["content-type"] == SAFETENSORS_MEDIA_TYPE
     scores = decode_scores(binary.content)
     assert scores.row_offsets.tolist() == [0, 3, 4] and scores.temperature == readable["temperature"] == 0.5
-    for name in ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies", "support_logprobs"):
+    assert scores.token_ids.tolist() == [6, 7, 8, 10] and scores.token_ids.dtype == np.int32
+    for name in SCORE_COLUMNS:
         joined = [row for sequence in readable["sequences"] for row in sequence[name]]
         assert getattr(scores, name) == pytest.approx(np.array(joined), abs=1e-6), name
     half = decode_scores(
@@ -70,7 +71,8 @@ async def test_text_and_messages_are_tokenized_like_the_model_would(client: http
     assert (await score(client, text)).json() == (await score(client, ids)).json()
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     answer = (await score(client, {"sequences": [{"messages": messages}], "top_k": 1})).json()
-    assert len(answer["sequences"][0]["token_logprobs"]) == 3  # "y", "o" and the end that the template writes
+    scored = answer["sequences"][0]
+    assert scored["token_ids"] == [*b"yo", 256] and len(scored["token_logprobs"]) == 3  # the template writes the end
 
 
 async def test_an_empty_tail_is_null_in_json(folder: str) -> None:
@@ -171,7 +173,7 @@ def test_a_flood_of_mistakes_makes_few_error_objects(sequences: list[dict[str, A
 
 def test_float16_keeps_what_is_possible_possible() -> None:
     rows, ids = np.array([-1.5, -1e5, -np.inf], np.float32), np.zeros((3, 1), np.int32)
-    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), rows, ids, rows[:, None], rows, rows)
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), ids[:, 0], rows, ids, rows[:, None], rows, rows)
     half = _as_dtype(scores, "float16")
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
