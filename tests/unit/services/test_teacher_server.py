@@ -213,7 +213,7 @@ async def test_half_a_surrogate_pair_is_no_text(sequence: str, field: str, clien
 
 async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_words(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception('Conversation roles must alternate') }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -221,7 +221,7 @@ async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_word
 
 
 async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -230,7 +230,7 @@ async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.Asyn
 
 async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception(messages[0]['content']) }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]'
     content = f'{{"sequences": [{{"messages": {messages}}}], "top_k": 1}}'
     headers = {"content-type": "application/json"}
@@ -239,7 +239,7 @@ async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncCli
 
 
 async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = None  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert response.status_code == 422 and "no chat template" in response.json()["detail"]
@@ -250,7 +250,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_before_it_is_compute
     sequence = {"token_ids": [1] * 13, "prompt_length": 1}
     async with serving(folder, max_answer_mib=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        service.engine.forward = None
+        service.scorer.engine.forward = None
         refused = await score(client, {"sequences": [sequence] * 100, "top_k": 110})
         text = (await client.get("/metrics")).text
     assert (refused.status_code, refused.json()["field"]) == (413, "top_k")
@@ -328,7 +328,7 @@ async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
 
 
 async def test_failures_and_unknown_paths_are_counted_under_few_labels(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
+    client.app.state.service.scorer.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
     await score(client, {"sequences": [GOOD], "top_k": 1})
     for path in ("/a", "/b"):
         await client.get(path)
