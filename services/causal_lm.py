@@ -161,9 +161,13 @@ def _check_head(model: PreTrainedModel, head: OutputHead) -> None:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the generation config's, the model config's and the tokenizer's."""
+    return end_token_ids(getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+
+
+def end_token_ids(*holders: object) -> list[int]:
+    """The end tokens that configurations or a tokenizer name, each of them one, several or none."""
     found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for holder in (generation, model.config.get_text_config(), tokenizer):
+    for holder in holders:
         value = getattr(holder, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
     return sorted(found)
