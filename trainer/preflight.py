@@ -142,6 +142,11 @@ def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutI
         support, name, limit = Support(loss.support, size, student_vocab), "teacher.max_top_k", teacher.max_top_k
         if loss.support == "student_topk":
             name, limit = "rollout.max_logprobs", min(r.max_logprobs for r in rollouts)
+            if not teacher.scores_support_ids:
+                raise StartupError(
+                    f"loss.support = student_topk, but the teacher {teacher.model!r} (engine {teacher.engine}) scores no tokens "
+                    "of the caller's choice; use teacher_topk or a teacher server with the transformers engine"
+                )
             if student_vocab > teacher.padded_vocab_size:
                 raise StartupError(
                     f"loss.support = student_topk may name ids up to {student_vocab}, the teacher scores those below "

@@ -168,7 +168,7 @@ def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
 
 
 def as_json(scores: TeacherScores) -> dict[str, Any]:
-    """The readable answer; minus infinity (no mass left outside the candidates) is null, JSON has no word for it."""
+    """The readable answer; JSON has no word for minus infinity (no mass outside the candidates) and NaN: both are null."""
 
     def listed(values: np.ndarray) -> list[Any]:
         if values.dtype.kind != "f" or np.isfinite(values).all():

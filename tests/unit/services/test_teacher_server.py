@@ -10,12 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from services.clients import TeacherClient
+from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.guard import OPEN_PATHS
 from services.schemas import TeacherRequest, TeacherScores
-from services.teacher.server import _as_dtype
+from services.teacher.requests import encode_request
+from services.teacher.server import _as_dtype, as_json
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.teacher_app import GOOD, score, serving
+from tests.unit.trainer.test_preflight import teacher_info
+from trainer.tiny_pair import build_tokenizer
 
 KEY = "the-key"
 VOCAB = 261
@@ -147,6 +151,23 @@ async def test_a_bad_request_is_a_problem_that_names_the_field(
     assert problem["title"] and problem["detail"] and "type" in problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "field", "detail"),
+    [
+        ({"temperature": 2.0}, "temperature", "temperature = 2.0, but this engine computes at temperature 1 only"),
+        ({"sequences": [{**GOOD, "support_ids": [[1]]}]}, "sequences.0.support_ids", "scores no tokens of the"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(changes: dict[str, Any], field: str, detail: str) -> None:
+    tokenizer = build_tokenizer()
+    weak = teacher_info(tokenizer, temperature_support="one", scores_support_ids=False, engine="weak")
+    request = TeacherRequest(**{"sequences": [GOOD], "top_k": 1, **changes})
+    assert encode_request(request, teacher_info(tokenizer), TeacherConfig(), tokenizer)
+    with pytest.raises(RequestError, match=rf"{detail}.*\(teacher.engine = weak\)") as refusal:
+        encode_request(request, weak, TeacherConfig(), tokenizer)
+    assert (refusal.value.status, refusal.value.field) == (422, field)
+
+
 async def test_a_problem_repeats_the_wrong_value_but_not_all_of_it(client: httpx.AsyncClient) -> None:
     assert "(got -7)" in (await score(client, {"sequences": [GOOD], "top_k": -7})).json()["detail"]
     long = await score(client, {"sequences": [GOOD], "top_k": "x" * 10_000})
@@ -176,6 +197,13 @@ def test_float16_keeps_what_is_possible_possible() -> None:
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
     assert half.entropies.dtype == np.float32 and half.topk_ids.dtype == np.int32 and half.support_logprobs is None
+
+
+def test_what_no_engine_computed_is_null_in_json() -> None:
+    rows, nothing = np.array([-1.5, -2.0], np.float32), np.array([np.nan, np.nan], np.float32)
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 2]), rows, np.zeros((2, 1)), rows[:, None], rows, nothing)
+    sequence = json.loads(json.dumps(as_json(scores), allow_nan=False))["sequences"][0]
+    assert sequence["entropies"] == [None, None] and sequence["token_logprobs"] == [-1.5, -2.0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])

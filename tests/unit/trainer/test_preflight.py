@@ -187,6 +187,12 @@ def test_the_support_is_as_large_as_asked_or_leaves_one_token_outside(
             {"max_logprobs": 19},
             r"20 tokens .* rollout.max_logprobs = 19",
         ),
+        (
+            {"support": "student_topk"},
+            261,
+            {"scores_support_ids": False, "engine": "vllm"},
+            r"support = student_topk, but the teacher 'the-teacher' \(engine vllm\) scores no tokens",
+        ),
     ],
 )
 def test_a_support_that_the_servers_do_not_return_is_refused(
