@@ -23,9 +23,13 @@ def vllm_defaults() -> dict[str, str]:
     return defaults
 
 
-def kv_cache_variable(gib: float) -> dict[str, str]:
-    """The size of the key-value cache on CPU; on a GPU vLLM does not look at it."""
-    return {"VLLM_CPU_KVCACHE_SPACE": f"{gib:g}"}
+# Whole GiB only, and it wins over what the options say.
+KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+def kv_cache_bytes(gib: float) -> int | None:
+    """Size of the key-value cache on CPU, bytes; None on a GPU, where the share of its memory decides."""
+    return None if torch.cuda.is_available() else int(gib * (1 << 30))
 
 
 def check_libnuma() -> None:

@@ -13,7 +13,7 @@ import torch
 from services.config import RunConfig, Secrets, require_key_beyond_loopback
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
-from services.vllm_environment import check_libnuma, kv_cache_variable, vllm_defaults
+from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -57,6 +57,8 @@ def vllm_command(config: RunConfig) -> list[str]:
     }
     if rollout.max_model_len is not None:
         options["--max-model-len"] = rollout.max_model_len
+    if (cache := kv_cache_bytes(rollout.kv_cache_gib)) is not None:
+        options["--kv-cache-memory-bytes"] = cache
     if torch.cuda.is_available():
         options["--gpu-memory-utilization"] = rollout.gpu_memory_utilization
     flags = ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
@@ -72,7 +74,8 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight routes exist only then; the guard keeps the others shut
-        **kv_cache_variable(config.rollout.kv_cache_gib),
         **RolloutSettings.from_config(config).to_environment(),
     }
-    return {**vllm_defaults(), **os.environ, **fixed}
+    environment = {**vllm_defaults(), **os.environ, **fixed}
+    environment.pop(KV_CACHE_VARIABLE, None)
+    return environment
