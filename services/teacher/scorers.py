@@ -4,17 +4,20 @@ There are two kinds: a Batcher in front of a TransformersEngine, and vLLM, which
 """
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
+from services.errors import StartupError
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo
 from services.teacher.batcher import Batcher
 from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import ScoreJob
+from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, vllm_defaults
 
 
 class Scorer(Protocol):
@@ -45,7 +48,25 @@ def load_scorer(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Call
     Raises:
         StartupError: the model cannot be loaded.
     """
+    if config.engine == "vllm":
+        return _load_vllm(config, metrics, on_failure)
     return Batcher(TransformersEngine(config), config.tokens_per_forward, metrics, on_failure)
+
+
+def _load_vllm(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Callable[[Exception], None]) -> Scorer:
+    check_libnuma()
+    # This process has threads, which a fork would leave with locks that nobody releases.
+    for name, value in {**vllm_defaults(), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop(KV_CACHE_VARIABLE, None)
+    try:
+        from services.teacher.engine_vllm import VllmScorer  # takes seconds, and reads the environment
+    except ImportError as error:
+        raise StartupError(
+            f"teacher.engine = vllm needs vLLM, which cannot be imported ({error}); install the extra cpu or gpu, or use "
+            "teacher.engine = transformers"
+        ) from error
+    return VllmScorer(config, metrics, on_failure)
 
 
 def abandon_loading() -> None:
