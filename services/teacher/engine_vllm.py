@@ -109,9 +109,10 @@ class VllmScorer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _end(self) -> None:
+        # First, or they would report the end of the processes they listen to as a failure.
+        self._on_loop(_cancel_others())
         if self._engine is not None:
             self._engine.shutdown()
-        self._on_loop(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -216,7 +217,7 @@ def _give_error(job: ScoreJob, error: Exception) -> None:
 
 
 async def _cancel_others() -> None:
-    """Cancel the tasks that are left on this loop: vLLM's, which wait for messages of processes that have ended."""
+    """Cancel the tasks that are left on this loop: vLLM's, which wait for messages of its processes."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
