@@ -6,7 +6,7 @@ waits for  vLLM, which forms its batches by itself, in processes of its own
 unblocked  by `submit`, on an event loop of its own: vLLM's client must not hold up /health, nor the other way round
 
 What vLLM does not report: logprobs at another temperature (it computes them before temperature), entropies (NaN), and
-the mass outside the top-k but as one minus the mass inside, which rounding drowns below 1e-6 (`_LEAST_TAIL`). Tokens
+the mass outside the top-k but as one minus the mass inside, which rounding drowns below 1e-6. Tokens
 of the caller's choice are scored by its V2 model runner alone, which runs on GPUs. It computes and sends the rows of the
 prompt too; they are dropped here. Prefix caching has no part in it: vLLM does not read its cache for requests that ask
 for prompt logprobs.
@@ -41,14 +41,13 @@ from services.causal_lm import load_tokenizer
 from services.config import TeacherConfig
 from services.errors import DistillServeError, StartupError
 from services.metrics import TeacherMetrics
+from services.tail import log_mass_left
 from services.teacher.jobs import ScoreItem, ScoreJob, engine_failed, shutting_down
-from services.teacher.vllm_info import describe, longest_sequence, model_config
+from services.teacher.vllm_info import describe, longest_sequence
 from services.vllm_environment import kv_cache_bytes
 
 logger = logging.getLogger(__name__)
 
-# One minus a sum of float32 probabilities: below this it is rounding.
-_LEAST_TAIL = 1e-6
 _POLL_S = 0.5
 # How long vLLM's processes may finish what they hold when a signal reaches the whole process group, seconds.
 _DRAIN_S = 60
@@ -275,7 +274,7 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
     }
     if config.max_model_len is not None:
         # Room for the token that vLLM samples.
-        arguments["max_model_len"] = min(config.max_model_len + 1, longest_sequence(model_config(config)))
+        arguments["max_model_len"] = min(config.max_model_len + 1, longest_sequence(config))
     return arguments | config.engine_args
 
 
@@ -341,9 +340,3 @@ def _write_support(item: ScoreItem, output: RequestOutput) -> None:
     distinct = [np.unique(ids, return_index=True)[1] for ids in sequence.support_ids or []]
     tails = [log_mass_left(row[index]) for row, index in zip(logprobs, distinct, strict=True)]
     columns.support_tail_logprobs[item.rows] = tails
-
-
-def log_mass_left(logprobs: np.ndarray) -> np.ndarray:
-    """[...] log of one minus the mass of `logprobs` [..., K], at least the log of what rounding leaves meaningful."""
-    mass = np.exp(logprobs.astype(np.float64)).sum(-1)
-    return np.log(np.maximum(1.0 - mass, _LEAST_TAIL))

@@ -2,35 +2,33 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from services.causal_lm import chat_template_probe, end_token_ids, tokenizer_fingerprint
+from services.causal_lm import (
+    chat_template_probe,
+    eos_token_ids_on_disk,
+    load_model_config,
+    tokenizer_fingerprint,
+)
 from services.config import TeacherConfig
-from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, TeacherInfo
 
 # Bytes at the end of each file of weights that tell two models with the same configuration apart.
 _PROBE_BYTES = 1 << 16
 
 
-def model_config(config: TeacherConfig) -> Any:
-    """The model's transformers configuration.
+def longest_sequence(config: TeacherConfig) -> int:
+    """Tokens that the model has positions for.
 
     Raises:
-        StartupError: there is none, or one that transformers does not know.
+        StartupError: the model has no configuration, or one that transformers does not know.
     """
-    try:
-        return AutoConfig.from_pretrained(config.model or "", trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StartupError(f"cannot read the configuration of {config.model!r}: {reason}") from error
+    return getattr(_architecture(config).get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
-def longest_sequence(model_config: Any) -> int:
-    """Tokens that the model has positions for."""
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+def _architecture(config: TeacherConfig) -> PreTrainedConfig:
+    return load_model_config(config.model or "", trust_remote_code=config.trust_remote_code)
 
 
 def describe(
@@ -48,15 +46,15 @@ def describe(
         max_model_len: longest sequence that vLLM scores.
         scores_support_ids: whether its model runner scores tokens of the caller's choice.
     """
-    architecture, tokens = model_config(config), tokenizer_fingerprint(tokenizer)
+    tokens = tokenizer_fingerprint(tokenizer)
     return TeacherInfo(
         protocol=PROTOCOL_VERSION,
         model=str(config.model),
-        fingerprint=_fingerprint(config, architecture, tokens),
+        fingerprint=_fingerprint(config, _architecture(config), tokens),
         vocab_size=min(len(tokenizer), vocab_size),
         padded_vocab_size=vocab_size,
         tokenizer_fingerprint=tokens,
-        eos_token_ids=end_token_ids(_generation_config(config), architecture.get_text_config(), tokenizer),
+        eos_token_ids=eos_token_ids_on_disk(config.model or "", tokenizer, trust_remote_code=config.trust_remote_code),
         chat_template_probe=chat_template_probe(tokenizer),
         dtype=config.dtype,
         max_model_len=max_model_len,
@@ -71,14 +69,7 @@ def describe(
     )
 
 
-def _generation_config(config: TeacherConfig) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(config.model or "")
-    except OSError:
-        return None
-
-
-def _fingerprint(config: TeacherConfig, architecture: Any, tokenizer: str) -> str:
+def _fingerprint(config: TeacherConfig, architecture: PreTrainedConfig, tokenizer: str) -> str:
     """Hash of the architecture, a probe of the files of weights, the tokenizer, dtype and vLLM's options."""
     described = architecture.to_json_string(use_diff=False).encode()
     # The folder's name is in the configuration, and replicas may keep their copies anywhere.
