@@ -105,6 +105,8 @@ class TeacherConfig(ServerSection):
     """TCP port to listen on; `up` takes a free one when it is in use."""
     model: str | None = None
     """Folder or hub id of a causal LM; required by the teacher server."""
+    protocol: Literal["distillserve", "vllm"] = "distillserve"
+    """What the servers at teacher.urls speak to the trainer; vllm: they are plain `vllm serve`, at temperature 1 only."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False

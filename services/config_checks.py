@@ -79,6 +79,10 @@ def _check_servers(config: "RunConfig") -> None:
 
 
 def _check_teacher_engine(teacher: "TeacherConfig") -> None:
+    if teacher.protocol == "vllm" and not teacher.urls:
+        raise ValueError(
+            "teacher.protocol = vllm without teacher.urls: servers of that kind are started by others; give their URLs"
+        )
     for engine, names in _ENGINE_OPTIONS.items():
         if engine != teacher.engine:
             _refuse_changed(teacher, "teacher", names, f"teacher.engine = {teacher.engine}")

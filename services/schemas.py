@@ -158,8 +158,8 @@ class TeacherInfo(WireModel):
     """Token ids the tokenizer can produce."""
     padded_vocab_size: int
     """Rows of the output embedding; at least vocab_size."""
-    tokenizer_fingerprint: str
-    """Hash of the token-to-id map and of the encoding of a probe text; padding of the embedding does not enter."""
+    tokenizer_fingerprint: str | None
+    """Hash of the token-to-id map and of the encoding of a probe text, padding of the embedding left out; null: unknown."""
     eos_token_ids: list[int]
     chat_template_probe: str | None
     """A fixed conversation as the chat template renders it; null without a template."""

@@ -89,6 +89,7 @@ BAD_OPTIONS = [
     (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
     (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
+    (["--teacher.protocol", "vllm"], ["teacher.protocol = vllm without teacher.urls", "give their URLs"]),
     (["--teacher.tensor_parallel_size", "2"], ["tensor_parallel_size = 2 would be ignored", "engine = transformers"]),
     (["--teacher.engine_args", '{"seed": 1}'], ["teacher.engine_args", "would be ignored", "engine = transformers"]),
     (
