@@ -1,8 +1,10 @@
-"""The teacher with vLLM's engine as a real process: the same numbers, refusals, and an end that leaves nothing behind."""
+"""vLLM as a teacher, for real: inside our server, and plain behind its OpenAI API."""
 
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +15,12 @@ import pytest
 
 from services.clients import TeacherClient
 from services.config import TeacherConfig
+from services.startup import free_port
 from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
-from tests.integration.processes import KEY, Server, server
+from services.vllm_environment import vllm_defaults
+from services.vllm_teacher_client import VllmTeacherClient
+from tests.integration.processes import KEY, READY_TIMEOUT_S, Server, end, server
 
 pytestmark = pytest.mark.integration
 
@@ -100,3 +105,38 @@ def test_a_killed_engine_ends_the_server(teacher: Server) -> None:
     assert told in (200, 503)  # the end is quick: nobody may be left to see the 503
     assert "distillserve: the teacher's engine failed: EngineDeadError" in teacher.log.read_text()
     assert wait_until_gone(teacher.process.pid) == {}
+
+
+def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path) -> None:
+    port, log = free_port("127.0.0.1", 0), tmp_path / "log"
+    options = {"--model": models["qwen3"], "--port": port, "--max-logprobs": 30, "--max-model-len": 129}
+    options |= {"--dtype": "float32", "--kv-cache-memory-bytes": 1 << 28, "--api-key": KEY}
+    arguments = [str(word) for pair in options.items() for word in pair]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**vllm_defaults(), **os.environ},
+            start_new_session=True,
+        )
+    rng = np.random.default_rng(1)
+    sequences = [(rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (40, 7))]
+
+    async def ask():  # type: ignore[no-untyped-def]
+        async with VllmTeacherClient([f"http://127.0.0.1:{port}"], key=KEY) as client:
+            await client.wait_ready(READY_TIMEOUT_S)
+            return (await client.info())[0], await client.score(sequences, top_k=20)
+
+    try:
+        info, theirs = asyncio.run(ask())
+    finally:
+        end(process)
+    assert (info.padded_vocab_size, info.max_top_k, info.max_model_len) == (261, 30, 128)
+    engine = TransformersEngine(TeacherConfig(model=models["qwen3"], device="cpu"))
+    ours = engine.score([EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
+    np.testing.assert_array_equal(ours.row_offsets, theirs.row_offsets)
+    for name in ("token_logprobs", "topk_logprobs", "tail_logprobs"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
+    assert (ours.topk_ids == theirs.topk_ids).mean() > 0.99  # equal but for rounding
