@@ -28,7 +28,7 @@ class ScoreSettings:
     protocol: int
     teacher: str
     fingerprint: str
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: str | None
     temperature: float
     top_k: int
     logprob_dtype: str

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from typing import Protocol
 
-from services.errors import DistillServeError, RequestError
+from transformers import PreTrainedTokenizerBase
+
+from services.errors import DistillServeError
 from services.metrics import TeacherMetrics
 from services.padding import cut_by_padded_tokens
 from services.schemas import TeacherInfo
-from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
+from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob, engine_failed, shutting_down
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +33,11 @@ _WINDOW_FORWARDS = 4
 _MEAN_WEIGHT = 0.2
 
 
-def engine_failed(error: Exception) -> RequestError:
-    """What callers are told once the engine does not work any more."""
-    return RequestError(503, "Engine failed", f"the engine failed ({type(error).__name__})")
-
-
 class Engine(Protocol):
     """What the batcher asks of an engine; called from one thread."""
 
     info: TeacherInfo
+    tokenizer: PreTrainedTokenizerBase
 
     def forward(self, items: list[ScoreItem]) -> None:
         """Fill the rows of these sequences in the columns of their jobs."""
@@ -60,7 +58,7 @@ class Batcher:
         metrics: TeacherMetrics,
         on_failure: Callable[[Exception], None],
     ) -> None:
-        self._engine, self._limit, self._metrics, self._on_failure = engine, tokens_per_forward, metrics, on_failure
+        self.engine, self._limit, self._metrics, self._on_failure = engine, tokens_per_forward, metrics, on_failure
         self._arrived = threading.Condition()
         self._waiting: deque[ScoreItem] = deque()
         self._window: list[ScoreItem] = []
@@ -71,11 +69,19 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def info(self) -> TeacherInfo:
+        return self.engine.info
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.engine.tokenizer
+
     def submit(self, job: ScoreJob) -> None:
         """Queue a job; its answer, or its error, arrives in `job.done`."""
         with self._arrived:
             if self._closed:
-                job.done.set_exception(RequestError(503, "Shutting down", "this server takes no more requests"))
+                job.done.set_exception(shutting_down())
                 return
             self._waiting.extend(job.items())
             self._queued_tokens += sum(len(s.token_ids) for s in job.sequences)
@@ -139,7 +145,7 @@ class Batcher:
             if (submitted := self._submitted.get(job)) is not None and "columns" not in vars(job):
                 self._metrics.wait_seconds.observe(started - submitted)
         try:
-            self._engine.forward(items)
+            self.engine.forward(items)
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
@@ -165,7 +171,7 @@ class Batcher:
         self._submitted.pop(item.job, None)
         if not item.job.done.done():
             try:
-                item.job.done.set_result(item.job.scores(self._engine.info))
+                item.job.done.set_result(item.job.scores(self.engine.info))
             except InvalidStateError:  # cancelled in between
                 logger.debug("an answer came too late for its caller")
 
@@ -181,7 +187,7 @@ class Batcher:
 
     def _probe(self) -> None:
         try:
-            self._engine.forward(ScoreJob([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0).items())
+            self.engine.forward(ScoreJob([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0).items())
         except Exception as error:  # a dead CUDA context, for one, never comes back in this process
             self._on_failure(error)
             self._abandon(error)

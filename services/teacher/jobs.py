@@ -13,6 +13,16 @@ from services.errors import RequestError
 from services.schemas import TeacherInfo, TeacherScores
 
 
+def engine_failed(error: Exception) -> RequestError:
+    """What callers are told once the engine does not work any more."""
+    return RequestError(503, "Engine failed", f"the engine failed ({type(error).__name__})")
+
+
+def shutting_down() -> RequestError:
+    """What callers are told once nothing is taken any more."""
+    return RequestError(503, "Shutting down", "this server takes no more requests", retry_after_s=5)
+
+
 @dataclass(frozen=True)
 class EncodedSequence:
     """Token ids of prompt and completion; row i scores token_ids[prompt_length + i]."""

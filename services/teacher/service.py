@@ -2,11 +2,12 @@
 
 consumes   TeacherRequests that hold a place
 produces   their scores, or a RequestError
-waits for  the batcher; past max_pending_requests a request is told to come back
-unblocked  by the forward passes before
+waits for  the scorer; past max_pending_requests a request is told to come back
+unblocked  by the requests before
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,10 +16,9 @@ from services.config import TeacherConfig
 from services.errors import RequestError
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherRequest, TeacherScores
-from services.teacher.batcher import Batcher, engine_failed
-from services.teacher.engine_transformers import TransformersEngine
-from services.teacher.jobs import ScoreJob
+from services.teacher.jobs import ScoreJob, engine_failed, shutting_down
 from services.teacher.requests import encode_request
+from services.teacher.scorers import Scorer, abandon_loading, load_scorer
 
 
 class TeacherService:
@@ -26,38 +26,47 @@ class TeacherService:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
-        self.engine: TransformersEngine | None = None
+        self.scorer: Scorer | None = None
         self.metrics = TeacherMetrics()
         self.draining = False
         self.failure: Exception | None = None
         self.on_failure: Callable[[Exception], None] = lambda error: None
-        self._batcher: Batcher | None = None
+        self._closing = threading.Lock()
+        self._closed = False
         # Tokenizers must not be called by two threads at once, and long texts must not hold up /health.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-requests")
         self._pending = 0
 
     async def load(self) -> None:
         """Load the model beside the event loop; /ready answers 503 until then."""
-        engine = await asyncio.to_thread(TransformersEngine, self.config)
-        self._batcher = Batcher(engine, self.config.tokens_per_forward, self.metrics, self._engine_failed)
-        self.engine = engine
+        await asyncio.to_thread(self._load)
+
+    def _load(self) -> None:
+        scorer = load_scorer(self.config, self.metrics, self._engine_failed)
+        with self._closing:
+            if not self._closed:
+                self.scorer = scorer
+                return
+        scorer.close()  # nobody waited for it
 
     def _engine_failed(self, error: Exception) -> None:
+        if self.draining and self.pending == 0:
+            return  # a signal to the whole process group ends an engine's own processes as well, and we are leaving
         self.failure = error
         self.on_failure(error)
 
-    def ready_engine(self) -> TransformersEngine:
-        """The engine, or a 503.
+    def ready_scorer(self) -> Scorer:
+        """What scores, or a 503.
 
         Raises:
             RequestError: still loading, shutting down, or broken.
         """
         self.check_alive()
         if self.draining:
-            raise RequestError(503, "Shutting down", "this server takes no more requests", retry_after_s=5)
-        if self.engine is None:
+            raise shutting_down()
+        if self.scorer is None:
             raise RequestError(503, "Loading", "the teacher is still being loaded", retry_after_s=2)
-        return self.engine
+        return self.scorer
 
     def check_alive(self) -> None:
         """Raises a 503 RequestError when the engine broke: this process will not score again."""
@@ -76,13 +85,13 @@ class TeacherService:
         Raises:
             RequestError: too many are accepted already, or the engine is not ready.
         """
-        self.ready_engine()
+        scorer = self.ready_scorer()
         if self._pending >= self.config.max_pending_requests:
             raise RequestError(
                 429,
                 "Too many requests",
                 f"{self._pending} requests wait already (max_pending_requests); try again later",
-                retry_after_s=max(1.0, self._batcher.backlog_s() if self._batcher else 1.0),
+                retry_after_s=max(1.0, scorer.backlog_s()),
             )
         self._pending += 1
         self.metrics.pending.set(self._pending)
@@ -98,14 +107,14 @@ class TeacherService:
         Raises:
             RequestError: the request is refused.
         """
-        engine, loop = self.engine, asyncio.get_running_loop()
-        assert engine is not None and self._batcher is not None
+        scorer, loop = self.scorer, asyncio.get_running_loop()
+        assert scorer is not None
         sequences = await loop.run_in_executor(
-            self._reader, encode_request, request, engine.info, self.config, engine.tokenizer
+            self._reader, encode_request, request, scorer.info, self.config, scorer.tokenizer
         )
         self.check_alive()
         job = ScoreJob(sequences, top_k=request.top_k, temperature=request.temperature)
-        self._batcher.submit(job)
+        scorer.submit(job)
         scores = await asyncio.wrap_future(job.done)  # cancelling the one cancels the other
         self.metrics.sequences.inc(len(sequences))
         self.metrics.rows.inc(len(scores.token_logprobs))
@@ -114,5 +123,9 @@ class TeacherService:
 
     def close(self) -> None:
         self._reader.shutdown(wait=True)
-        if self._batcher is not None:
-            self._batcher.close()
+        with self._closing:
+            self._closed = True
+        if self.scorer is None:
+            abandon_loading()
+        else:
+            self.scorer.close()

@@ -30,8 +30,7 @@ def engine(tiny_model_folder: Callable[[str], str]) -> TransformersEngine:
 def app(engine: TransformersEngine) -> Iterator[httpx.AsyncBaseTransport]:
     app = create_app(engine._config)
     service = app.state.service
-    service.engine = engine
-    service._batcher = Batcher(engine, 4096, service.metrics, lambda error: None)
+    service.scorer = Batcher(engine, 4096, service.metrics, lambda error: None)
     yield httpx.ASGITransport(app)
     service.close()
 

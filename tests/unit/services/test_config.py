@@ -103,6 +103,21 @@ BAD_OPTIONS = [
     (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
     (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
+    (["--teacher.protocol", "vllm"], ["teacher.protocol = vllm without teacher.urls", "give their URLs"]),
+    (["--teacher.tensor_parallel_size", "2"], ["tensor_parallel_size = 2 would be ignored", "engine = transformers"]),
+    (["--teacher.engine_args", '{"seed": 1}'], ["teacher.engine_args", "would be ignored", "engine = transformers"]),
+    (
+        ["--teacher.engine", "vllm", "--teacher.device", "cpu"],
+        ["teacher.device = cpu would be", "teacher.engine = vllm"],
+    ),
+    (
+        ["--teacher.engine", "vllm", "--teacher.engine_args", '{"max_logprobs": 5}'],
+        ["teacher.engine_args.max_logprobs = 5 is refused", "teacher.max_top_k says that"],
+    ),
+    (
+        ["--teacher.engine", "vllm", "--teacher.engine_args", '{"logprobs_mode": "raw_logits"}'],
+        ["engine_args.logprobs_mode = 'raw_logits' is refused", "leave it out"],
+    ),
     (["--pipeline.epochs", "2"], ["pipeline.steps = 1", "pipeline.epochs = 2", "give one of them"]),
     (["--pipeline.max_staleness", "1"], ["pipeline.max_staleness", "less than or equal to 0"]),
     (["--pipeline.max_quarantine_rate", "1"], ["pipeline.max_quarantine_rate", "less than 1"]),

@@ -10,12 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from services.clients import TeacherClient
+from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.guard import OPEN_PATHS
 from services.schemas import SCORE_COLUMNS, TeacherRequest, TeacherScores
-from services.teacher.server import _as_dtype
+from services.teacher.requests import encode_request
+from services.teacher.server import _as_dtype, as_json
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.teacher_app import GOOD, score, serving
+from tests.unit.trainer.test_preflight import teacher_info
+from trainer.tiny_pair import build_tokenizer
 
 KEY = "the-key"
 VOCAB = 261
@@ -149,6 +153,23 @@ async def test_a_bad_request_is_a_problem_that_names_the_field(
     assert problem["title"] and problem["detail"] and "type" in problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "field", "detail"),
+    [
+        ({"temperature": 2.0}, "temperature", "temperature = 2.0, but this engine computes at temperature 1 only"),
+        ({"sequences": [{**GOOD, "support_ids": [[1]]}]}, "sequences.0.support_ids", "scores no tokens of the"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(changes: dict[str, Any], field: str, detail: str) -> None:
+    tokenizer = build_tokenizer()
+    weak = teacher_info(tokenizer, temperature_support="one", scores_support_ids=False, engine="weak")
+    request = TeacherRequest(**{"sequences": [GOOD], "top_k": 1, **changes})
+    assert encode_request(request, teacher_info(tokenizer), TeacherConfig(), tokenizer)
+    with pytest.raises(RequestError, match=rf"{detail}.*\(teacher.engine = weak\)") as refusal:
+        encode_request(request, weak, TeacherConfig(), tokenizer)
+    assert (refusal.value.status, refusal.value.field) == (422, field)
+
+
 async def test_a_problem_repeats_the_wrong_value_but_not_all_of_it(client: httpx.AsyncClient) -> None:
     assert "(got -7)" in (await score(client, {"sequences": [GOOD], "top_k": -7})).json()["detail"]
     long = await score(client, {"sequences": [GOOD], "top_k": "x" * 10_000})
@@ -178,6 +199,15 @@ def test_float16_keeps_what_is_possible_possible() -> None:
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
     assert half.entropies.dtype == np.float32 and half.topk_ids.dtype == np.int32 and half.support_logprobs is None
+
+
+def test_what_no_engine_computed_is_null_in_json() -> None:
+    rows, nothing = np.array([-1.5, -2.0], np.float32), np.array([np.nan, np.nan], np.float32)
+    scores = TeacherScores(
+        "m", "f", 1.0, 1, np.array([0, 2]), np.array([3, 4]), rows, np.zeros((2, 1)), rows[:, None], rows, nothing
+    )
+    sequence = json.loads(json.dumps(as_json(scores), allow_nan=False))["sequences"][0]
+    assert sequence["entropies"] == [None, None] and sequence["token_logprobs"] == [-1.5, -2.0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])
@@ -215,7 +245,7 @@ async def test_half_a_surrogate_pair_is_no_text(sequence: str, field: str, clien
 
 async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_words(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception('Conversation roles must alternate') }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -223,7 +253,7 @@ async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_word
 
 
 async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -232,7 +262,7 @@ async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.Asyn
 
 async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception(messages[0]['content']) }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]'
     content = f'{{"sequences": [{{"messages": {messages}}}], "top_k": 1}}'
     headers = {"content-type": "application/json"}
@@ -241,7 +271,7 @@ async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncCli
 
 
 async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = None  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert response.status_code == 422 and "no chat template" in response.json()["detail"]
@@ -252,7 +282,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_before_it_is_compute
     sequence = {"token_ids": [1] * 13, "prompt_length": 1}
     async with serving(folder, max_answer_mib=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        service.engine.forward = None
+        service.scorer.engine.forward = None
         refused = await score(client, {"sequences": [sequence] * 100, "top_k": 110})
         text = (await client.get("/metrics")).text
     assert (refused.status_code, refused.json()["field"]) == (413, "top_k")
@@ -330,7 +360,7 @@ async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
 
 
 async def test_failures_and_unknown_paths_are_counted_under_few_labels(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
+    client.app.state.service.scorer.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
     await score(client, {"sequences": [GOOD], "top_k": 1})
     for path in ("/a", "/b"):
         await client.get(path)
