@@ -154,4 +154,4 @@ class Replicas:
         if fresh:
             # One that is out and due comes first: it would never be tried again while the others are idle.
             return min(fresh, key=lambda r: (r.ejections == 0, r.num_in_flight, r.last_asked))
-        return min(self._replicas, key=lambda r: (r.due, r.num_in_flight, r.last_asked))
+        return min(self._replicas, key=lambda r: (r.trial, r.due, r.num_in_flight, r.last_asked))

@@ -8,13 +8,13 @@ from services.schemas import TeacherScores
 
 
 def render_scores(scores: TeacherScores, tokens: dict[int, str]) -> Table:
-    """One line a scored token, and the totals.
+    """One line a scored token.
 
     Args:
         scores: of one sequence, R rows.
         tokens: the tokenizer's spelling of each id.
     """
-    table = Table(caption=_totals(scores), caption_justify="left")
+    table = Table()
     for name in ("token", "logprob", "rank", "entropy", "top candidates"):
         table.add_column(name, justify="right" if name in ("logprob", "rank", "entropy") else "left")
     for row, token in enumerate(scores.token_ids.tolist()):
@@ -28,7 +28,8 @@ def render_scores(scores: TeacherScores, tokens: dict[int, str]) -> Table:
     return table
 
 
-def _totals(scores: TeacherScores) -> str:
+def describe_totals(scores: TeacherScores) -> str:
+    """What the rows come to."""
     total, count = float(scores.token_logprobs.astype(np.float64).sum()), len(scores.token_logprobs)
     return (
         f"total logprob {total:.4f} over {count} tokens, perplexity {np.exp(-total / count):.4g}, "
@@ -48,5 +49,6 @@ def _candidates(ids: np.ndarray, logprobs: np.ndarray, tokens: dict[int, str]) -
 
 
 def _spelling(token: int, tokens: dict[int, str]) -> Text:
-    """As Text, for a token may look like markup."""
-    return Text(tokens.get(token, f"<{token}>"))
+    """As Text, for a token may look like markup; quoted where it would not be seen."""
+    spelled = tokens.get(token, f"<{token}>")
+    return Text(spelled if spelled.isprintable() and spelled.strip() else repr(spelled))

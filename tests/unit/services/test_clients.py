@@ -60,6 +60,18 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 VOCABULARY = {"a": 0, "b": 1}
+ROLLOUT = {
+    "protocol": 1,
+    "model": "m",
+    "boot_id": "b",
+    "policy_version": "default",
+    "dtype": "float32",
+    "max_model_len": 64,
+    "vocab_size": 9,
+    "max_logprobs": 4,
+    "world_size": 1,
+    "weight_transfer_backend": "gloo",
+}
 
 
 def ok() -> httpx.Response:
@@ -117,6 +129,13 @@ async def test_retry_after_is_respected_with_a_little_jitter(status: int, waits:
     script = Script(httpx.Response(status, headers={"Retry-After": "40"}), ok())
     await teacher(script).vocabulary()
     assert len(waits) == 1 and 40 <= waits[0] <= 50
+
+
+async def test_of_a_very_long_retry_after_five_minutes_are_believed(waits: list[float]) -> None:
+    await rollout(
+        Script(httpx.Response(503, headers={"Retry-After": "1e12"}), httpx.Response(200, json=ROLLOUT))
+    ).info()
+    assert len(waits) == 1 and 300 <= waits[0] <= 375
 
 
 @pytest.mark.parametrize("header", [None, "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "inf", "nan", ""])

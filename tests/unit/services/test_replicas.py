@@ -156,6 +156,16 @@ def test_when_all_are_out_the_one_that_is_due_first_is_tried(clock: Clock) -> No
     assert {ask(replicas) for _ in range(3)} == {A}
 
 
+def test_when_all_are_out_one_that_hangs_in_its_trial_does_not_hold_up_the_others(
+    clock: Clock, held: ExitStack
+) -> None:
+    replicas = three(clock)
+    for url in (A, B, C):
+        fail(replicas, url)
+        clock.now += 0.1
+    assert [held.enter_context(replicas.lease()).url for _ in range(4)] == [A, B, C, A]
+
+
 def test_one_that_asks_for_rest_is_left_alone_but_not_ejected(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     replicas = three(clock)
     with replicas.lease() as lease:

@@ -66,7 +66,7 @@ def test_a_pair_is_printed_token_by_token(
     assert [line[2].strip() for line in lines] == [f"{value:.4f}" for value in scores.token_logprobs]
     assert all(line[3].strip() == "> 3" for line in lines)
     assert [line[4].strip() for line in lines] == [f"{value:.3f}" for value in scores.entropies]
-    assert f"total logprob {scores.token_logprobs.sum():.4f} over 4 tokens" in out
+    assert out.splitlines()[-1].startswith(f"total logprob {scores.token_logprobs.sum():.4f} over 4 tokens, perplexity")
 
 
 def test_the_key_comes_from_the_environment(
