@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from services.errors import StartupError
 from services.startup import check_model_folder
@@ -161,9 +169,41 @@ def _check_head(model: PreTrainedModel, head: OutputHead) -> None:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the generation config's, the model config's and the tokenizer's."""
+    return _ids_that_end(getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+
+
+def eos_token_ids_on_disk(
+    model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> list[int]:
+    """What `eos_token_ids` says, without loading weights.
+
+    Raises:
+        StartupError: the model has no configuration, or one that transformers does not know.
+    """
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:
+        generation = None
+    config = load_model_config(model, trust_remote_code=trust_remote_code)
+    return _ids_that_end(generation, config.get_text_config(), tokenizer)
+
+
+def load_model_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a folder or hub id.
+
+    Raises:
+        StartupError: there is none, or one that transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+
+
+def _ids_that_end(*holders: object) -> list[int]:
+    """The end tokens that configurations or a tokenizer name, each of them one, several or none."""
     found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for holder in (generation, model.config.get_text_config(), tokenizer):
+    for holder in holders:
         value = getattr(holder, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
     return sorted(found)

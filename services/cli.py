@@ -44,12 +44,20 @@ _EXAMPLES = {
     "tiny": """examples:
   distillserve tiny
   distillserve tiny --output outputs/tiny-pair --seed 1""",
+    "score": """examples:
+  distillserve score "2+2=" "4" --url http://127.0.0.1:8101
+  distillserve score --input data.jsonl --output scores/ --top-k 32 --temperature 1.0
+  distillserve score --input data.jsonl --output scores/ --url http://10.0.0.5:8101 --url http://10.0.0.6:8101
+
+A row of the input is {"prompt", "completion"}, {"messages"} or {"token_ids", "prompt_length"}. A run that ended early is
+finished by the same command; services.score.read_shards reads the folder. The key is DISTILLSERVE_TEACHER_KEY.""",
 }
 _SUMMARIES = {
     "up": "start rollout server, teacher server and trainer on this machine",
     "rollout": "start the rollout server (vLLM)",
     "teacher": "start the teacher server",
     "train": "train against running servers",
+    "score": "score one completion, or a JSONL file of them, with a teacher server",
     "tiny": "build the tiny teacher and student that `make train` uses",
 }
 
@@ -104,8 +112,8 @@ def _dispatch(argv: list[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        if name == "tiny":
-            _add_tiny_options(command)
+        if name in _PLAIN_COMMANDS:
+            _PLAIN_COMMANDS[name][0](command)
         else:
             command.add_argument(
                 "run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run"
@@ -114,11 +122,13 @@ def _dispatch(argv: list[str]) -> int:
             if name == asked:
                 source = _option_source(command)
     arguments, unknown = parser.parse_known_args(argv)
+    if unknown and arguments.command in _PLAIN_COMMANDS:
+        raise ConfigError(f"{unknown[0]} is not an option; `distillserve {arguments.command} --help` lists them")
     if unknown:
         raise ConfigError("; ".join(_unknown_argument(word) for word in unknown))
     _log_to_stderr()
-    if arguments.command == "tiny":
-        return _tiny(arguments)
+    if arguments.command in _PLAIN_COMMANDS:
+        return _PLAIN_COMMANDS[arguments.command][1](arguments)
     assert source is not None
     config = load_config(arguments.run_file, source, arguments)
     if arguments.dry_run:
@@ -249,6 +259,93 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
     build_tiny_pair(Path(arguments.output), seed=arguments.seed)
     return 0
+
+
+_FILE_ONLY = {"output": None, "logprob_dtype": "float32", "shard_rows": 1024, "on_bad_row": "stop"}
+"""Options of `distillserve score --input`, and their defaults."""
+
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    pair = parser.add_argument_group("one completion")
+    pair.add_argument("prompt", nargs="?", metavar="PROMPT", help="text that is not scored")
+    pair.add_argument("completion", nargs="?", metavar="COMPLETION", help="text that is scored, token by token")
+    file = parser.add_argument_group("a file")
+    file.add_argument("--input", metavar="FILE", help="JSONL file, a row to score a line")
+    file.add_argument("--output", metavar="DIR", help="folder of the shards and their manifest")
+    file.add_argument(
+        "--logprob-dtype", choices=("float32", "float16"), help="dtype of stored logprobs (default: float32)"
+    )
+    file.add_argument(
+        "--shard-rows", type=_positive_int, metavar="N", help="lines of the input per shard (default: 1024)"
+    )
+    file.add_argument(
+        "--on-bad-row", choices=("stop", "skip"), help="skip: leave bad rows out and list them (default: stop)"
+    )
+    teacher = parser.add_argument_group("the teacher")
+    teacher.add_argument(
+        "--url",
+        action="append",
+        metavar="URL",
+        help="teacher server, once per replica (default: http://127.0.0.1:8101)",
+    )
+    teacher.add_argument(
+        "--top-k", type=_positive_int, default=5, metavar="K", help="candidates per token (default: %(default)s)"
+    )
+    teacher.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="divides the logits, 0.01 to 100 (default: %(default)s)",
+    )
+    teacher.add_argument(
+        "--outage-s",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long to go on asking while no teacher answers, seconds (default: %(default)s)",
+    )
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from services.score import FileOptions, TeacherOptions, score_file, score_pair
+
+    if not 0.01 <= arguments.temperature <= 100:
+        raise ConfigError(f"--temperature = {arguments.temperature} must be between 0.01 and 100")
+    if not arguments.outage_s > 0:
+        raise ConfigError(f"--outage-s = {arguments.outage_s} must be above 0")
+    urls = arguments.url or ["http://127.0.0.1:8101"]
+    teacher = TeacherOptions(urls, arguments.top_k, arguments.temperature, arguments.outage_s)
+    given = {name: getattr(arguments, name) for name in _FILE_ONLY if getattr(arguments, name) is not None}
+    if arguments.input is None:
+        if arguments.prompt is None or arguments.completion is None:
+            raise ConfigError(
+                "give PROMPT and COMPLETION, or --input FILE --output DIR; see `distillserve score --help`"
+            )
+        if given:
+            raise ConfigError(f"--{next(iter(given)).replace('_', '-')} belongs to --input, which is not given")
+        asyncio.run(score_pair(teacher, arguments.prompt, arguments.completion))
+        return 0
+    if arguments.prompt is not None:
+        raise ConfigError(f"PROMPT = {arguments.prompt!r} and --input = {arguments.input} exclude each other; give one")
+    if "output" not in given:
+        raise ConfigError("--output DIR is required with --input; the scores go there")
+    options = {**_FILE_ONLY, **given, "input": Path(arguments.input), "output": Path(arguments.output)}
+    asyncio.run(score_file(teacher, FileOptions(**options)))
+    return 0
+
+
+_PLAIN_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "score": (_add_score_options, _score),
+    "tiny": (_add_tiny_options, _tiny),
+}
+"""Commands without a run file: their options, and what they do."""
 
 
 def _log_to_stderr() -> None:

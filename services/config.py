@@ -105,20 +105,30 @@ class TeacherConfig(ServerSection):
     """TCP port to listen on; `up` takes a free one when it is in use."""
     model: str | None = None
     """Folder or hub id of a causal LM; required by the teacher server."""
+    protocol: Literal["distillserve", "vllm"] = "distillserve"
+    """What the servers at teacher.urls speak to the trainer; vllm: they are plain `vllm serve`, at temperature 1 only."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings along; off unless you have read that code."""
     accept_different: list[Literal["eos", "chat_template"]] = []
     """Differences to the student that are meant: its end tokens, its rendered chat template."""
-    engine: Literal["transformers"] = "transformers"
-    """What runs the forward pass."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the forward pass: transformers, or vLLM for its parallelism and quantisation, at temperature 1 only."""
     device: str = "auto"
     """Torch device: "auto" (cuda when there is one), "cpu", "cuda:1"."""
     tokens_per_forward: int = Field(16384, ge=1)
     """Padded tokens in one forward pass."""
     rows_per_head_chunk: int = Field(1024, ge=1)
     """Positions projected to the vocabulary at once; bounds the memory of the head."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that vLLM spreads the teacher over."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """vLLM's key-value cache on CPU, GiB; on a GPU it is sized by `gpu_memory_utilization`."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the GPU's memory vLLM may use."""
+    engine_args: dict[str, Any] = {}
+    """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"}."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest sequence to score, tokens; default: what the model's config says."""
     max_sequences_per_request: int = Field(4096, ge=1)
@@ -133,6 +143,8 @@ class TeacherConfig(ServerSection):
     """Largest request body, MiB."""
     max_pending_requests: int = Field(64, ge=1)
     """Requests waiting for the engine; one more is answered 429 with Retry-After."""
+    outage_s: float = Field(300.0, gt=0)
+    """How long the trainer goes on asking while no teacher answers, seconds; then the run stops."""
 
 
 class DataConfig(Section):

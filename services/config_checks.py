@@ -6,7 +6,29 @@ Every message names the keys, their values, the constraint and the fix.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from services.config import RunConfig
+    from services.config import RunConfig, TeacherConfig
+
+# Options of one engine that the other does not look at.
+_ENGINE_OPTIONS = {
+    "transformers": ["teacher_model_init_kwargs", "device", "tokens_per_forward", "rows_per_head_chunk"],
+    "vllm": ["tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization", "engine_args"],
+}
+# Fields of vLLM's AsyncEngineArgs that scoring depends on, or that have an option of their own, and which that is.
+_RESERVED_ENGINE_ARGS = {
+    **{
+        name: f"teacher.{name}"
+        for name in (
+            "model",
+            "dtype",
+            "trust_remote_code",
+            "max_model_len",
+            "tensor_parallel_size",
+            "gpu_memory_utilization",
+        )
+    },
+    "max_logprobs": "teacher.max_top_k",
+    "logprobs_mode": None,
+}
 
 
 def check(config: "RunConfig") -> None:
@@ -20,6 +42,7 @@ def check(config: "RunConfig") -> None:
     _check_servers(config)
     _check_sampled_policy(config)
     _check_student_support(config)
+    _check_teacher_engine(config.teacher)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
 
@@ -69,6 +92,25 @@ def _check_servers(config: "RunConfig") -> None:
         raise ValueError(
             f"loss.top_k = {loss.top_k} with loss.support = {loss.support} is above {name} = {limit}; lower the one or raise the other"
         )
+
+
+def _check_teacher_engine(teacher: "TeacherConfig") -> None:
+    if teacher.protocol == "vllm" and not teacher.urls:
+        raise ValueError(
+            "teacher.protocol = vllm without teacher.urls: servers of that kind are started by others; give their URLs"
+        )
+    for engine, names in _ENGINE_OPTIONS.items():
+        if engine != teacher.engine:
+            _refuse_changed(teacher, "teacher", names, f"teacher.engine = {teacher.engine}")
+    for name, value in teacher.engine_args.items():
+        if name in _RESERVED_ENGINE_ARGS:
+            option = _RESERVED_ENGINE_ARGS[name]
+            reason = (
+                f"{option} says that; set it instead"
+                if option
+                else "scores must be raw log-probabilities; leave it out"
+            )
+            raise ValueError(f"teacher.engine_args.{name} = {value!r} is refused: {reason}")
 
 
 def _check_sampled_policy(config: "RunConfig") -> None:

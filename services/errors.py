@@ -54,6 +54,7 @@ class ProblemError(PeerError):
     """A peer refused a request with a problem document (RFC 9457)."""
 
     def __init__(self, url: str, status: int, problem: dict[str, Any]) -> None:
+        self.url = url
         self.status = status
         self.problem = problem
         self.retry_after_s: float | None = None

@@ -25,6 +25,16 @@ class TeacherMetrics:
         self.sequences = Counter(documentation="Scored sequences.", **named("sequences"))
         self.rows = Counter(documentation="Scored completion positions.", **named("rows"))
         self.tokens = Counter(documentation="Tokens of scored sequences, prompts included.", **named("tokens"))
-        self.score_seconds = Histogram(documentation="Time in the engine per request.", **named("score_seconds"))
-        self.wait_seconds = Histogram(documentation="Time a request waits for the engine.", **named("wait_seconds"))
+        self.forward_seconds = Histogram(documentation="Time of one forward pass.", **named("forward_seconds"))
+        self.batch_fill = Histogram(
+            documentation="Share of a forward pass's padded tokens that are tokens.",
+            buckets=[0.1 * tenth for tenth in range(1, 11)],
+            **named("batch_fill_ratio"),
+        )
+        self.wait_seconds = Histogram(
+            documentation="Time from a request's acceptance to its first forward pass.", **named("wait_seconds")
+        )
+        self.queued_sequences = Gauge(
+            documentation="Sequences that wait for a forward pass.", **named("queued_sequences")
+        )
         self.pending = Gauge(documentation="Accepted requests without an answer.", **named("pending_requests"))

@@ -158,8 +158,8 @@ class TeacherInfo(WireModel):
     """Token ids the tokenizer can produce."""
     padded_vocab_size: int
     """Rows of the output embedding; at least vocab_size."""
-    tokenizer_fingerprint: str
-    """Hash of the token-to-id map and of the encoding of a probe text; padding of the embedding does not enter."""
+    tokenizer_fingerprint: str | None
+    """Hash of the token-to-id map and of the encoding of a probe text, padding of the embedding left out; null: unknown."""
     eos_token_ids: list[int]
     chat_template_probe: str | None
     """A fixed conversation as the chat template renders it; null without a template."""
@@ -171,9 +171,16 @@ class TeacherInfo(WireModel):
     max_answer_mib: int
     temperature_support: Literal["any", "one"]
     """"one": this engine cannot apply a temperature other than 1."""
+    engine: str = "transformers"
+    """What runs the forward pass."""
+    scores_support_ids: bool = True
+    """Whether this engine scores further tokens, support_ids."""
+    computes_entropies: bool = True
+    """Whether entropies are numbers; else they are NaN, in JSON null."""
 
 
 SCORE_COLUMNS = (
+    "token_ids",
     "token_logprobs",
     "topk_ids",
     "topk_logprobs",
@@ -194,11 +201,12 @@ class TeacherScores:
     temperature: float
     top_k: int
     row_offsets: np.ndarray  # [B+1] int64
-    token_logprobs: np.ndarray  # [R] logprob of the token that follows
+    token_ids: np.ndarray  # [R] int32, the scored tokens: what was asked, or what text became
+    token_logprobs: np.ndarray  # [R] logprob of the scored token
     topk_ids: np.ndarray  # [R, K] int32, by falling logprob
     topk_logprobs: np.ndarray  # [R, K]
     tail_logprobs: np.ndarray  # [R] log of the mass outside the top-k, -inf when K covers the vocabulary
-    entropies: np.ndarray  # [R] nats
+    entropies: np.ndarray  # [R] nats, NaN where the engine does not compute them
     support_logprobs: np.ndarray | None = None  # [R, M] logprobs of support_ids
     support_tail_logprobs: np.ndarray | None = None  # [R] log of the mass outside support_ids
 

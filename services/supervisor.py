@@ -77,6 +77,11 @@ def with_free_ports(config: RunConfig) -> RunConfig:
     """
     for name in ("rollout", "teacher"):
         _refuse_urls(name, getattr(config, name))
+    if config.teacher.protocol == "vllm":
+        raise ConfigError(
+            "teacher.protocol = vllm is for servers that others start, but `distillserve up` starts its own teacher; "
+            "leave it out (teacher.engine = vllm runs that teacher in vLLM), or attach with `distillserve train`"
+        )
     rollout_port = free_port(config.rollout.host, config.rollout.port)
     teacher_port = free_port(config.teacher.host, config.teacher.port, frozenset({rollout_port}))
     sections = {}

@@ -8,7 +8,7 @@ from a broken one.
 import json
 import struct
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ END_OF_STREAM = struct.pack("<I", 0)
 _PREFIX = struct.Struct("<I")
 _HEADER = struct.Struct("<Q")
 _MAX_FRAME_BYTES = 1 << 30
+_SCORE_FIELDS = frozenset(field.name for field in fields(TeacherScores))
 
 
 def encode_document(arrays: dict[str, np.ndarray | None], metadata: dict[str, Any]) -> bytes:
@@ -79,8 +80,8 @@ def decode_completion(document: bytes) -> RolloutCompletion:
         raise PeerError(f"the rollout server failed in mid-stream: {metadata['error']}")
     try:
         spans = [VersionSpan(**span) for span in metadata.pop("policy_versions")]
-        fields: dict[str, Any] = {**arrays, **metadata}
-        return RolloutCompletion(**fields, policy_versions=spans)
+        others: dict[str, Any] = {**arrays, **metadata}
+        return RolloutCompletion(**others, policy_versions=spans)
     except (KeyError, TypeError) as error:
         raise PeerError(f"the frame is not a rollout completion: {error}") from error
 
@@ -119,7 +120,7 @@ def encode_scores(scores: TeacherScores) -> bytes:
 
 
 def decode_scores(document: bytes) -> TeacherScores:
-    """Inverse of `encode_scores`.
+    """Inverse of `encode_scores`; names that a later server added are left out.
 
     Raises:
         PeerError: the document is not an answer of protocol 1.
@@ -129,7 +130,7 @@ def decode_scores(document: bytes) -> TeacherScores:
     if protocol != PROTOCOL_VERSION:
         raise PeerError(f"the teacher answered in protocol {protocol!r}, this client speaks {PROTOCOL_VERSION}")
     try:
-        fields: dict[str, Any] = {**arrays, **metadata}
-        return TeacherScores(**fields)
+        known: dict[str, Any] = {name: value for name, value in {**arrays, **metadata}.items() if name in _SCORE_FIELDS}
+        return TeacherScores(**known)
     except TypeError as error:
-        raise PeerError(f"the answer lacks or adds fields: {error}") from error
+        raise PeerError(f"the answer lacks fields: {error}") from error

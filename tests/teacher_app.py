@@ -20,7 +20,7 @@ async def serving(
     app = create_app(TeacherConfig(model=folder, **options))  # type: ignore[arg-type]
     guard = Guard(app, key=key, open_paths=OPEN_PATHS, max_body_bytes=max_body)
     async with app.router.lifespan_context(app):
-        while wait and app.state.service.engine is None:
+        while wait and app.state.service.scorer is None:
             await asyncio.sleep(0.01)
         transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:

@@ -5,14 +5,16 @@ produces   what each server says of itself, or an error that names the differenc
 """
 
 import logging
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from services.causal_lm import chat_template_probe, tokenizer_fingerprint
+from services.causal_lm import chat_template_probe, eos_token_ids_on_disk, load_tokenizer, tokenizer_fingerprint
 from services.clients import RolloutClient, TeacherClient
-from services.config import LossConfig, RunConfig
+from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+from services.vllm_teacher_client import TeacherTokens
 from trainer.teacher_scores import Support
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,13 @@ async def check_same_tokens(
         StartupError: the vocabularies differ (with the first ids that do), or the end tokens or rendered
             chat templates differ and `teacher.accept_different` does not name that.
     """
+    if teacher.tokenizer_fingerprint is None:
+        logger.info(
+            "the teacher %r does not tell its tokenizer: whether it means the student's tokens is not checked; name the "
+            "folder of its model with teacher.model to have it checked",
+            teacher.model,
+        )
+        return
     if teacher.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         theirs = await teacher_client.vocabulary()
         raise StartupError(
@@ -76,6 +85,20 @@ async def check_same_tokens(
             f"the chat templates differ: the teacher renders a probe as {teacher.chat_template_probe!r}, the student as "
             f"{ours!r}; if that is meant, pass --teacher.accept_different '[\"chat_template\"]'"
         )
+
+
+def teacher_tokens(teacher: TeacherConfig) -> TeacherTokens | None:
+    """What the folder `teacher.model` says of the tokens of a teacher that tells nothing itself; None without a folder."""
+    if teacher.model is None or not Path(teacher.model).is_dir():
+        return None
+    trust = teacher.trust_remote_code
+    tokenizer = load_tokenizer(teacher.model, trust_remote_code=trust, key="teacher.model")
+    return TeacherTokens(
+        tokenizer_fingerprint(tokenizer),
+        eos_token_ids_on_disk(teacher.model, tokenizer, trust_remote_code=trust),
+        chat_template_probe(tokenizer),
+        tokenizer.get_vocab(),
+    )
 
 
 def first_differences(ours: dict[str, int], theirs: dict[str, int], count: int = 3) -> str:
@@ -117,6 +140,20 @@ def check_temperature(loss: LossConfig, teacher: TeacherInfo) -> None:
         )
 
 
+def check_evaluation(config: RunConfig, teacher: TeacherInfo) -> None:
+    """Refuse an evaluation that the teacher cannot score: its reverse KL is over the whole vocabulary.
+
+    Raises:
+        StartupError: the teacher returns fewer tokens per position.
+    """
+    if config.data.eval_path is not None and teacher.max_top_k < teacher.padded_vocab_size:
+        raise StartupError(
+            f"the evaluation on data.eval_path needs all {teacher.padded_vocab_size} tokens per position, the teacher "
+            f"{teacher.model!r} returns {teacher.max_top_k} at most; leave data.eval_path out, or raise the limit at the "
+            "server (teacher.max_top_k; of a plain vLLM server: --max-logprobs -1)"
+        )
+
+
 def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutInfo], teacher: TeacherInfo) -> Support:
     """The support of the single-step term, as large as asked for or as the vocabulary allows.
 
@@ -143,6 +180,11 @@ def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutI
         support, name, limit = Support(loss.support, size, student_vocab), "teacher.max_top_k", teacher.max_top_k
         if loss.support == "student_topk":
             name, limit = "rollout.max_logprobs", min(r.max_logprobs for r in rollouts)
+            if not teacher.scores_support_ids:
+                raise StartupError(
+                    f"loss.support = student_topk, but the teacher {teacher.model!r} (engine {teacher.engine}) scores no tokens "
+                    "of the caller's choice; use teacher_topk or a teacher server with the transformers engine"
+                )
             if student_vocab > teacher.padded_vocab_size:
                 raise StartupError(
                     f"loss.support = student_topk may name ids up to {student_vocab}, the teacher scores those below "
@@ -151,5 +193,6 @@ def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutI
     if support.size > limit:
         raise StartupError(
             f"the loss needs {support.size} tokens per position, {name} = {limit}; raise it at the server"
+            f"{' (of a plain vLLM server: --max-logprobs)' if teacher.engine == 'vllm serve' else ''}"
         )
     return support

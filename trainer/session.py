@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import eos_token_ids, load_tokenizer
 from services.clients import RolloutClient, TeacherClient
-from services.config import RunConfig, Secrets, reveal
+from services.config import RunConfig, Secrets, TeacherConfig, reveal
 from services.errors import ConfigError
 from services.schemas import RolloutInfo, TeacherInfo
+from services.vllm_teacher_client import VllmTeacherClient
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
@@ -143,6 +145,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     eos = eos_token_ids(model, tokenizer)
     await preflight.check_same_tokens(config, tokenizer, eos, servers.teacher, servers.teacher_client)
     preflight.check_temperature(config.loss, servers.teacher)
+    preflight.check_evaluation(config, servers.teacher)
     support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teacher)
     if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
@@ -211,12 +214,17 @@ async def _attach(config: RunConfig, stack: AsyncExitStack) -> _Servers:
     rollout_client = RolloutClient(
         config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
     )
-    teacher_client = TeacherClient(
-        config.teacher.server_urls(), key=reveal(secrets.teacher_key), timeout_s=config.teacher.request_timeout_s
-    )
+    teacher_client = _teacher_client(config.teacher, reveal(secrets.teacher_key))
     stack.push_async_callback(rollout_client.close)
     stack.push_async_callback(teacher_client.close)
     return _Servers(rollout_client, teacher_client, *await preflight.attach(config, rollout_client, teacher_client))
+
+
+def _teacher_client(teacher: TeacherConfig, key: str | None) -> TeacherClient:
+    options: dict[str, Any] = {"key": key, "timeout_s": teacher.request_timeout_s, "outage_s": teacher.outage_s}
+    if teacher.protocol == "vllm":
+        return VllmTeacherClient(teacher.server_urls(), tokens=preflight.teacher_tokens(teacher), **options)
+    return TeacherClient(teacher.server_urls(), **options)
 
 
 def count_steps(config: RunConfig, num_prompts: int) -> int:

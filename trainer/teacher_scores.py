@@ -15,10 +15,13 @@ import numpy as np
 from services.clients import TeacherClient
 from services.errors import PeerError
 from services.schemas import TeacherScores
+from services.teacher_answers import mismatches
 from trainer.rollouts import Rollout
 
 # Distance of a row's probabilities from one that rounding can explain.
 _MASS_TOLERANCE = 1e-3
+# Difference of two logprobs of one token that rounding can explain, nats.
+_LOGPROB_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ async def score_rollouts(
     """Ask the teacher for the logprobs of the sampled token and of the support at every completion position."""
     sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
     if support.kind == "teacher_topk":
-        scores = await client.score(sequences, top_k=support.size, temperature=temperature)
+        scores = await client.score(sequences, top_k=support.size, temperature=temperature, on_mismatch="keep")
     else:
         # The server always ranks, so its own likeliest token comes along.
         ids = [_student_topk(r).tolist() for r in rollouts]
-        scores = await client.score(sequences, top_k=1, temperature=temperature, support_ids=ids)
+        scores = await client.score(sequences, top_k=1, temperature=temperature, support_ids=ids, on_mismatch="keep")
+    other_rows = mismatches(scores, sequences)
     samples, quarantined = [], []
     for index, rollout in enumerate(rollouts):
         sample = _slice(rollout, scores, index, support)
-        reason = defect(sample, support)
+        reason = other_rows.get(index) or defect(sample, support)
         if reason is None:
             samples.append(sample)
         else:
@@ -128,7 +132,30 @@ def defect(sample: ScoredSample, support: Support) -> str | None:
     furthest = mass[np.abs(mass - 1.0).argmax()] if length else 1.0
     if abs(furthest - 1.0) > _MASS_TOLERANCE or tokens.max(initial=0.0) > _MASS_TOLERANCE:
         return f"the teacher's probabilities of one row sum to {max(furthest, float(np.exp(tokens.max(initial=-np.inf)))):.4f}"
-    return None
+    return _contradiction(sample, support)
+
+
+def _contradiction(sample: ScoredSample, support: Support) -> str | None:
+    """Where the sampled token's logprob cannot stand beside those of the support: rows of another position, or of
+    another temperature, look well-formed but are not of one distribution."""
+    token_ids, logprobs = sample.rollout.completion.token_ids, sample.teacher_token_logprobs
+    same = sample.support_ids == token_ids[:, None]
+    inside = same.any(-1)
+    among = np.where(same, sample.teacher_support_logprobs, 0.0).sum(-1)
+    # A token outside the support is part of the tail, and no likelier than the teacher's likeliest tokens.
+    bound = sample.teacher_tail_logprobs
+    if support.kind == "teacher_topk":
+        bound = np.minimum(bound, sample.teacher_support_logprobs.min(-1))
+    excess = np.where(inside, np.abs(logprobs - among), logprobs - bound)
+    if excess.max(initial=0.0) <= _LOGPROB_TOLERANCE:
+        return None
+    row = int(excess.argmax())
+    other = (
+        f"{among[row]:.4f} among its candidates"
+        if inside[row]
+        else f"at most {bound[row]:.4f} to those outside its candidates"
+    )
+    return f"the teacher gave token {token_ids[row]} in row {row} {logprobs[row]:.4f}, and {other}"
 
 
 class Quarantine:

@@ -4,17 +4,16 @@ This process checks what can be checked cheaply and then replaces itself, so tha
 memory are vLLM's own and no wrapper stays behind.
 """
 
-import ctypes
 import json
 import os
 import sys
 
 import torch
 
-from services.config import RolloutConfig, RunConfig, Secrets, require_key_beyond_loopback
-from services.errors import StartupError
+from services.config import RunConfig, Secrets, require_key_beyond_loopback
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
+from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -58,6 +57,8 @@ def vllm_command(config: RunConfig) -> list[str]:
     }
     if rollout.max_model_len is not None:
         options["--max-model-len"] = rollout.max_model_len
+    if (cache := kv_cache_bytes(rollout.kv_cache_gib)) is not None:
+        options["--kv-cache-memory-bytes"] = cache
     if torch.cuda.is_available():
         options["--gpu-memory-utilization"] = rollout.gpu_memory_utilization
     flags = ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
@@ -71,41 +72,10 @@ def vllm_command(config: RunConfig) -> list[str]:
 
 def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Threads that spin after each parallel region starve the two other roles on a small machine.
-        "KMP_BLOCKTIME": "0",
-    }
-    if not torch.cuda.is_available():
-        # vLLM's sampler goes through torch.compile even with --enforce-eager, which needs a C++ compiler: without
-        # one the engine dies at its first completion.
-        defaults["TORCHDYNAMO_DISABLE"] = "1"
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight routes exist only then; the guard keeps the others shut
-        "VLLM_CPU_KVCACHE_SPACE": _kv_cache_gib(config.rollout),
         **RolloutSettings.from_config(config).to_environment(),
     }
-    return {**defaults, **os.environ, **fixed}
-
-
-def check_libnuma() -> None:
-    """vLLM for CPU loads this system library, which its wheel does not bring along.
-
-    Raises:
-        StartupError: there is no GPU and the library is missing.
-    """
-    if torch.cuda.is_available():
-        return
-    try:
-        ctypes.CDLL("libnuma.so.1")
-    except OSError as error:
-        raise StartupError(
-            "vLLM for CPU needs the system library libnuma.so.1, which is not installed; install it, "
-            "on Debian and Ubuntu with: apt install libnuma1"
-        ) from error
-
-
-def _kv_cache_gib(rollout: RolloutConfig) -> str:
-    return f"{rollout.kv_cache_gib:g}"
+    environment = {**vllm_defaults(), **os.environ, **fixed}
+    environment.pop(KV_CACHE_VARIABLE, None)
+    return environment

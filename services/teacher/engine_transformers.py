@@ -5,7 +5,6 @@ all sequences), C rows of a chunk, V vocabulary, K candidates, M support ids.
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,22 +23,10 @@ from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
+from services.teacher.jobs import Columns, EncodedSequence, ScoreItem, ScoreJob
 
 # Elements of one chunk of float32 logits: 64 Mi are 256 MiB.
 _MAX_CHUNK_ELEMENTS = 64 << 20
-
-
-@dataclass(frozen=True)
-class EncodedSequence:
-    """Token ids of prompt and completion; row i scores token_ids[prompt_length + i]."""
-
-    token_ids: list[int]
-    prompt_length: int
-    support_ids: list[list[int]] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids) - self.prompt_length
 
 
 class TransformersEngine:
@@ -96,9 +83,8 @@ class TransformersEngine:
             temperature_support="any",
         )
 
-    @torch.inference_mode()
     def score(self, sequences: list[EncodedSequence], *, top_k: int, temperature: float) -> TeacherScores:
-        """Score every completion row.
+        """Score one request by itself.
 
         Args:
             sequences: already checked against this engine's limits.
@@ -106,88 +92,84 @@ class TransformersEngine:
             temperature: divides the logits before the softmax.
 
         Raises:
-            RequestError: no row to score, or more candidates than the vocabulary has; nothing was computed.
+            RequestError: there is no row to score, or there are more candidates than tokens.
             DistillServeError: the model's logits are not finite.
         """
-        _check_scorable(sequences, top_k, self.info.padded_vocab_size)
-        offsets = np.concatenate([[0], np.cumsum([s.num_rows for s in sequences])])
-        columns = _Columns.empty(int(offsets[-1]), top_k, _support_width(sequences))
-        lengths = [len(s.token_ids) for s in sequences]
-        for group in cut_by_padded_tokens(lengths, self._config.tokens_per_forward):
-            rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in group])
-            self._score_group([sequences[i] for i in group], rows, columns, temperature)
-        return TeacherScores(
-            model=self.info.model,
-            fingerprint=self.info.fingerprint,
-            temperature=temperature,
-            top_k=top_k,
-            row_offsets=offsets.astype(np.int64),
-            **vars(columns),
-        )
+        if not 1 <= top_k <= self.info.padded_vocab_size:
+            detail = f"top_k = {top_k} must be between 1 and the vocabulary's {self.info.padded_vocab_size}"
+            raise RequestError(422, "Over a limit", detail, field="top_k")
+        job = ScoreJob(sequences, top_k=top_k, temperature=temperature)
+        items = job.items()
+        for group in cut_by_padded_tokens([len(s.token_ids) for s in sequences], self._config.tokens_per_forward):
+            self.forward([items[index] for index in group])
+        return job.scores(self.info)
 
-    def _score_group(
-        self, sequences: list[EncodedSequence], rows: np.ndarray, columns: "_Columns", temperature: float
-    ) -> None:
+    @torch.inference_mode()
+    def forward(self, items: list[ScoreItem]) -> None:
+        """One forward pass over sequences of any jobs, whose columns it fills.
+
+        Raises:
+            DistillServeError: the model's logits are not finite.
+        """
+        sequences = [item.sequence for item in items]
         ids, mask = pad_rows([s.token_ids for s in sequences])
-        prompts, lengths = [s.prompt_length for s in sequences], [s.num_rows for s in sequences]
-        positions = predicting_positions(prompts, lengths, ids.shape[1])
+        lengths = [s.num_rows for s in sequences]
+        positions = predicting_positions([s.prompt_length for s in sequences], lengths, ids.shape[1])
         hidden = hidden_states(self._model, ids.to(self._device), mask.to(self._device)).flatten(0, 1)
-        hidden = hidden[positions.to(self._device)]
+        rows = positions.to(self._device).split(lengths)
+        kinds: dict[tuple[int, int | None, float], list[int]] = {}
+        for index, item in enumerate(items):
+            kinds.setdefault((item.job.top_k, item.job.support_width, item.job.temperature), []).append(index)
+        for members in kinds.values():
+            self._score_kind([items[i] for i in members], hidden[torch.cat([rows[i] for i in members])])
+
+    def _score_kind(self, items: list[ScoreItem], hidden: torch.Tensor) -> None:
+        """Project and reduce the rows [R, H] of sequences that ask for the same widths and temperature."""
+        job, sequences = items[0].job, [item.sequence for item in items]
         targets = torch.from_numpy(np.concatenate([s.token_ids[s.prompt_length :] for s in sequences])).long()
         support = None
-        if columns.support_logprobs is not None:
+        if job.support_width is not None:
             support = torch.from_numpy(np.concatenate([np.asarray(s.support_ids) for s in sequences])).long()
+        columns = Columns.empty(len(hidden), job.top_k, job.support_width)
         size = max(1, min(self._config.rows_per_head_chunk, _MAX_CHUNK_ELEMENTS // self.info.padded_vocab_size))
-        for start in range(0, len(rows), size):
+        for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = self._head.float32_logits(hidden[part]).div_(temperature)
-            columns.fill(rows[part], logits, targets[part], None if support is None else support[part])
+            logits = self._head.float32_logits(hidden[part]).div_(job.temperature)
+            reduce_logits(columns, part, logits, targets[part], None if support is None else support[part])
+        start = 0
+        for item in items:
+            item.job.columns.write(item.rows, columns, slice(start, start + item.sequence.num_rows))
+            start += item.sequence.num_rows
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The arrays of an answer, filled chunk by chunk."""
+def reduce_logits(
+    columns: Columns, rows: slice, logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor | None
+) -> None:
+    """Reduce [C, V] float32 logits to rows of the answer.
 
-    token_logprobs: np.ndarray  # [R]
-    topk_ids: np.ndarray  # [R, K]
-    topk_logprobs: np.ndarray  # [R, K]
-    tail_logprobs: np.ndarray  # [R]
-    entropies: np.ndarray  # [R]
-    support_logprobs: np.ndarray | None  # [R, M]
-    support_tail_logprobs: np.ndarray | None  # [R]
+    Args:
+        targets: [C] tokens that follow.
+        support: [C, M] ids to score, or None.
 
-    @classmethod
-    def empty(cls, rows: int, top_k: int, support: int | None) -> "_Columns":
-        def floats(*shape: int) -> np.ndarray:
-            return np.empty(shape, np.float32)
-
-        return cls(
-            token_logprobs=floats(rows),
-            topk_ids=np.empty((rows, top_k), np.int32),
-            topk_logprobs=floats(rows, top_k),
-            tail_logprobs=floats(rows),
-            entropies=floats(rows),
-            support_logprobs=None if support is None else floats(rows, support),
-            support_tail_logprobs=None if support is None else floats(rows),
-        )
-
-    def fill(self, rows: np.ndarray, logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor | None) -> None:
-        """Reduce [C, V] float32 logits to the rows of the answer."""
-        logprobs = logits.log_softmax(-1)
-        if not bool(torch.isfinite(logprobs.amax(-1)).all()):
-            raise DistillServeError("the teacher's logits are not finite; its weights or its dtype are not usable")
-        targets = targets.to(logits.device)
-        self.token_logprobs[rows] = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).cpu().numpy()
-        self.entropies[rows] = -torch.special.xlogy(p := logprobs.exp(), p).sum(-1).cpu().numpy()
-        if support is not None:
-            assert self.support_logprobs is not None and self.support_tail_logprobs is not None
-            support = support.to(logits.device)
-            self.support_logprobs[rows] = logprobs.gather(1, support).cpu().numpy()
-            self.support_tail_logprobs[rows] = log_mass_outside(logprobs, support).cpu().numpy()
-        ids = top_k_ids(logprobs, self.topk_ids.shape[1])
-        self.topk_ids[rows] = ids.cpu().numpy()
-        self.topk_logprobs[rows] = logprobs.gather(1, ids).cpu().numpy()
-        self.tail_logprobs[rows] = log_mass_outside(logprobs, ids).cpu().numpy()
+    Raises:
+        DistillServeError: a row of logits is not finite.
+    """
+    logprobs = logits.log_softmax(-1)
+    if not bool(torch.isfinite(logprobs.amax(-1)).all()):
+        raise DistillServeError("the teacher's logits are not finite; its weights or its dtype are not usable")
+    targets = targets.to(logits.device)
+    columns.token_ids[rows] = targets.cpu().numpy()
+    columns.token_logprobs[rows] = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).cpu().numpy()
+    columns.entropies[rows] = -torch.special.xlogy(p := logprobs.exp(), p).sum(-1).cpu().numpy()
+    if support is not None:
+        assert columns.support_logprobs is not None and columns.support_tail_logprobs is not None
+        support = support.to(logits.device)
+        columns.support_logprobs[rows] = logprobs.gather(1, support).cpu().numpy()
+        columns.support_tail_logprobs[rows] = log_mass_outside(logprobs, support).cpu().numpy()
+    ids = top_k_ids(logprobs, columns.topk_ids.shape[1])
+    columns.topk_ids[rows] = ids.cpu().numpy()
+    columns.topk_logprobs[rows] = logprobs.gather(1, ids).cpu().numpy()
+    columns.tail_logprobs[rows] = log_mass_outside(logprobs, ids).cpu().numpy()
 
 
 def top_k_ids(logprobs: torch.Tensor, k: int) -> torch.Tensor:
@@ -208,11 +190,6 @@ def log_mass_outside(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
 
 
-def _support_width(sequences: list[EncodedSequence]) -> int | None:
-    support = sequences[0].support_ids
-    return None if support is None else len(support[0])
-
-
 def _fingerprint(model: PreTrainedModel, tokenizer: str, dtype: str) -> str:
     """Hash of the architecture, a probe of the weights, the tokenizer and the dtype; equal for replicas."""
     probe = next(model.parameters()).detach().flatten()[:256].float().cpu().numpy().tobytes()
@@ -220,24 +197,6 @@ def _fingerprint(model: PreTrainedModel, tokenizer: str, dtype: str) -> str:
     # The folder's name is in the configuration, and replicas may keep their copies anywhere.
     architecture = architecture.replace(str(model.config.name_or_path).encode(), b"")
     return hashlib.sha256(b"|".join([architecture, probe, tokenizer.encode(), dtype.encode()])).hexdigest()[:16]
-
-
-def _check_scorable(sequences: list[EncodedSequence], top_k: int, vocabulary: int) -> None:
-    if not 1 <= top_k <= vocabulary:
-        raise RequestError(
-            422, "Over a limit", f"top_k = {top_k} must be between 1 and the vocabulary's {vocabulary}", field="top_k"
-        )
-    if not sequences:
-        raise RequestError(422, "Nothing to score", "sequences is empty; give at least one", field="sequences")
-    for index, sequence in enumerate(sequences):
-        if sequence.num_rows < 1 or sequence.prompt_length < 1:
-            field = f"sequences.{index}.prompt_length"
-            raise RequestError(
-                422,
-                "Nothing to score",
-                f"{field} = {sequence.prompt_length} must leave at least one of {len(sequence.token_ids)} tokens on both sides",
-                field=field,
-            )
 
 
 def _device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.schemas import TeacherInfo, TeacherRequest, TeacherSequence
-from services.teacher.engine_transformers import EncodedSequence
+from services.teacher.jobs import EncodedSequence
 from services.text import TextError, check_is_text, render_messages
 
 _BYTES_PER_CANDIDATE = 8
@@ -23,6 +23,7 @@ def encode_request(
         raise _refusal("sequences", f"{len(request.sequences)} sequences", config.max_sequences_per_request, status=413)
     if request.top_k > info.max_top_k:
         raise _refusal("top_k", f"top_k = {request.top_k}", info.max_top_k)
+    _check_engine(request, info)
     encoded = [_encode(i, s, tokenizer) for i, s in enumerate(request.sequences)]
     total = sum(len(s.token_ids) for s in encoded)
     if total > config.max_tokens_per_request:
@@ -48,6 +49,25 @@ def encode_request(
             field="top_k",
         )
     return encoded
+
+
+def _check_engine(request: TeacherRequest, info: TeacherInfo) -> None:
+    """Refuse what the engine would ignore or cannot do."""
+    if info.temperature_support == "one" and request.temperature != 1.0:
+        detail = f"temperature = {request.temperature}, but this engine computes at temperature 1 only"
+        raise _unsupported("temperature", detail, info)
+    if not info.scores_support_ids:
+        for index, sequence in enumerate(request.sequences):
+            if sequence.support_ids is not None:
+                field = f"sequences.{index}.support_ids"
+                raise _unsupported(
+                    field, f"{field} is given, but this engine scores no tokens of the caller's choice", info
+                )
+
+
+def _unsupported(field: str, detail: str, info: TeacherInfo) -> RequestError:
+    title, fix = "Not supported by the engine", "ask a teacher with teacher.engine = transformers"
+    return RequestError(422, title, f"{detail} (teacher.engine = {info.engine}); {fix}", field=field)
 
 
 def _encode(index: int, sequence: TeacherSequence, tokenizer: PreTrainedTokenizerBase) -> EncodedSequence:

@@ -106,7 +106,7 @@ async def get_health(service: Service) -> dict[str, str]:
 
 
 async def get_ready(service: Service) -> dict[str, str]:
-    service.ready_engine()
+    service.ready_scorer()
     return {"status": "ready"}
 
 
@@ -115,11 +115,11 @@ async def get_metrics(service: Service) -> Response:
 
 
 async def get_teacher_info(service: Service) -> TeacherInfo:
-    return service.ready_engine().info
+    return service.ready_scorer().info
 
 
 async def get_vocabulary(service: Service) -> dict[str, int]:
-    return service.ready_engine().tokenizer.get_vocab()
+    return service.ready_scorer().tokenizer.get_vocab()
 
 
 async def create_logprobs(body: TeacherRequest, request: Request, service: Service) -> Response:
@@ -168,7 +168,7 @@ def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
 
 
 def as_json(scores: TeacherScores) -> dict[str, Any]:
-    """The readable answer; minus infinity (no mass left outside the candidates) is null, JSON has no word for it."""
+    """The readable answer; JSON has no word for minus infinity (no mass outside the candidates) and NaN: both are null."""
 
     def listed(values: np.ndarray) -> list[Any]:
         if values.dtype.kind != "f" or np.isfinite(values).all():

@@ -11,10 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
-from services import clients
-from services.clients import RolloutClient, TeacherClient, cut_by_rows
+from services import server_client
+from services.clients import RolloutClient, TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import RolloutCompletion, RolloutSampling, TeacherScores, VersionSpan
+from services.teacher_answers import cut_by_rows
 from services.wire import END_OF_STREAM, encode_completion, encode_scores, encode_stream_error
 
 A, B = "http://a:1", "http://b:2"
@@ -59,6 +60,18 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 VOCABULARY = {"a": 0, "b": 1}
+ROLLOUT = {
+    "protocol": 1,
+    "model": "m",
+    "boot_id": "b",
+    "policy_version": "default",
+    "dtype": "float32",
+    "max_model_len": 64,
+    "vocab_size": 9,
+    "max_logprobs": 4,
+    "world_size": 1,
+    "weight_transfer_backend": "gloo",
+}
 
 
 def ok() -> httpx.Response:
@@ -118,6 +131,13 @@ async def test_retry_after_is_respected_with_a_little_jitter(status: int, waits:
     assert len(waits) == 1 and 40 <= waits[0] <= 50
 
 
+async def test_of_a_very_long_retry_after_five_minutes_are_believed(waits: list[float]) -> None:
+    await rollout(
+        Script(httpx.Response(503, headers={"Retry-After": "1e12"}), httpx.Response(200, json=ROLLOUT))
+    ).info()
+    assert len(waits) == 1 and 300 <= waits[0] <= 375
+
+
 @pytest.mark.parametrize("header", [None, "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "inf", "nan", ""])
 async def test_without_a_usable_retry_after_waits_grow_up_to_ten_seconds(
     header: str | None, waits: list[float]
@@ -166,7 +186,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         await really_sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    monkeypatch.setattr(server_client, "time", SimpleNamespace(monotonic=lambda: fake.now))
     yield fake
 
 
@@ -247,6 +267,7 @@ def scores_for(body: dict[str, Any], **changes: Any) -> TeacherScores:
         "temperature": body["temperature"],
         "top_k": width,
         "row_offsets": offsets.astype(np.int64),
+        "token_ids": np.concatenate(completions).astype(np.int32),
         "token_logprobs": -np.concatenate(completions).astype(np.float32),
         "topk_ids": np.tile(np.concatenate(completions).astype(np.int32)[:, None], (1, width)),
         "topk_logprobs": np.zeros((rows, width), np.float32),
@@ -322,15 +343,21 @@ async def test_only_the_share_that_failed_is_asked_again(waits: list[float]) -> 
 
     got = await teacher(handler, (A, B)).score([([9, 1], 1), ([9, 2], 1)], top_k=1)
     assert got.token_logprobs.tolist() == [-1, -2]
-    assert calls == {"a": 1, "b": 2}
+    assert calls == {"a": 2, "b": 1} and waits == []
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_offsets": np.array([0, 1, 3])}, "scored 3 rows where 3 were asked, or cut them differently"),
-        ({"row_offsets": np.array([0, 3])}, "cut them differently"),
-        ({"row_offsets": np.array([], np.int64)}, "cut them differently"),
+        ({"row_offsets": np.array([0, 1, 3])}, "sequence 0: the teacher scored 1 of 2 tokens"),
+        ({"row_offsets": np.array([0, 3])}, r"row_offsets of shape \(2,\) that do not part 2 sequences"),
+        ({"row_offsets": np.array([], np.int64)}, "do not part 2 sequences"),
+        ({"row_offsets": np.array([0, 4, 3])}, "do not part 2 sequences"),
+        ({"row_offsets": np.array([1, 2, 3])}, "do not part 2 sequences"),
+        ({"token_ids": np.array([2, 3, 3], np.int32)}, "sequence 0: the teacher scored token 2 in row 0, asked was 1"),
+        ({"token_ids": np.array([1, 2, 4], np.int32)}, "sequence 1: the teacher scored token 4 in row 0, asked was 3"),
+        ({"temperature": 0.5}, "temperature = 0.5, asked for 2, 1.0"),
+        ({"top_k": 3}, "scored with top_k = 3"),
         ({"token_logprobs": np.zeros(2, np.float32)}, r"token_logprobs of shape \(2,\), expected \(3,\)"),
         ({"tail_logprobs": np.zeros((3, 1), np.float32)}, r"tail_logprobs of shape \(3, 1\)"),
         ({"entropies": np.zeros(4, np.float32)}, r"entropies of shape \(4,\)"),

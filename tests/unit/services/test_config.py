@@ -103,6 +103,21 @@ BAD_OPTIONS = [
     (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
     (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
+    (["--teacher.protocol", "vllm"], ["teacher.protocol = vllm without teacher.urls", "give their URLs"]),
+    (["--teacher.tensor_parallel_size", "2"], ["tensor_parallel_size = 2 would be ignored", "engine = transformers"]),
+    (["--teacher.engine_args", '{"seed": 1}'], ["teacher.engine_args", "would be ignored", "engine = transformers"]),
+    (
+        ["--teacher.engine", "vllm", "--teacher.device", "cpu"],
+        ["teacher.device = cpu would be", "teacher.engine = vllm"],
+    ),
+    (
+        ["--teacher.engine", "vllm", "--teacher.engine_args", '{"max_logprobs": 5}'],
+        ["teacher.engine_args.max_logprobs = 5 is refused", "teacher.max_top_k says that"],
+    ),
+    (
+        ["--teacher.engine", "vllm", "--teacher.engine_args", '{"logprobs_mode": "raw_logits"}'],
+        ["engine_args.logprobs_mode = 'raw_logits' is refused", "leave it out"],
+    ),
     (["--pipeline.epochs", "2"], ["pipeline.steps = 1", "pipeline.epochs = 2", "give one of them"]),
     (["--pipeline.max_staleness", "1"], ["pipeline.max_staleness", "less than or equal to 0"]),
     (["--pipeline.max_quarantine_rate", "1"], ["pipeline.max_quarantine_rate", "less than 1"]),
@@ -391,13 +406,13 @@ def test_help_answers_within_two_seconds() -> None:
     command = [sys.executable, "-m", "services.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert time.monotonic() - started < 2.0
-    for role in ("up", "rollout", "teacher", "train", "tiny"):
+    for role in ("up", "rollout", "teacher", "train", "score", "tiny"):
         assert f"    {role} " in done.stdout
 
 
 def test_contracts_clients_and_help_load_no_model_library() -> None:
     code = (
-        "import sys, services.config, services.schemas, services.wire, services.clients, services.cli\n"
+        "import sys, services.config, services.schemas, services.wire, services.clients, services.score, services.cli\n"
         "try: services.cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"

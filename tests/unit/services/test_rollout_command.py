@@ -42,7 +42,16 @@ def test_what_the_user_sets_wins_except_what_the_weight_push_needs(monkeypatch: 
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
     environment = server.vllm_environment(CONFIG)
     assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG" and environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "0.5"
+
+
+@pytest.mark.parametrize(("cuda", "cache"), [(False, ["--kv-cache-memory-bytes", str(1 << 29)]), (True, [])])
+def test_the_cache_on_cpu_may_be_half_a_gib(cuda: bool, cache: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's environment variable takes whole GiB only, and would win."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    command = server.vllm_command(CONFIG)
+    at = command.index("--kv-cache-memory-bytes") if cache else len(command)
+    assert command[at : at + 2] == cache and "VLLM_CPU_KVCACHE_SPACE" not in server.vllm_environment(CONFIG)
 
 
 @pytest.mark.parametrize("cuda", [True, False])

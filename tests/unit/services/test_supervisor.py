@@ -306,6 +306,13 @@ def test_urls_of_servers_that_run_elsewhere_are_refused(role: str, config: RunCo
         with_free_ports(config.model_copy(update={role: section}))
 
 
+def test_a_teacher_that_others_start_is_refused_even_at_our_own_url(config: RunConfig) -> None:
+    urls = config.teacher.server_urls()
+    section = config.teacher.model_copy(update={"protocol": "vllm", "urls": urls})
+    with pytest.raises(ConfigError, match=r"teacher\.protocol = vllm .* attach with `distillserve train`"):
+        with_free_ports(config.model_copy(update={"teacher": section}))
+
+
 def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
     again = with_free_ports(with_free_ports(config))
     assert again.rollout.server_urls() == [f"http://127.0.0.1:{again.rollout.port}"]

@@ -4,16 +4,19 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from services import clients
+from services import teacher_client
 from services.clients import TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import TeacherScores
+from services.teacher_answers import mismatches
+from services.teacher_client import RefusedSequenceError
 from services.wire import encode_scores
 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
@@ -42,6 +45,7 @@ def answer(request: httpx.Request, **changes: Any) -> httpx.Response:
         "temperature": body["temperature"],
         "top_k": body["top_k"],
         "row_offsets": np.cumsum([0, *map(len, completions)]),
+        "token_ids": tokens.astype(np.int32),
         "token_logprobs": -tokens,
         "topk_ids": np.zeros((len(tokens), body["top_k"]), np.int32),
         "topk_logprobs": np.zeros((len(tokens), body["top_k"]), np.float32),
@@ -118,13 +122,61 @@ async def test_replicas_take_over_from_one_that_is_down(failure: httpx.Response 
 
     scores = await teacher(only_c_lives, A, B, C).score(SEQUENCES[:3], top_k=1)
     assert scores.token_logprobs.tolist() == [-1, -2, -3]
-    # a: twice itself, then b, then c; b: twice itself, then c; c: at once
-    assert calls == {"a": 2, "b": 3, "c": 3}
+    # Three requests, dealt out one each; all of a and b go elsewhere at once, and after three failures nobody asks them.
+    assert calls["c"] == 3 and calls["a"] <= 3 and calls["b"] <= 3
 
 
 async def test_answers_of_different_models_are_not_mixed() -> None:
-    with pytest.raises(PeerError, match=r"do not serve the same model: m \(a\), m \(b\)"):
+    message = r"do not serve the same model: m \(a\) answered from http://a:1, m \(b\) from http://b:2"
+    with pytest.raises(PeerError, match=message):
         await teacher(lambda r: answer(r, fingerprint=r.url.host), A, B).score(SEQUENCES, top_k=1)
+
+
+async def test_a_server_that_comes_back_with_another_model_is_refused() -> None:
+    fingerprints = iter("aab")
+    client = teacher(lambda r: answer(r, fingerprint=next(fingerprints)))
+    for _ in range(2):
+        await client.score(SEQUENCES, top_k=1)
+    with pytest.raises(PeerError, match=r"m \(a\) answered from http://a:1, m \(b\) from http://a:1"):
+        await client.score(SEQUENCES, top_k=1)
+
+
+async def test_a_refused_sequence_is_named_by_its_place_among_all() -> None:
+    """Also where it was refused as part of a piece."""
+
+    def refuse_five(request: httpx.Request) -> httpx.Response:
+        last_ids = [s["token_ids"][-1] for s in json.loads(request.content)["sequences"]]
+        if len(last_ids) > 2:
+            return TOO_LARGE
+        if 5 not in last_ids:
+            return answer(request)
+        problem = {"detail": "too long", "field": f"sequences.{last_ids.index(5)}.token_ids"}
+        return httpx.Response(422, json=problem)
+
+    with pytest.raises(RefusedSequenceError, match="answered 422: too long") as caught:
+        await teacher(refuse_five).score(SEQUENCES, top_k=1)
+    assert SEQUENCES[caught.value.index] == ([9, 5], 1)
+
+
+@pytest.mark.parametrize("field", ["top_k", "sequences", "sequences.7.token_ids", None])
+async def test_what_is_not_a_problem_of_a_sequence_is_not_called_one(field: str | None) -> None:
+    refusal = httpx.Response(422, json={"detail": "no", "field": field})
+    with pytest.raises(ProblemError, match="answered 422: no") as caught:
+        await teacher(lambda _: refusal).score(SEQUENCES, top_k=1)
+    assert not isinstance(caught.value, RefusedSequenceError)
+
+
+async def test_rows_of_other_tokens_can_be_left_to_the_caller() -> None:
+    shifted = np.array([2, 3, 4, 5, 6, 7, 1], np.int32)
+    scores = await teacher(lambda r: answer(r, token_ids=shifted)).score(SEQUENCES, top_k=1, on_mismatch="keep")
+    assert scores.token_ids.tolist() == shifted.tolist()
+    assert mismatches(scores, SEQUENCES)[2] == "the teacher scored token 4 in row 0, asked was 3"
+
+
+def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
+    rows, ids = np.zeros(2), np.array([7, 8])
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 2, 2]), ids, rows, ids[:, None], rows[:, None], rows, rows)
+    assert mismatches(scores, [None, None]) == {1: "the teacher scored none of its tokens"}
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
@@ -134,7 +186,7 @@ async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
 
 
 async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_SCORES_IN_FLIGHT", 2)
+    monkeypatch.setattr(teacher_client, "_SCORES_IN_FLIGHT", 2)
     under_way, most = 0, 0
 
     async def slow(request: httpx.Request) -> httpx.Response:
@@ -148,3 +200,140 @@ async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.Mon
 
     scores = await teacher(slow).score(SEQUENCES, top_k=1, max_rows_per_request=1)
     assert len(scores.token_logprobs) == 7 and most == 2
+
+
+# ---------------------------------------------------------------------------------------------- outages
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that sleeping advances, and what was slept."""
+    fake = SimpleNamespace(now=100.0, waits=[])
+    really_sleep = asyncio.sleep
+
+    async def sleep(delay: float) -> None:
+        fake.now += delay
+        fake.waits.append(delay)
+        await really_sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return fake
+
+
+def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: float) -> TeacherClient:
+    transport = httpx.MockTransport(handler)
+    return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)  # type: ignore[arg-type]
+
+
+async def test_an_outage_is_sat_out_with_growing_waits(clock: SimpleNamespace) -> None:
+    def down_until_290(request: httpx.Request) -> httpx.Response:
+        if clock.now < 390.0:
+            raise httpx.ConnectError("refused")
+        return answer(request)
+
+    scores = await timed(down_until_290, clock).score(SEQUENCES, top_k=1)
+    assert len(scores.token_logprobs) == 7 and 390 <= clock.now < 400
+    lowest = [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, *[10.0] * 100]
+    for low, wait in zip(lowest, clock.waits, strict=False):
+        assert low <= wait <= min(10.0, low + 1.0)
+
+
+async def test_an_outage_that_lasts_names_the_teachers_the_time_and_the_reasons(clock: SimpleNamespace) -> None:
+    asked_at: list[float] = []
+
+    def down(request: httpx.Request) -> httpx.Response:
+        asked_at.append(clock.now)
+        if request.url.host == "a":
+            raise httpx.ConnectError("refused")
+        return httpx.Response(503, json={"detail": "the engine failed"})
+
+    message = (
+        r"no teacher has answered for 60 s \(teacher.outage_s\): http://a:1 cannot be reached \(ConnectError refused\); "
+        r"http://b:2 answered 503 \(the engine failed\)"
+    )
+    with pytest.raises(PeerError, match=message):
+        await timed(down, clock, A, B, outage_s=60.0).score(SEQUENCES, top_k=1, max_rows_per_request=100)
+    assert asked_at[-1] == pytest.approx(160.0)  # a last time at the end
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_retry_after_is_respected_up_to_the_end_of_the_outage(status: int, clock: SimpleNamespace) -> None:
+    answers = [httpx.Response(status, headers={"Retry-After": seconds}) for seconds in ("40", "1e12", "7")]
+    asked_at: list[float] = []
+
+    def busy(request: httpx.Request) -> httpx.Response:
+        asked_at.append(clock.now)
+        return answers.pop(0)
+
+    with pytest.raises(PeerError, match=rf"no teacher has answered for 90 s .*http://a:1 answered {status}"):
+        await timed(busy, clock, outage_s=90.0).score(SEQUENCES, top_k=1)
+    assert asked_at[0] == 100 and 140 <= asked_at[1] <= 150 and asked_at[2] == pytest.approx(190.0)
+
+
+async def test_a_busy_replica_is_left_alone_and_the_other_takes_the_work_at_once(clock: SimpleNamespace) -> None:
+    calls: Counter[str] = Counter()
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls[request.url.host] += 1
+        if request.url.host == "a":
+            return httpx.Response(429, headers={"Retry-After": "30"})
+        return answer(request)
+
+    client = timed(handler, clock, A, B)
+    for _ in range(5):
+        await client.score(SEQUENCES, top_k=1, max_rows_per_request=100)
+    assert calls == {"a": 1, "b": 5} and clock.waits == []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 422])
+async def test_no_replica_is_asked_again_what_one_has_refused(status: int, clock: SimpleNamespace) -> None:
+    calls: Counter[str] = Counter()
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        calls[request.url.host] += 1
+        return httpx.Response(status, json={"detail": "no"})
+
+    with pytest.raises(ProblemError, match=f"answered {status}: no"):
+        await timed(refuse, clock, A, B, C).score(SEQUENCES, top_k=1, max_rows_per_request=100)
+    assert calls == {"a": 1} and clock.waits == []
+
+
+async def test_an_error_ends_the_other_requests_of_the_same_call(clock: SimpleNamespace) -> None:
+    """Nothing goes on asking in the background for somebody who has been told already."""
+    under_way = 0
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal under_way
+        if json.loads(request.content)["sequences"][0]["token_ids"] == [9, 1]:
+            return httpx.Response(422, json={"detail": "no"})
+        under_way += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            under_way -= 1
+        raise AssertionError
+
+    with pytest.raises(ProblemError, match="answered 422"):
+        await timed(handler, clock).score(SEQUENCES, top_k=1, max_rows_per_request=1)
+    assert under_way == 0
+
+
+async def test_a_replica_that_returns_is_used_again(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="services.replicas")
+    calls: Counter[str] = Counter()
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls[request.url.host] += 1
+        if request.url.host == "a" and clock.now < 110:
+            raise httpx.ReadTimeout("")
+        return answer(request)
+
+    client = timed(handler, clock, A, B)
+    for _ in range(50):
+        await client.score(SEQUENCES, top_k=1, max_rows_per_request=100)
+        clock.now += 0.5
+    assert calls["b"] < 50 < calls["a"] + calls["b"] < 60
+    assert [record.getMessage().split(" for ")[0].split(" after ")[0] for record in caplog.records] == [
+        "http://a:1 is left alone",
+        "http://a:1 is back",
+    ]

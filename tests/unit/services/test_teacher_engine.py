@@ -17,12 +17,12 @@ from services.errors import DistillServeError, RequestError, StartupError
 from services.padding import cut_by_padded_tokens
 from services.schemas import TeacherScores
 from services.teacher.engine_transformers import (
-    EncodedSequence,
     TransformersEngine,
-    _Columns,
     log_mass_outside,
+    reduce_logits,
     top_k_ids,
 )
+from services.teacher.jobs import Columns, EncodedSequence, ScoreJob
 from tests.models import save_model
 from trainer.tiny_pair import build_tokenizer
 
@@ -83,6 +83,7 @@ def test_scores_equal_a_full_float64_forward(
     sequences = random_sequences(1, (3, 5), (1, 1), (7, 20), (2, 11), support=4)
     scores = engines(architecture).score(sequences, top_k=6, temperature=temperature)
     assert scores.row_offsets.tolist() == [0, 5, 6, 26, 37]
+    assert scores.token_ids.tolist() == [i for s in sequences for i in s.token_ids[s.prompt_length :]]
     for index, sequence in enumerate(sequences):
         part = rows_of(scores, index)
         exact = exact_logprobs(tiny_model_folder(architecture), sequence, temperature)
@@ -117,6 +118,21 @@ def test_the_company_in_a_batch_changes_nothing(architecture: str, engines: Call
                 np.testing.assert_allclose(getattr(batch, name)[rows_of(batch, place)], mine, rtol=0, atol=1e-5)
 
 
+def test_jobs_that_ask_for_different_things_share_a_forward_pass(engines: Callable[..., TransformersEngine]) -> None:
+    engine = engines()
+    asked = [
+        (random_sequences(3, (4, 9), (2, 3)), 5, 1.0),
+        (random_sequences(4, (1, 3), support=2), 5, 1.0),
+        (random_sequences(5, (30, 4)), 2, 0.5),
+    ]
+    jobs = [ScoreJob(sequences, top_k=k, temperature=t) for sequences, k, t in asked]
+    engine.forward([item for job in jobs for item in job.items()][::-1])
+    for job, (sequences, k, t) in zip(jobs, asked, strict=True):
+        alone, together = engine.score(sequences, top_k=k, temperature=t), job.scores(engine.info)
+        for name, values in alone.columns().items():
+            np.testing.assert_allclose(getattr(together, name), values, rtol=0, atol=1e-5, err_msg=name)
+
+
 def test_sizes_of_forward_and_head_change_nothing(engines: Callable[..., TransformersEngine]) -> None:
     sequences = random_sequences(3, (4, 9), (1, 3), (10, 20), (2, 1), support=3)
     whole = engines().score(sequences, top_k=5, temperature=0.7)
@@ -137,6 +153,7 @@ def test_types_and_shapes_are_those_of_the_contract(engines: Callable[..., Trans
     described = {n: (v.dtype.name, v.shape) for n, v in vars(scores).items() if isinstance(v, np.ndarray)}
     assert described == {
         "row_offsets": ("int64", (3,)),
+        "token_ids": ("int32", (4,)),
         "token_logprobs": ("float32", (4,)),
         "topk_ids": ("int32", (4, 4)),
         "topk_logprobs": ("float32", (4, 4)),
@@ -214,7 +231,7 @@ def test_what_cannot_be_scored_is_refused_before_any_forward(
     engines: Callable[..., TransformersEngine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TransformersEngine, "_score_group", None)
+    monkeypatch.setattr(TransformersEngine, "forward", None)
     with pytest.raises(RequestError) as caught:
         engines().score(sequences, top_k=top_k, temperature=1.0)
     assert (caught.value.status, caught.value.field) == (422, field)
@@ -231,10 +248,11 @@ def test_a_device_that_is_not_there_is_named(device: str, tiny_model_folder: Cal
 
 def reduced(
     logits: list[list[float]], targets: list[int], top_k: int, support: list[list[int]] | None = None
-) -> _Columns:
-    columns = _Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
-    columns.fill(
-        np.arange(len(logits)),
+) -> Columns:
+    columns = Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
+    reduce_logits(
+        columns,
+        slice(0, len(logits)),
         torch.tensor(logits),
         torch.tensor(targets),
         None if support is None else torch.tensor(support),

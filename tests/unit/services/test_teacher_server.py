@@ -10,12 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from services.clients import TeacherClient
+from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.guard import OPEN_PATHS
-from services.schemas import TeacherRequest, TeacherScores
-from services.teacher.server import _as_dtype
+from services.schemas import SCORE_COLUMNS, TeacherRequest, TeacherScores
+from services.teacher.requests import encode_request
+from services.teacher.server import _as_dtype, as_json
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.teacher_app import GOOD, score, serving
+from tests.unit.trainer.test_preflight import teacher_info
+from trainer.tiny_pair import build_tokenizer
 
 KEY = "the-key"
 VOCAB = 261
@@ -47,7 +51,8 @@ async def test_json_and_safetensors_say_the_same(client: httpx.AsyncClient) -> N
     assert binary.headers["content-type"] == SAFETENSORS_MEDIA_TYPE
     scores = decode_scores(binary.content)
     assert scores.row_offsets.tolist() == [0, 3, 4] and scores.temperature == readable["temperature"] == 0.5
-    for name in ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "entropies", "support_logprobs"):
+    assert scores.token_ids.tolist() == [6, 7, 8, 10] and scores.token_ids.dtype == np.int32
+    for name in SCORE_COLUMNS:
         joined = [row for sequence in readable["sequences"] for row in sequence[name]]
         assert getattr(scores, name) == pytest.approx(np.array(joined), abs=1e-6), name
     half = decode_scores(
@@ -70,7 +75,8 @@ async def test_text_and_messages_are_tokenized_like_the_model_would(client: http
     assert (await score(client, text)).json() == (await score(client, ids)).json()
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     answer = (await score(client, {"sequences": [{"messages": messages}], "top_k": 1})).json()
-    assert len(answer["sequences"][0]["token_logprobs"]) == 3  # "y", "o" and the end that the template writes
+    scored = answer["sequences"][0]
+    assert scored["token_ids"] == [*b"yo", 256] and len(scored["token_logprobs"]) == 3  # the template writes the end
 
 
 async def test_an_empty_tail_is_null_in_json(folder: str) -> None:
@@ -147,6 +153,23 @@ async def test_a_bad_request_is_a_problem_that_names_the_field(
     assert problem["title"] and problem["detail"] and "type" in problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "field", "detail"),
+    [
+        ({"temperature": 2.0}, "temperature", "temperature = 2.0, but this engine computes at temperature 1 only"),
+        ({"sequences": [{**GOOD, "support_ids": [[1]]}]}, "sequences.0.support_ids", "scores no tokens of the"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(changes: dict[str, Any], field: str, detail: str) -> None:
+    tokenizer = build_tokenizer()
+    weak = teacher_info(tokenizer, temperature_support="one", scores_support_ids=False, engine="weak")
+    request = TeacherRequest(**{"sequences": [GOOD], "top_k": 1, **changes})
+    assert encode_request(request, teacher_info(tokenizer), TeacherConfig(), tokenizer)
+    with pytest.raises(RequestError, match=rf"{detail}.*\(teacher.engine = weak\)") as refusal:
+        encode_request(request, weak, TeacherConfig(), tokenizer)
+    assert (refusal.value.status, refusal.value.field) == (422, field)
+
+
 async def test_a_problem_repeats_the_wrong_value_but_not_all_of_it(client: httpx.AsyncClient) -> None:
     assert "(got -7)" in (await score(client, {"sequences": [GOOD], "top_k": -7})).json()["detail"]
     long = await score(client, {"sequences": [GOOD], "top_k": "x" * 10_000})
@@ -171,11 +194,20 @@ def test_a_flood_of_mistakes_makes_few_error_objects(sequences: list[dict[str, A
 
 def test_float16_keeps_what_is_possible_possible() -> None:
     rows, ids = np.array([-1.5, -1e5, -np.inf], np.float32), np.zeros((3, 1), np.int32)
-    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), rows, ids, rows[:, None], rows, rows)
+    scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), ids[:, 0], rows, ids, rows[:, None], rows, rows)
     half = _as_dtype(scores, "float16")
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
     assert half.entropies.dtype == np.float32 and half.topk_ids.dtype == np.int32 and half.support_logprobs is None
+
+
+def test_what_no_engine_computed_is_null_in_json() -> None:
+    rows, nothing = np.array([-1.5, -2.0], np.float32), np.array([np.nan, np.nan], np.float32)
+    scores = TeacherScores(
+        "m", "f", 1.0, 1, np.array([0, 2]), np.array([3, 4]), rows, np.zeros((2, 1)), rows[:, None], rows, nothing
+    )
+    sequence = json.loads(json.dumps(as_json(scores), allow_nan=False))["sequences"][0]
+    assert sequence["entropies"] == [None, None] and sequence["token_logprobs"] == [-1.5, -2.0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])
@@ -213,7 +245,7 @@ async def test_half_a_surrogate_pair_is_no_text(sequence: str, field: str, clien
 
 async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_words(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception('Conversation roles must alternate') }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -221,7 +253,7 @@ async def test_messages_that_the_chat_template_refuses_are_a_problem_in_its_word
 
 
 async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert (response.status_code, response.json()["field"]) == (422, "sequences.0.messages")
@@ -230,7 +262,7 @@ async def test_a_chat_template_that_fails_is_the_same_problem(client: httpx.Asyn
 
 async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncClient) -> None:
     template = "{{ raise_exception(messages[0]['content']) }}"
-    client.app.state.service.engine.tokenizer.chat_template = template  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = template  # type: ignore[attr-defined]
     messages = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]'
     content = f'{{"sequences": [{{"messages": {messages}}}], "top_k": 1}}'
     headers = {"content-type": "application/json"}
@@ -239,7 +271,7 @@ async def test_a_refusal_may_repeat_half_a_surrogate_pair(client: httpx.AsyncCli
 
 
 async def test_messages_need_a_chat_template(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.tokenizer.chat_template = None  # type: ignore[attr-defined]
+    client.app.state.service.scorer.tokenizer.chat_template = None  # type: ignore[attr-defined]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     response = await score(client, {"sequences": [{"messages": messages}], "top_k": 1})
     assert response.status_code == 422 and "no chat template" in response.json()["detail"]
@@ -250,7 +282,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_before_it_is_compute
     sequence = {"token_ids": [1] * 13, "prompt_length": 1}
     async with serving(folder, max_answer_mib=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        service.engine.score = None
+        service.scorer.engine.forward = None
         refused = await score(client, {"sequences": [sequence] * 100, "top_k": 110})
         text = (await client.get("/metrics")).text
     assert (refused.status_code, refused.json()["field"]) == (413, "top_k")
@@ -322,13 +354,13 @@ async def test_answers_are_counted(client: httpx.AsyncClient) -> None:
     assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="422"} 1.0' in text
     assert "distillserve_teacher_rows_total 2.0" in text and "distillserve_teacher_tokens_total 3.0" in text
     assert "distillserve_teacher_sequences_total 1.0" in text
-    assert "distillserve_teacher_score_seconds_count 1.0" in text
+    assert "distillserve_teacher_forward_seconds_count 1.0" in text
     assert "distillserve_teacher_wait_seconds_count 1.0" in text
     assert "distillserve_teacher_pending_requests 0.0" in text
 
 
 async def test_failures_and_unknown_paths_are_counted_under_few_labels(client: httpx.AsyncClient) -> None:
-    client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+    client.app.state.service.scorer.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
     await score(client, {"sequences": [GOOD], "top_k": 1})
     for path in ("/a", "/b"):
         await client.get(path)

@@ -9,9 +9,24 @@ from typing import Any
 import pytest
 
 from services.errors import PROBLEM_MEDIA_TYPE
-from services.schemas import TeacherScores
-from services.teacher.engine_transformers import EncodedSequence
+from services.teacher.jobs import ScoreItem
+from services.teacher.service import TeacherService
 from tests.teacher_app import GOOD, score, serving
+
+
+def hold(service: TeacherService, seen: list[int] | None = None) -> threading.Event:
+    """Make the engine wait in every forward pass for the event; the first tokens of what it scores go into `seen`."""
+    release = threading.Event()
+    really_forward = service.scorer.engine.forward  # type: ignore[union-attr]
+
+    def forward(items: list[ScoreItem]) -> None:
+        release.wait()
+        if seen is not None:
+            seen.extend(item.sequence.token_ids[0] for item in items)
+        really_forward(items)
+
+    service.scorer.engine.forward = forward  # type: ignore[union-attr,method-assign]
+    return release
 
 
 @pytest.fixture
@@ -22,18 +37,13 @@ def folder(tiny_model_folder: Callable[[str], str]) -> str:
 async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
     async with serving(folder, max_pending_requests=1) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        release = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        blocked = loop.run_in_executor(
-            service._thread, lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
-        )
+        release = hold(service)
         body = {"sequences": [GOOD], "top_k": 1}
         accepted = asyncio.create_task(score(client, body))
         while service._pending == 0:
             await asyncio.sleep(0)
         refused = await score(client, body)
         release.set()
-        await blocked
         assert (await accepted).status_code == 200
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
 
@@ -88,18 +98,14 @@ async def test_a_long_text_does_not_hold_up_health(folder: str) -> None:
 
 
 async def test_a_caller_that_goes_away_before_its_turn_is_not_scored(folder: str) -> None:
-    async with serving(folder, max_pending_requests=1) as client:
+    async with serving(folder, max_pending_requests=2) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
         scored: list[int] = []
-        really_score = service.engine.score
-
-        def record(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
-            scored.append(sequences[0].token_ids[0])
-            return really_score(sequences, **options)
-
-        service.engine.score = record
-        busy = threading.Event()
-        service._thread.submit(busy.wait)
+        release = hold(service, scored)
+        first = {"sequences": [{"token_ids": [8, 6], "prompt_length": 1}], "top_k": 1}
+        in_front = asyncio.create_task(score(client, first))
+        while service.scorer._window or service.scorer._waiting or service.pending == 0:
+            await asyncio.sleep(0.01)
         body = json.dumps({"sequences": [GOOD], "top_k": 1}).encode()
         hang_up = asyncio.Event()
         messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -125,19 +131,19 @@ async def test_a_caller_that_goes_away_before_its_turn_is_not_scored(folder: str
             "headers": [(b"content-type", b"application/json")],
         }
         leaving = asyncio.create_task(client.guard(scope, receive, send))  # type: ignore[attr-defined]
-        while service._pending == 0:
-            await asyncio.sleep(0)
+        while not service.scorer._waiting:
+            await asyncio.sleep(0.01)
         hang_up.set()
         await leaving
         next_one = asyncio.create_task(
             score(client, {"sequences": [{"token_ids": [9, 6], "prompt_length": 1}], "top_k": 1})
         )
-        while service._pending == 0:
-            await asyncio.sleep(0)
-        busy.set()
-        assert (await next_one).status_code == 200
+        while len(service.scorer._waiting) < 2:
+            await asyncio.sleep(0.01)
+        release.set()
+        assert (await next_one).status_code == (await in_front).status_code == 200
         text = (await client.get("/metrics")).text
-    assert scored == [9]
+    assert scored == [8, 9]
     assert answered[0]["status"] == 499 and "distillserve_teacher_pending_requests 0.0" in text
 
 
@@ -146,7 +152,7 @@ async def test_it_is_not_ready_before_the_model_is_loaded_and_while_it_drains(fo
         early = await client.get("/ready")
         assert (early.status_code, early.json()["title"]) == (503, "Loading")
         assert (await client.get("/health")).status_code == 200
-        while client.app.state.service.engine is None:  # type: ignore[attr-defined]
+        while client.app.state.service.scorer is None:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         assert (await client.get("/ready")).status_code == 200
         client.app.state.service.draining = True  # type: ignore[attr-defined]
@@ -155,7 +161,7 @@ async def test_it_is_not_ready_before_the_model_is_loaded_and_while_it_drains(fo
 
 async def test_an_engine_failure_is_a_problem_without_its_insides(folder: str) -> None:
     async with serving(folder) as client:
-        client.app.state.service.engine.score = lambda *_, **__: 1 / 0  # type: ignore[attr-defined]
+        client.app.state.service.scorer.engine.forward = lambda _: 1 / 0  # type: ignore[attr-defined]
         response = await score(client, {"sequences": [GOOD], "top_k": 1})
     assert response.status_code == 500 and response.headers["content-type"] == PROBLEM_MEDIA_TYPE
     assert "division" not in response.text
@@ -164,14 +170,14 @@ async def test_an_engine_failure_is_a_problem_without_its_insides(folder: str) -
 async def test_one_request_that_fails_leaves_the_engine_in_service(folder: str) -> None:
     async with serving(folder) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
-        really_score = service.engine.score
+        really_forward = service.scorer.engine.forward
 
-        def fail_on_seven(sequences: list[EncodedSequence], **options: Any) -> TeacherScores:
-            if 7 in sequences[0].token_ids:
+        def fail_on_seven(items: list[ScoreItem]) -> None:
+            if any(7 in item.sequence.token_ids for item in items):
                 raise IndexError("a bug")
-            return really_score(sequences, **options)
+            really_forward(items)
 
-        service.engine.score = fail_on_seven
+        service.scorer.engine.forward = fail_on_seven
         bad = {"sequences": [{"token_ids": [7, 6], "prompt_length": 1}], "top_k": 1}
         assert (await score(client, bad)).status_code == 500
         assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
@@ -183,10 +189,10 @@ async def test_a_dead_engine_says_so_and_fails_fast(folder: str) -> None:
     async with serving(folder) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
         service.on_failure = failures.append
-        service.engine.score = lambda *_, **__: 1 / 0
+        service.scorer.engine.forward = lambda _: 1 / 0
         body = {"sequences": [GOOD], "top_k": 1}
         assert (await score(client, body)).status_code == 500
-        service.engine.score = None  # nothing is asked of it any more
+        service.scorer.engine.forward = None  # nothing is asked of it any more
         for response in (await client.get("/health"), await client.get("/ready"), await score(client, body)):
             assert (response.status_code, response.json()["title"]) == (503, "Engine failed")
     assert [type(error) for error in failures] == [ZeroDivisionError]

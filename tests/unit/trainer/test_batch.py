@@ -37,11 +37,16 @@ def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "sto
         finish_reason=finish_reason,  # type: ignore[arg-type]
         policy_versions=[VersionSpan("0", 0, length)],
     )
+    support_ids = np.stack([random.permutation(VOCAB)[:TOP_K] for _ in range(length)]).astype(np.int32)
+    same = support_ids == completion.token_ids[:, None]
+    outside = logprobs.min(-1) - random.exponential(1.0, length)  # a part of the tail, below the candidates
     prompt = Prompt(seed, random.integers(0, VOCAB, prompt_length).tolist(), "")
     return ScoredSample(
         Rollout(prompt, completion),
-        teacher_token_logprobs=random.normal(-2, 0.5, length).astype(np.float32),
-        support_ids=np.stack([random.permutation(VOCAB)[:TOP_K] for _ in range(length)]).astype(np.int32),
+        teacher_token_logprobs=np.where(same.any(-1), np.where(same, logprobs[:, :TOP_K], 0).sum(-1), outside).astype(
+            np.float32
+        ),
+        support_ids=support_ids,
         teacher_support_logprobs=logprobs[:, :TOP_K],
         teacher_tail_logprobs=logprobs[:, TOP_K],
     )

@@ -80,7 +80,8 @@ class FullTeacher:
         assert top_k == best.values.shape[1] and max_rows_per_request >= 1
         offsets, zeros = np.cumsum([0, *self.asked]), np.zeros(len(best.values), np.float32)
         ids = best.indices.numpy().astype(np.int32)
-        return TeacherScores("t", "f", 1.0, top_k, offsets, zeros, ids, best.values.numpy(), zeros, zeros)
+        scored = np.concatenate([ids[prompt_length:] for ids, prompt_length in sequences])
+        return TeacherScores("t", "f", 1.0, top_k, offsets, scored, zeros, ids, best.values.numpy(), zeros, zeros)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 24, 10_000])
@@ -137,7 +138,8 @@ class GreedyTeacher:
         flat = np.array([token for row in self.best for token in row])
         zeros = np.zeros(len(flat), np.float32)
         offsets = np.concatenate([[0], np.cumsum([len(b) for b in self.best])])
-        return TeacherScores("t", "f", 1.0, 1, offsets, zeros, flat[:, None], zeros[:, None], zeros, zeros)
+        scored = np.concatenate([ids[prompt_length:] for ids, prompt_length in sequences])
+        return TeacherScores("t", "f", 1.0, 1, offsets, scored, zeros, flat[:, None], zeros[:, None], zeros, zeros)
 
 
 async def test_without_answers_nothing_is_asked_of_the_teacher() -> None:

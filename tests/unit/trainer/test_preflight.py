@@ -3,7 +3,7 @@
 import pytest
 
 from services.causal_lm import chat_template_probe, tokenizer_fingerprint
-from services.config import LossConfig, RunConfig
+from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import StartupError
 from services.schemas import RolloutInfo, TeacherInfo
 from trainer import preflight
@@ -137,6 +137,35 @@ async def test_another_protocol_is_refused() -> None:
         await preflight.attach(RunConfig(), Servers(rollout_info(protocol=2)), teachers)  # type: ignore[arg-type]
 
 
+async def test_a_teacher_that_does_not_tell_its_tokenizer_is_taken_at_its_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    info = teacher_info(build_tokenizer(), tokenizer_fingerprint=None, eos_token_ids=[], chat_template_probe=None)
+    with caplog.at_level("INFO"):
+        await preflight.check_same_tokens(RunConfig(), build_tokenizer(), EOS, info, Servers())  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert "'the-teacher' does not tell its tokenizer" in record.getMessage() and "teacher.model" in record.getMessage()
+
+
+def test_a_folder_tells_what_a_plain_vllm_server_does_not(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    tokens = preflight.teacher_tokens(TeacherConfig(model=tiny_model_folder("llama")))
+    tokenizer = build_tokenizer()
+    assert tokens is not None and tokens.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    assert (tokens.eos_token_ids, tokens.vocabulary) == (EOS, tokenizer.get_vocab())
+    assert tokens.chat_template_probe == chat_template_probe(tokenizer)
+    assert preflight.teacher_tokens(TeacherConfig(model="owner/name")) is None
+    assert preflight.teacher_tokens(TeacherConfig()) is None
+
+
+def test_an_evaluation_needs_the_whole_vocabulary() -> None:
+    info = teacher_info(build_tokenizer(), max_top_k=20)
+    preflight.check_evaluation(RunConfig(), info)
+    evaluating = RunConfig(data={"eval_path": "e.jsonl"})
+    preflight.check_evaluation(evaluating, teacher_info(build_tokenizer()))
+    with pytest.raises(StartupError, match=r"needs all 261 tokens.* returns 20 at most; .*--max-logprobs -1"):
+        preflight.check_evaluation(evaluating, info)
+
+
 def test_the_shortest_context_counts_and_must_leave_room() -> None:
     info = teacher_info(build_tokenizer())
     rollouts = [rollout_info(), rollout_info(max_model_len=32)]
@@ -186,6 +215,12 @@ def test_the_support_is_as_large_as_asked_or_leaves_one_token_outside(
             261,
             {"max_logprobs": 19},
             r"20 tokens .* rollout.max_logprobs = 19",
+        ),
+        (
+            {"support": "student_topk"},
+            261,
+            {"scores_support_ids": False, "engine": "vllm"},
+            r"support = student_topk, but the teacher 'the-teacher' \(engine vllm\) scores no tokens",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Suppor
 SUPPORT = Support("teacher_topk", TOP_K, VOCAB)
 
 
-def changed(**arrays: np.ndarray) -> ScoredSample:
+def changed(**arrays: Any) -> ScoredSample:
     return ScoredSample(**{**vars(sample(0, 2, 3)), **arrays})
 
 
@@ -27,6 +28,32 @@ def with_value(name: str, value: float) -> ScoredSample:
 
 def test_a_good_sample_has_no_defect() -> None:
     assert defect(sample(0, 2, 3), SUPPORT) is None
+
+
+def test_rows_that_are_not_of_one_distribution_are_named() -> None:
+    """The sampled tokens are 10, a candidate, and 11, which is not; the row is 1/2, 1/4 and a tail of 1/4."""
+    rollout = sample(0, 1, 2).rollout
+    rollout = replace(rollout, completion=replace(rollout.completion, token_ids=np.array([10, 11], np.int32)))
+
+    def row(*logprobs: float) -> str:
+        shares = np.log([[0.5, 0.25]] * 2)
+        ids = np.array([[9, 10], [9, 10]], np.int32)
+        tail = np.log([0.25, 0.25])
+        return defect(ScoredSample(rollout, np.array(logprobs), ids, shares, tail), SUPPORT) or ""
+
+    assert row(np.log(0.25), np.log(0.25)) == row(np.log(0.25) + 9e-4, -40.0) == ""
+    assert row(np.log(0.5), -2.0) == "the teacher gave token 10 in row 0 -0.6931, and -1.3863 among its candidates"
+    assert row(-40.0, -2.0) == "the teacher gave token 10 in row 0 -40.0000, and -1.3863 among its candidates"
+    assert (
+        row(np.log(0.25), np.log(0.26))
+        == "the teacher gave token 11 in row 1 -1.3471, and at most -1.3863 to those outside its candidates"
+    )
+    rollout = replace(rollout, completion=replace(rollout.completion, token_ids=np.array([7, 11], np.int32)))
+    # The student's own top-k need not be the teacher's: there, only the tail bounds what is outside.
+    wide = np.log([[0.1, 0.1]] * 2), np.array([[9, 10], [9, 10]], np.int32), np.log([0.8, 0.8])
+    outside = ScoredSample(rollout, np.log([0.7, 0.7]), wide[1], wide[0], wide[2])
+    assert defect(outside, Support("student_topk", 2, VOCAB)) is None
+    assert "at most -2.3026" in (defect(outside, SUPPORT) or "")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +92,7 @@ def test_unusable_rows_are_named(bad: ScoredSample, reason: str) -> None:
 def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
     def row(over: float) -> ScoredSample:
         return changed(
+            teacher_token_logprobs=np.full(3, -5.0),
             teacher_support_logprobs=np.log(np.full((3, 4), 0.2)),
             teacher_tail_logprobs=np.log(np.full(3, 0.2 + over)),
         )
@@ -95,7 +123,8 @@ class Teacher:
             for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs")
         )
         offsets = np.cumsum([0, *(len(s.teacher_token_logprobs) for s in self.samples)])
-        return TeacherScores("t", "f", 0.5, 4, offsets, tokens, ids, support, tail, np.zeros(len(tokens)))
+        scored = np.concatenate([s.rollout.completion.token_ids for s in self.samples])
+        return TeacherScores("t", "f", 0.5, 4, offsets, scored, tokens, ids, support, tail, np.zeros(len(tokens)))
 
 
 async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> None:
@@ -108,7 +137,7 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
         temperature=0.5,
     )
     sequences, options = teacher.asked
-    assert options == {"top_k": 4, "temperature": 0.5}
+    assert options == {"top_k": 4, "temperature": 0.5, "on_mismatch": "keep"}
     assert [(len(ids), prompt) for ids, prompt in sequences] == [(5, 2), (5, 2), (9, 4)]
     assert sequences[2][0] == [*other.rollout.prompt.token_ids, *other.rollout.completion.token_ids]
     assert [s.rollout for s in samples] == [good.rollout, other.rollout]
@@ -120,9 +149,14 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
 
 def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
     logprobs = np.log(np.full((3, 4), 0.25))
-    empty = changed(teacher_support_logprobs=logprobs, teacher_tail_logprobs=np.full(3, -np.inf))
-    ids = np.tile(np.arange(4), (3, 1))
-    empty = ScoredSample(**{**vars(empty), "support_ids": ids})
+    rollout = sample(0, 2, 3).rollout
+    empty = changed(
+        rollout=replace(rollout, completion=replace(rollout.completion, token_ids=np.array([3, 0, 1], np.int32))),
+        teacher_token_logprobs=logprobs[:, 0],
+        teacher_support_logprobs=logprobs,
+        teacher_tail_logprobs=np.full(3, -np.inf),
+        support_ids=np.tile(np.arange(4), (3, 1)),
+    )
     assert defect(empty, Support("teacher_topk", 4, 4)) is None
     assert "no finite logprob" in (defect(empty, SUPPORT) or "")
 
@@ -149,7 +183,8 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
                 1.0,
                 1,
                 offsets,
-                rows[:, 0],
+                np.concatenate([r.completion.token_ids for r in rollouts]),
+                rows[:, 2] - 1,
                 one.astype(np.int32),
                 one,
                 rows[:, 0],
@@ -166,6 +201,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
         "top_k": 1,
         "temperature": 0.5,
         "support_ids": [r.completion.student_topk_ids.tolist() for r in rollouts],
+        "on_mismatch": "keep",
     }
     assert quarantined == []
     for found, rollout, share in zip(samples, rollouts, shares, strict=True):

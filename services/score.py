@@ -1,0 +1,211 @@
+"""`distillserve score`: a completion as a table, or a whole file into shards.
+
+consumes   the shards of a JSONL file that are not there yet, one after the other
+produces   their scores, a safetensors file each, and the manifest after every one
+waits for  the teacher servers, a few requests at a time
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from services.clients import TeacherClient
+from services.config import Secrets, reveal
+from services.errors import ConfigError, DataError
+from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
+from services.score_rows import InputFile, ShardRows, read_shards_of_rows
+from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
+from services.score_table import describe_totals, render_scores
+from services.server_client import all_or_first_error
+from services.teacher_answers import concatenate_scores
+from services.teacher_client import LogprobDtype, RefusedSequenceError
+
+__all__ = ["FileOptions", "ScoredRow", "TeacherOptions", "read_shards", "score_file", "score_pair"]
+
+# Sequences of one request: enough to fill a forward pass, few enough for a bar that moves.
+_SEQUENCES_PER_REQUEST = 64
+# Requests under way at once, for each teacher; each holds the answer of its sequences in memory.
+_REQUESTS_IN_FLIGHT = 4
+# Rows of a request, more than there can be: the requests are cut here already.
+_UNCUT = 1 << 40
+# In a problem document, the place of a sequence in its request, which means nothing to the reader of a file.
+_PLACE = re.compile(r"sequences\.\d+\.?")
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Which teachers are asked, and for what."""
+
+    urls: list[str]
+    top_k: int
+    temperature: float
+    outage_s: float
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What is scored, and where the scores go."""
+
+    input: Path
+    output: Path
+    logprob_dtype: LogprobDtype
+    shard_rows: int
+    on_bad_row: Literal["stop", "skip"]
+
+
+async def score_pair(teacher: TeacherOptions, prompt: str, completion: str) -> None:
+    """Print the scores of one completion.
+
+    Raises:
+        PeerError: the teacher refuses it, or cannot be reached.
+    """
+    async with _client(teacher) as client:
+        scores = await client.score_text([(prompt, completion)], top_k=teacher.top_k, temperature=teacher.temperature)
+        vocabulary = await client.vocabulary()
+    console = Console()
+    console.print(render_scores(scores, {index: token for token, index in vocabulary.items()}))
+    console.print(describe_totals(scores), markup=False, highlight=False, soft_wrap=True)
+
+
+async def score_file(teacher: TeacherOptions, options: FileOptions) -> None:
+    """Score what is missing of a file's shards, with a progress bar on stderr.
+
+    Raises:
+        ConfigError: the folder holds scores of another input or with other settings.
+        DataError: a row is bad and they are not to be skipped, or a file cannot be read or written.
+        PeerError: no teacher answers.
+    """
+    input_file, num_lines = await asyncio.to_thread(InputFile.of, options.input)
+    async with _client(teacher) as client:
+        info = await _agreed_info(client)
+        settings = ScoreSettings(
+            protocol=PROTOCOL_VERSION,
+            teacher=info.model,
+            fingerprint=info.fingerprint,
+            tokenizer_fingerprint=info.tokenizer_fingerprint,
+            temperature=teacher.temperature,
+            top_k=teacher.top_k,
+            logprob_dtype=options.logprob_dtype,
+            shard_rows=options.shard_rows,
+            input=input_file,
+        )
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {options.output} cannot be written: {error.strerror}") from error
+        manifest = resume(options.output, settings, num_lines)
+        with _progress() as progress:
+            task = progress.add_task(options.input.name, total=num_lines)
+            for index in manifest.shards:
+                progress.advance(task, _num_lines(manifest, index))
+            scorer = _FileScorer(client, options, manifest, lambda lines: progress.advance(task, lines))
+            await scorer.score_missing_shards()
+    Console(stderr=True).print(_summary(options, manifest), highlight=False, soft_wrap=True)
+
+
+class _FileScorer:
+    """Scores the missing shards of one file.
+
+    Args:
+        on_lines: told how many lines of the input are done since.
+    """
+
+    def __init__(
+        self, client: TeacherClient, options: FileOptions, manifest: Manifest, on_lines: Callable[[int], None]
+    ) -> None:
+        self._client, self._options, self._manifest, self._on_lines = client, options, manifest, on_lines
+        self._room = asyncio.Semaphore(_REQUESTS_IN_FLIGHT * len(client.urls))
+
+    async def score_missing_shards(self) -> None:
+        for row, reason in self._manifest.bad_rows.items():
+            self._refuse_bad_row(row, reason)  # skipped by an earlier run, and not to be skipped any more
+        shards = read_shards_of_rows(
+            self._options.input, self._manifest.settings.shard_rows, frozenset(self._manifest.shards)
+        )
+        for shard in shards:
+            for row, reason in shard.bad_rows.items():
+                self._refuse_bad_row(row, reason)
+            await self._score_shard(shard)
+
+    async def _score_shard(self, shard: ShardRows) -> None:
+        self._on_lines(shard.num_lines - len(shard.rows))
+        starts = range(0, len(shard.rows), _SEQUENCES_PER_REQUEST)
+        answers = await all_or_first_error([self._score_part(shard, start) for start in starts])
+        kept = [row for row in shard.rows if row not in shard.bad_rows]
+        parts = [scores for scores in answers if scores is not None]
+        scores = concatenate_scores(parts) if parts else None
+        self._manifest.shards[shard.index] = await asyncio.to_thread(
+            write_shard, self._options.output, shard.index, shard.first_row, kept, scores
+        )
+        self._manifest.bad_rows.update(shard.bad_rows)
+        self._manifest.write(self._options.output)
+
+    async def _score_part(self, shard: ShardRows, start: int) -> TeacherScores | None:
+        """Scores of one request's worth of a shard, without what the teacher refuses; None when nothing is left."""
+        part = slice(start, start + _SEQUENCES_PER_REQUEST)
+        rows, sequences = shard.rows[part], shard.sequences[part]
+        settings = self._manifest.settings
+        async with self._room:
+            while sequences:
+                try:
+                    scores = await self._client.score_sequences(
+                        sequences,
+                        top_k=settings.top_k,
+                        temperature=settings.temperature,
+                        logprob_dtype=self._options.logprob_dtype,
+                        max_rows_per_request=_UNCUT,
+                    )
+                except RefusedSequenceError as error:
+                    bad = rows[error.index]
+                    reason = _PLACE.sub("", str(error.problem.get("detail") or error))
+                    self._refuse_bad_row(bad, reason)
+                    shard.bad_rows[bad] = reason
+                    rows = [row for row in rows if row != bad]
+                    sequences = sequences[: error.index] + sequences[error.index + 1 :]
+                    self._on_lines(1)
+                else:
+                    self._on_lines(len(sequences))
+                    return scores
+        return None
+
+    def _refuse_bad_row(self, row: int, reason: str) -> None:
+        if self._options.on_bad_row == "stop":
+            raise DataError(f"{self._options.input}, row {row}: {reason}; fix the row or pass --on-bad-row skip")
+
+
+@asynccontextmanager
+async def _client(teacher: TeacherOptions) -> AsyncIterator[TeacherClient]:
+    key = reveal(Secrets().teacher_key)
+    async with TeacherClient(teacher.urls, key=key, outage_s=teacher.outage_s) as client:
+        yield client
+
+
+async def _agreed_info(client: TeacherClient) -> TeacherInfo:
+    infos = await client.info()
+    if len({info.fingerprint for info in infos}) > 1:
+        raise ConfigError(f"the teachers at {', '.join(client.urls)} do not serve the same model; give replicas of one")
+    return infos[0]
+
+
+def _num_lines(manifest: Manifest, index: int) -> int:
+    size = manifest.settings.shard_rows
+    return min(size, manifest.num_lines - index * size)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def _summary(options: FileOptions, manifest: Manifest) -> str:
+    shards = manifest.shards.values()
+    sequences, tokens = sum(s.num_sequences for s in shards), sum(s.num_rows for s in shards)
+    skipped = f", {len(manifest.bad_rows)} bad rows skipped" if manifest.bad_rows else ""
+    return f"{options.output}: {len(shards)} shards, {sequences} sequences, {tokens} scored tokens{skipped}"

@@ -1,0 +1,203 @@
+"""Forward passes from whatever is queued, across requests; one thread of its own.
+
+consumes   ScoreJobs, in the order of their arrival
+produces   their answers, each when its last sequence is scored
+waits for  a job, then for the forward pass
+unblocked  by `submit`
+
+A window of sequences from the front of the queue is sorted by length and cut into forward passes of similar length; the
+one that holds the oldest sequence runs next, so nothing waits for ever and little is padded.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from services.errors import DistillServeError
+from services.metrics import TeacherMetrics
+from services.padding import cut_by_padded_tokens
+from services.schemas import TeacherInfo
+from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob, engine_failed, shutting_down
+
+logger = logging.getLogger(__name__)
+
+# Forward passes' worth of sequences that are sorted together.
+_WINDOW_FORWARDS = 4
+# Weight of the newest forward pass in the running mean of the speed.
+_MEAN_WEIGHT = 0.2
+
+
+class Engine(Protocol):
+    """What the batcher asks of an engine; called from one thread."""
+
+    info: TeacherInfo
+    tokenizer: PreTrainedTokenizerBase
+
+    def forward(self, items: list[ScoreItem]) -> None:
+        """Fill the rows of these sequences in the columns of their jobs."""
+
+
+class Batcher:
+    """The queue in front of an engine, and the thread that empties it.
+
+    Args:
+        tokens_per_forward: bound on the padded tokens of a forward pass.
+        on_failure: told when the engine does not work any more; nothing is scored after that.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokens_per_forward: int,
+        metrics: TeacherMetrics,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self.engine, self._limit, self._metrics, self._on_failure = engine, tokens_per_forward, metrics, on_failure
+        self._arrived = threading.Condition()
+        self._waiting: deque[ScoreItem] = deque()
+        self._window: list[ScoreItem] = []
+        self._queued_tokens = 0
+        self._tokens_per_s = 0.0
+        self._submitted: dict[ScoreJob, float] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self.engine.info
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.engine.tokenizer
+
+    def submit(self, job: ScoreJob) -> None:
+        """Queue a job; its answer, or its error, arrives in `job.done`."""
+        with self._arrived:
+            if self._closed:
+                job.done.set_exception(shutting_down())
+                return
+            self._waiting.extend(job.items())
+            self._queued_tokens += sum(len(s.token_ids) for s in job.sequences)
+            self._submitted[job] = time.monotonic()
+            self._arrived.notify()
+
+    def backlog_s(self) -> float:
+        """Estimate of the time that the queue takes, seconds; 0 before anything was measured."""
+        return self._queued_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+
+    def close(self) -> None:
+        """Score what is queued, then end the thread."""
+        with self._arrived:
+            self._closed = True
+            self._arrived.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while items := self._next_forward():
+            self._score(items)
+
+    def _next_forward(self) -> list[ScoreItem]:
+        """The sequences of the next forward pass; none when the batcher is closed and empty."""
+        while True:
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._waiting or self._window or self._closed)
+                if not self._waiting and not self._window:
+                    return []
+                self._fill_window()
+            lengths = [len(item.sequence.token_ids) for item in self._window]
+            # The oldest sequence stands first in the window, and decides.
+            group = next((g for g in cut_by_padded_tokens(lengths, self._limit) if 0 in g), [])
+            chosen = set(group)
+            items = [item for index, item in enumerate(self._window) if index in chosen]
+            self._window = [item for index, item in enumerate(self._window) if index not in chosen]
+            self._metrics.queued_sequences.set(len(self._waiting) + len(self._window))
+            if items:
+                return items
+
+    def _fill_window(self) -> None:
+        """Top the window up from the queue, and drop what nobody waits for any more."""
+        tokens = sum(len(item.sequence.token_ids) for item in self._window)
+        while self._waiting and tokens < _WINDOW_FORWARDS * self._limit:
+            item = self._waiting.popleft()
+            self._window.append(item)
+            tokens += len(item.sequence.token_ids)
+        for item in [item for item in self._window if item.job.done.done()]:
+            self._window.remove(item)
+            self._forget(item)
+
+    def _forget(self, item: ScoreItem) -> None:
+        self._queued_tokens -= len(item.sequence.token_ids)
+        if item.job.finish(1):
+            self._submitted.pop(item.job, None)
+
+    def _score(self, items: list[ScoreItem]) -> None:
+        """One forward pass. If it fails, its jobs are tried one by one: a request must not fail for its company."""
+        started = time.monotonic()
+        jobs = list(dict.fromkeys(item.job for item in items))
+        for job in jobs:
+            if (submitted := self._submitted.get(job)) is not None and "columns" not in vars(job):
+                self._metrics.wait_seconds.observe(started - submitted)
+        try:
+            self.engine.forward(items)
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._score([item for item in items if item.job is job])
+                return
+            self._fail(jobs[0], error)
+        else:
+            self._measure(items, time.monotonic() - started)
+        for item in items:
+            self._complete(item)
+
+    def _measure(self, items: list[ScoreItem], seconds: float) -> None:
+        lengths = [len(item.sequence.token_ids) for item in items]
+        self._metrics.forward_seconds.observe(seconds)
+        self._metrics.batch_fill.observe(sum(lengths) / (len(lengths) * max(lengths)))
+        speed = sum(lengths) / max(seconds, 1e-9)
+        self._tokens_per_s += (_MEAN_WEIGHT if self._tokens_per_s else 1.0) * (speed - self._tokens_per_s)
+
+    def _complete(self, item: ScoreItem) -> None:
+        self._queued_tokens -= len(item.sequence.token_ids)
+        if not item.job.finish(1):
+            return
+        self._submitted.pop(item.job, None)
+        if not item.job.done.done():
+            try:
+                item.job.done.set_result(item.job.scores(self.engine.info))
+            except InvalidStateError:  # cancelled in between
+                logger.debug("an answer came too late for its caller")
+
+    def _fail(self, job: ScoreJob, error: Exception) -> None:
+        """Give a job its error; one that nobody expected makes the engine prove that it still works."""
+        if not isinstance(error, DistillServeError):
+            logger.error("scoring failed", exc_info=error)
+            self._probe()
+        try:
+            job.done.set_exception(error)
+        except InvalidStateError:
+            logger.debug("an error came too late for its caller")
+
+    def _probe(self) -> None:
+        try:
+            self.engine.forward(ScoreJob([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0).items())
+        except Exception as error:  # a dead CUDA context, for one, never comes back in this process
+            self._on_failure(error)
+            self._abandon(error)
+
+    def _abandon(self, error: Exception) -> None:
+        """Nothing will be scored any more: whoever waits is told at once."""
+        with self._arrived:
+            self._closed = True
+            waiting = {item.job for item in (*self._window, *self._waiting)}
+            self._window, self._waiting = [], deque()
+        for job in waiting:
+            if not job.done.done():
+                job.done.set_exception(engine_failed(error))

@@ -1,0 +1,280 @@
+"""The client of the teacher servers: work cut to size, spread over replicas, asked again through an outage."""
+
+import asyncio
+import itertools
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import httpx
+
+from services.errors import PeerError, ProblemError
+from services.replicas import Lease, Replicas
+from services.schemas import TeacherInfo, TeacherScores
+from services.server_client import Answer, ServerClient, all_or_first_error, describe_transport_error, may_pass
+from services.teacher_answers import Sequence, check_answer, concatenate_scores, cut_by_rows, mismatches
+from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
+
+OnMismatch = Literal["raise", "keep"]
+LogprobDtype = Literal["float32", "float16"]
+
+# Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
+_SCORES_IN_FLIGHT = 8
+_TOO_LARGE = 413
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
+
+_SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)")
+
+
+class RefusedSequenceError(ProblemError):
+    """A teacher refused one of the sequences; `index` is its place among those that were asked."""
+
+    def __init__(self, error: ProblemError, index: int) -> None:
+        super().__init__(error.url, error.status, error.problem)
+        self.index = index
+
+
+class TeacherClient(ServerClient):
+    """The teacher servers, equal replicas: logprobs of given completions.
+
+    Each request goes to the replica with the fewest of ours in flight, and to the next one when that fails; what is
+    retried is 408, 429, 5xx and transport errors. Scoring is pure: asking twice is safe.
+
+    Args:
+        urls: base URLs of the replicas.
+        key: bearer token, if the servers ask for one.
+        timeout_s: how long to wait for an answer to begin, and between its parts.
+        outage_s: how long a score request is asked again while no replica answers it, counted from its first failure.
+        attempts: tries of the other requests, the first included.
+        transport, clock: replace the network and the time in tests.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        key: str | None = None,
+        timeout_s: float = 300.0,
+        outage_s: float = 300.0,
+        attempts: int = 5,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(urls, key=key, timeout_s=timeout_s, attempts=attempts, transport=transport)
+        self._outage_s, self._clock = outage_s, clock
+        self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
+        self._first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+
+    async def info(self) -> list[TeacherInfo]:
+        """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
+        answers = await self._get_info("/v1/teacher/info", TeacherInfo)
+        if len({answer.fingerprint for answer in answers}) == 1:
+            self._check_same_model(self.urls[0], answers[0])
+        return answers
+
+    async def vocabulary(self) -> dict[str, int]:
+        """The first teacher's token-to-id map, for saying how two tokenizers differ."""
+        response = await self._retrying(lambda: self._send("GET", f"{self.urls[0]}/v1/teacher/vocabulary"))
+        return response.json()
+
+    async def score(
+        self,
+        sequences: list[Sequence],
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        support_ids: list[list[list[int]]] | None = None,
+        max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
+    ) -> TeacherScores:
+        """Score completions, spread over the replicas; when one of them fails, the others take over.
+
+        Args:
+            sequences: (token ids of prompt and completion, length of the prompt).
+            top_k: candidates per row.
+            support_ids: of each sequence, [rows][M] further token ids to score.
+            max_rows_per_request: cut the work into requests of about this many rows; default: one per replica.
+                What a server calls too large (413) is cut further.
+            on_mismatch: "keep" leaves it to the caller to find sequences whose rows are not those that were asked
+                (`mismatches`).
+
+        Raises:
+            RefusedSequenceError: a teacher refused one of the sequences.
+            PeerError: no replica answered for `outage_s`, an answer is not to the question, or the replicas do not
+                serve the same model.
+        """
+        asked: list[dict[str, Any]] = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
+        if support_ids is not None:
+            asked = [{**s, "support_ids": ids} for s, ids in zip(asked, support_ids, strict=True)]
+        return await self.score_sequences(
+            asked,
+            top_k=top_k,
+            temperature=temperature,
+            max_rows_per_request=max_rows_per_request,
+            on_mismatch=on_mismatch,
+        )
+
+    async def score_text(self, texts: list[tuple[str, str]], *, top_k: int, temperature: float = 1.0) -> TeacherScores:
+        """Score (prompt, completion) texts; the teacher tokenizes, and `token_ids` of the answer says how.
+
+        Raises:
+            As `score`.
+        """
+        asked = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+        return await self.score_sequences(asked, top_k=top_k, temperature=temperature)
+
+    async def score_sequences(
+        self,
+        sequences: list[dict[str, Any]],
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        logprob_dtype: LogprobDtype = "float32",
+        max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
+    ) -> TeacherScores:
+        """Score sequences in any of the forms of the API (services.schemas.TeacherSequence), mixed as you like.
+
+        Of a text, the rows are not known before; each of its characters is counted as one.
+
+        Args:
+            logprob_dtype: "float16" halves the bytes of a candidate's logprob on the wire, and keeps three digits.
+
+        Raises:
+            As `score`.
+        """
+        num_rows = [_estimated_rows(sequence) for sequence in sequences]
+        limit = max_rows_per_request or -(-sum(num_rows) // len(self.urls))
+        room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
+        settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
+        if logprob_dtype != "float32":
+            settings["logprob_dtype"] = logprob_dtype
+
+        async def one(part: slice) -> list[TeacherScores]:
+            asked = sequences[part]
+            try:
+                async with room:
+                    url, scores = await self._score_somewhere({"sequences": asked, **settings})
+            except ProblemError as error:
+                if error.status == _TOO_LARGE and len(asked) > 1:
+                    middle = (part.start + part.stop) // 2
+                    halves = slice(part.start, middle), slice(middle, part.stop)
+                    return [scores for half in halves for scores in await one(half)]
+                if (index := _refused_index(error, len(asked))) is not None:
+                    raise RefusedSequenceError(error, part.start + index) from error
+                raise
+            check_answer(url, scores, asked, top_k, temperature)
+            if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
+                raise PeerError(f"{url}: sequence {part.start + min(found)}: {found[min(found)]}")
+            return [scores]
+
+        pieces = await all_or_first_error([one(part) for part in cut_by_rows(num_rows, limit)])
+        return concatenate_scores(list(itertools.chain.from_iterable(pieces)))
+
+    async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
+        """(URL, answer) of the replica that answered."""
+
+        async def send(base: str) -> tuple[str, TeacherScores]:
+            url = f"{base}/v1/teacher/logprobs"
+            response = await self._send("POST", url, json=body, headers={"Accept": SAFETENSORS_MEDIA_TYPE})
+            try:
+                scores = decode_scores(response.content)
+            except PeerError as error:
+                raise PeerError(f"{url}: {error}") from error
+            self._check_same_model(base, scores)
+            return url, scores
+
+        return await self._ask_replicas(send)
+
+    def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
+        """Refuse an answer of another model than the first one, also when a server was replaced in between.
+
+        Raises:
+            PeerError: names both servers and models.
+        """
+        first_url, first = self._first_answer = self._first_answer or (url, answer)
+        if answer.fingerprint != first.fingerprint:
+            raise PeerError(
+                f"the teachers do not serve the same model: {first.model} ({first.fingerprint}) answered from {first_url}, "
+                f"{answer.model} ({answer.fingerprint}) from {url}"
+            )
+
+    async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
+        """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.
+
+        Raises:
+            PeerError: none answered for `outage_s`; names what became of the last request to each.
+            ProblemError: a replica refused the request for good.
+        """
+        problems: dict[str, str] = {}
+        tried: set[str] = set()
+        deadline: float | None = None
+        num_waits = 0
+        while True:
+            with self._replicas.lease(tried) as lease:
+                try:
+                    answer = await send(lease.url)
+                    self._replicas.answered(lease)
+                    return answer
+                except (httpx.TransportError, PeerError) as error:
+                    problems[lease.url] = self._judge(lease, error)
+            tried.add(lease.url)
+            now = self._clock()
+            deadline = now + self._outage_s if deadline is None else deadline
+            if self._replicas.has_untried(tried):
+                continue
+            if now >= deadline:
+                said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
+                raise PeerError(f"no teacher has answered for {self._outage_s:g} s (teacher.outage_s): {said}")
+            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), deadline - now))
+            num_waits += 1
+            tried.clear()
+
+    def _rest_s(self) -> float:
+        """How long every replica wants to be left alone, a little longer, so that those refused together part."""
+        return self._replicas.rest_s() * random.uniform(1.0, 1.25)
+
+    def _judge(self, lease: Lease, error: httpx.TransportError | PeerError) -> str:
+        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised."""
+        if not may_pass(error):
+            self._replicas.answered(lease)
+            raise error
+        if isinstance(error, httpx.TransportError):
+            said = describe_transport_error(error)
+            self._replicas.failed(lease, said)
+            return f"cannot be reached ({said})"
+        assert isinstance(error, ProblemError)  # no other PeerError passes
+        detail = error.problem.get("detail") or error.problem.get("title")
+        said = f"answered {error.status}" + (f" ({detail})" if detail else "")
+        if error.retry_after_s is not None:
+            self._replicas.rest(lease, error.retry_after_s)
+        elif error.status >= 500:
+            self._replicas.failed(lease, said)
+        else:
+            self._replicas.answered(lease)
+        return said
+
+
+def _estimated_rows(sequence: dict[str, Any]) -> int:
+    if "token_ids" in sequence:
+        return max(1, len(sequence["token_ids"]) - sequence.get("prompt_length", 0))
+    last_message = (sequence.get("messages") or [{}])[-1]
+    return max(1, len(sequence.get("completion") or last_message.get("content") or ""))
+
+
+def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
+    return (sequence["token_ids"], sequence["prompt_length"]) if "token_ids" in sequence else None
+
+
+def _refused_index(error: ProblemError, num_asked: int) -> int | None:
+    """Which sequence of a request was refused, where the problem is one of a sequence."""
+    named = _SEQUENCE_FIELD.match(str(error.problem.get("field")))
+    if named is not None and int(named[1]) < num_asked:
+        return int(named[1])
+    return 0 if error.status == _TOO_LARGE and num_asked == 1 else None
+
+
+def _backoff_s(num_waits: int) -> float:
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))
