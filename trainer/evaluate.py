@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from services.causal_lm import hidden_states
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import RolloutSampling, TeacherInfo
-from trainer.model import head_of
+from trainer.model import head_of, student_logprobs
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
 
@@ -100,8 +99,8 @@ class Evaluator:
         limit = self._config.pipeline.tokens_per_micro_batch
         for group in cut_by_padded_tokens([len(r.sequence) for r in chosen], limit):
             rows = np.concatenate([np.arange(scores.row_offsets[i], scores.row_offsets[i + 1]) for i in group])
-            teacher = dense_logprobs(scores.topk_ids[rows], scores.topk_logprobs[rows], vocab)
-            total += reverse_kl_sum(model, [chosen[i] for i in group], teacher)
+            of_group = scores.topk_ids[rows], scores.topk_logprobs[rows]
+            total += reverse_kl_sum(model, [chosen[i] for i in group], *map(torch.from_numpy, of_group))
         return total / len(scores.token_logprobs), len(scores.token_logprobs)
 
 
@@ -119,24 +118,26 @@ def within_rows(rollouts: list[Rollout], max_rows: int, *, seed: int) -> list[Ro
     return [rollouts[index] for index in sorted(chosen)]
 
 
-def dense_logprobs(ids: np.ndarray, logprobs: np.ndarray, vocab: int) -> torch.Tensor:
-    """[N, vocab] from candidates that cover the vocabulary, in any order."""
-    dense = torch.full((len(ids), vocab), -torch.inf)
-    return dense.scatter_(1, torch.from_numpy(ids).long(), torch.from_numpy(logprobs).float())
-
-
 @torch.no_grad()
-def reverse_kl_sum(model: PreTrainedModel, rollouts: list[Rollout], teacher_logprobs: torch.Tensor) -> float:
-    """Sum over completion tokens of KL(student || teacher), nats; teacher_logprobs is [N, V_teacher].
+def reverse_kl_sum(
+    model: PreTrainedModel, rollouts: list[Rollout], teacher_ids: torch.Tensor, teacher_logprobs: torch.Tensor
+) -> float:
+    """Sum over completion tokens of KL(student || teacher), nats.
 
     Ids that only one of two differently padded embeddings has belong to no token; they are left out.
+
+    Args:
+        teacher_ids, teacher_logprobs: [N, V_teacher], every token at every row, in any order.
     """
     input_ids, attention_mask = pad_rows([r.sequence for r in rollouts])
     prompts, lengths = zip(*((len(r.prompt.token_ids), len(r.completion.token_ids)) for r in rollouts), strict=True)
-    positions = predicting_positions(list(prompts), list(lengths), input_ids.shape[1]).to(model.device)
-    hidden = hidden_states(model, input_ids.to(model.device), attention_mask.to(model.device)).flatten(0, 1)[positions]
-    student = head_of(model).logits(hidden).float().log_softmax(-1).cpu()
-    shared = min(student.shape[1], teacher_logprobs.shape[1])
-    q, p = student[:, :shared], teacher_logprobs[:, :shared]
+    positions = predicting_positions(list(prompts), list(lengths), input_ids.shape[1])
+    token_ids = torch.from_numpy(np.concatenate([r.completion.token_ids for r in rollouts])).long()
+    support_ids = torch.where(teacher_ids < len(head_of(model).weight), teacher_ids.long(), -1)
+    ids, mask, where, tokens, support = (
+        x.to(model.device) for x in (input_ids, attention_mask, positions, token_ids, support_ids)
+    )
+    q = student_logprobs(model, ids, mask, where, tokens, support, temperature=1.0).support_logprobs.cpu()
+    p = teacher_logprobs.float()
     terms = torch.where(q > -torch.inf, q.exp() * (q - p), 0.0)
     return float(terms.double().sum())

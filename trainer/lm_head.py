@@ -142,24 +142,28 @@ class _SupportLogprobs(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_positions, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        token, lse, lse_tail, entropy = torch.empty(4, num_positions, dtype=dtype, device=hidden.device).unbind()
-        support = torch.empty(support_ids.shape, dtype=dtype, device=hidden.device)
+        lse, lse_tail, entropy = torch.empty(3, num_positions, dtype=dtype, device=hidden.device).unbind()
+        # Each id lies in one tile; in the others it reads as -inf.
+        token = torch.full((num_positions, 1), -torch.inf, dtype=dtype, device=hidden.device)
+        support = torch.full(support_ids.shape, -torch.inf, dtype=dtype, device=hidden.device)
         head = _Logits(weight.to(hidden.dtype), bias, *options)
         tiling = _Tiling.of(num_positions, len(weight), chunk_tokens)
         buffers = hidden.new_empty((2, *tiling.shape), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiling.chunks:
-                parts = []
+                tails = []
                 for tile in tiling.tiles:
                     z, e = buffers[:, : rows.stop - rows.start, : tile.stop - tile.start].unbind()
                     head.write(hidden[rows], tile, z)
-                    ids = _TileIds.of(token_ids[rows], tile), _TileIds.of(support_ids[rows], tile)
-                    parts.append(_forward_tile(z, e, *ids))
-                token[rows], support[rows], lse[rows], lse_tail[rows], entropy[rows] = _join_tiles(parts)
+                    in_support = _TileIds.of(support_ids[rows], tile)
+                    for logits, ids in ((token, _TileIds.of(token_ids[rows], tile)), (support, in_support)):
+                        torch.maximum(logits[rows], ids.read(z), out=logits[rows])
+                    tails.append(_tail_of_tile(z, e, in_support))
+                lse[rows], lse_tail[rows], entropy[rows] = _join_tails(support[rows], tails)
         ctx.save_for_backward(hidden, weight, bias, token_ids, support_ids, lse, lse_tail)
         ctx.options, ctx.chunk_tokens = options, chunk_tokens
         ctx.mark_non_differentiable(entropy)
-        return token - lse, support - lse.unsqueeze(-1), lse_tail - lse, entropy
+        return token.squeeze(-1) - lse, support - lse.unsqueeze(-1), lse_tail - lse, entropy
 
     @staticmethod
     @once_differentiable
@@ -213,14 +217,12 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
-def _forward_tile(z: Tensor, e: Tensor, token: _TileIds, support: _TileIds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a tile knows: logits of the token [C, 1] and of S [C, K], -inf if elsewhere; of its part of the tail, the
-    logsumexp [C, 1] and the entropy [C, 1].
+def _tail_of_tile(z: Tensor, e: Tensor, support: _TileIds) -> tuple[Tensor, Tensor]:
+    """Of a tile's part of the tail, the logsumexp [C, 1] and the entropy [C, 1].
 
     z [C, T] holds the logits and e [C, T] anything; both are overwritten. S is taken out before anything is summed:
     log(1 - sum over S) would have no correct digits for a small tail, nor would a sum with the maximum of the whole.
     """
-    token_logit, support_logits = token.read(z), support.read(z)
     support.overwrite_(z, -torch.inf)
     shift = z.amax(-1, keepdim=True)
     # The maximum of an empty tail is -inf, and -inf - (-inf) would be NaN; its sum is 0.
@@ -229,19 +231,17 @@ def _forward_tile(z: Tensor, e: Tensor, token: _TileIds, support: _TileIds) -> t
     log_sum = sum_exp.log()
     support.overwrite_(z, 0.0)  # 0 * -inf would be NaN
     entropy = log_sum - e.mul_(z).sum(-1, keepdim=True) / sum_exp
-    return token_logit, support_logits, shift + log_sum, entropy.masked_fill(sum_exp == 0, 0.0)
+    return shift + log_sum, entropy.masked_fill(sum_exp == 0, 0.0)
 
 
-def _join_tiles(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logit of the token [C] and of S [C, K], logsumexp [C], logsumexp of the tail [C], entropy [C]."""
-    tokens, supports, tails, entropies = zip(*parts, strict=True)
-    token, support = torch.cat(tokens, -1).amax(-1), torch.stack(supports).amax(0)
-    tail, inner = torch.cat(tails, -1), torch.cat(entropies, -1)
+def _join_tails(support: Tensor, tails: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logsumexp [C], logsumexp of the tail [C] and entropy [C] from the logits of S [C, K] and the tiles' tails."""
+    tail, inner = (torch.cat(columns, -1) for columns in zip(*tails, strict=True))
     groups = torch.cat([support, tail], -1)  # tokens of S, and tails of tiles
     lse = groups.logsumexp(-1, keepdim=True)
     # The entropy of which group it is, and the mean entropy inside the group.
     entropy = torch.special.entr((groups - lse).exp()).sum(-1) + ((tail - lse).exp() * inner).sum(-1)
-    return token, support, lse.squeeze(-1), tail.logsumexp(-1), entropy
+    return lse.squeeze(-1), tail.logsumexp(-1), entropy
 
 
 class _RowGradients(NamedTuple):
