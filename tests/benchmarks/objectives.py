@@ -24,8 +24,6 @@ OUTPUT = Path("outputs/objectives")
 SEEDS = (0, 1, 2)
 STEPS, EVERY, TARGET_KL = 160, 8, 0.25
 _NO_SINGLE_STEP = ["--loss.single_step_decomposition", "false"]
-_TOP_4 = ["--loss.top_k", "4"]
-"""Fewer than the ten digits of an answer, so that the tail matters; the default of 32 holds nearly all mass here."""
 OBJECTIVES: dict[str, list[str]] = {
     "full": ["--loss.single_step_estimator", "full"],
     "hybrid": [],
@@ -34,8 +32,6 @@ OBJECTIVES: dict[str, list[str]] = {
     "both, gamma 1": ["--loss.gamma", "1"],
     "policy gradient, gamma 0": _NO_SINGLE_STEP,
     "policy gradient, gamma 1": [*_NO_SINGLE_STEP, "--loss.gamma", "1"],
-    "hybrid, K = 4": _TOP_4,
-    "truncated, K = 4": [*_TOP_4, "--loss.single_step_estimator", "truncated"],
 }
 
 
