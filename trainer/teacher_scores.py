@@ -20,6 +20,8 @@ from trainer.rollouts import Rollout
 
 # Distance of a row's probabilities from one that rounding can explain.
 _MASS_TOLERANCE = 1e-3
+# Rounding of a tail that a teacher computes as one minus the mass of its candidates (vLLM's).
+_TAIL_RESOLUTION = 1e-5
 # Difference of two logprobs of one token that rounding can explain, nats.
 _LOGPROB_TOLERANCE = 1e-3
 
@@ -146,7 +148,8 @@ def _contradiction(sample: ScoredSample, support: Support) -> str | None:
     bound = sample.teacher_tail_logprobs
     if support.kind == "teacher_topk":
         bound = np.minimum(bound, sample.teacher_support_logprobs.min(-1))
-    excess = np.where(inside, np.abs(logprobs - among), logprobs - bound)
+    over = np.where(np.exp(logprobs) - np.exp(bound) > _TAIL_RESOLUTION, logprobs - bound, 0.0)
+    excess = np.where(inside, np.abs(logprobs - among), over)
     if excess.max(initial=0.0) <= _LOGPROB_TOLERANCE:
         return None
     row = int(excess.argmax())

@@ -232,3 +232,19 @@ def test_too_many_of_them_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match=r"1 of 4 samples.*because.*max_quarantine_rate = 0\.1"):
         quarantine.add([Quarantined(sample(7, 2, 3).rollout, "because")], 4)
     assert (tmp_path / "q.jsonl").read_text().count("\n") == 1
+
+
+def test_a_tail_that_is_one_minus_the_rest_may_be_rounded() -> None:
+    """The sampled token is all of a tail of 2e-5, which float32 sums of the candidates give as 1.5e-5."""
+    tail = np.full(3, np.log(1.5e-5), np.float32)
+    outside = next(i for i in range(VOCAB) if not (sample(0, 2, 3).support_ids == i).any())
+    original = sample(0, 2, 3)
+    completion = replace(original.rollout.completion, token_ids=np.full(3, outside, np.int32))
+    rounded = ScoredSample(
+        replace(original.rollout, completion=completion),
+        teacher_token_logprobs=np.full(3, np.log(2e-5), np.float32),
+        support_ids=original.support_ids,
+        teacher_support_logprobs=np.log(np.full((3, TOP_K), 0.25, np.float32)),
+        teacher_tail_logprobs=tail,
+    )
+    assert defect(rounded, SUPPORT) is None
