@@ -37,6 +37,8 @@ class ServerClient:
         transport: replaces the network in tests.
     """
 
+    _READY_PATH = "/ready"
+
     def __init__(
         self,
         urls: list[str],
@@ -86,7 +88,7 @@ class ServerClient:
 
     async def _readiness_problem(self, url: str) -> str | None:
         try:
-            response = await self._http.get(f"{url}/ready", timeout=_CONNECT_TIMEOUT_S)
+            response = await self._http.get(f"{url}{self._READY_PATH}", timeout=_CONNECT_TIMEOUT_S)
         except httpx.TransportError as error:
             return describe_transport_error(error)
         return None if response.is_success else f"it answers {response.status_code}"

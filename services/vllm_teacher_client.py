@@ -56,6 +56,8 @@ class VllmTeacherClient(TeacherClient):
         options: as of ServerClient.
     """
 
+    _READY_PATH = "/health"
+
     def __init__(self, urls: list[str], *, tokens: TeacherTokens | None = None, **options: Any) -> None:
         super().__init__(urls, **options)
         self._tokens = tokens
@@ -104,13 +106,6 @@ class VllmTeacherClient(TeacherClient):
         return await super().score(
             sequences, top_k=top_k, max_rows_per_request=min(limit, _ROWS_PER_REQUEST), on_mismatch=on_mismatch
         )
-
-    async def _readiness_problem(self, url: str) -> str | None:
-        try:
-            response = await self._http.get(f"{url}/health", timeout=10.0)
-        except httpx.TransportError as error:
-            return f"{type(error).__name__} {error}".strip()
-        return None if response.is_success else f"it answers {response.status_code}"
 
     async def _info(self, url: str) -> TeacherInfo:
         if url not in self._infos:

@@ -132,10 +132,14 @@ class Batcher:
             self._window.remove(item)
             self._forget(item)
 
-    def _forget(self, item: ScoreItem) -> None:
-        self._queued_tokens -= len(item.sequence.token_ids)
-        if item.job.finish(1):
-            self._submitted.pop(item.job, None)
+    def _forget(self, item: ScoreItem) -> bool:
+        """Take a sequence out of the books, which `submit` writes from other threads; whether its job has no more."""
+        with self._arrived:
+            self._queued_tokens -= len(item.sequence.token_ids)
+            is_last = item.job.finish(1)
+            if is_last:
+                self._submitted.pop(item.job, None)
+            return is_last
 
     def _score(self, items: list[ScoreItem]) -> None:
         """One forward pass. If it fails, its jobs are tried one by one: a request must not fail for its company."""
@@ -165,10 +169,8 @@ class Batcher:
         self._tokens_per_s += (_MEAN_WEIGHT if self._tokens_per_s else 1.0) * (speed - self._tokens_per_s)
 
     def _complete(self, item: ScoreItem) -> None:
-        self._queued_tokens -= len(item.sequence.token_ids)
-        if not item.job.finish(1):
+        if not self._forget(item):
             return
-        self._submitted.pop(item.job, None)
         if not item.job.done.done():
             try:
                 item.job.done.set_result(item.job.scores(self.engine.info))
