@@ -163,21 +163,18 @@ def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutI
     Raises:
         StartupError: a server does not return that many tokens, or the vocabularies do not fit.
     """
+    name, limit = "teacher.max_top_k", teacher.max_top_k
     if loss.single_step_estimator == "full":
         if student_vocab != teacher.padded_vocab_size:
             raise StartupError(
                 f"loss.single_step_estimator = full needs embeddings of equal size, the student has {student_vocab} rows, the "
                 f"teacher {teacher.padded_vocab_size}; use hybrid"
             )
-        support, name, limit = (
-            Support("teacher_topk", student_vocab, student_vocab),
-            "teacher.max_top_k",
-            teacher.max_top_k,
-        )
+        support = Support("teacher_topk", student_vocab, student_vocab)
     else:
         # One token stays outside, so that teacher and student both have a tail, however their embeddings are padded.
         size = min(loss.top_k, student_vocab - 1, teacher.padded_vocab_size - 1)
-        support, name, limit = Support(loss.support, size, student_vocab), "teacher.max_top_k", teacher.max_top_k
+        support = Support(loss.support, size, student_vocab)
         if loss.support == "student_topk":
             name, limit = "rollout.max_logprobs", min(r.max_logprobs for r in rollouts)
             if not teacher.scores_support_ids:
