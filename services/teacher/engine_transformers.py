@@ -20,11 +20,14 @@ from services.causal_lm import (
     tokenizer_fingerprint,
 )
 from services.config import TeacherConfig
-from services.errors import DistillServeError, RequestError, StartupError
+from services.errors import RequestError, StartupError
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.teacher.jobs import Columns, EncodedSequence, ScoreItem, ScoreJob
+from services.teacher.reductions import reduce_logits
 
+# Padded tokens of a forward pass: fewer run faster on a CPU, whose caches hold no more.
+_CPU_TOKENS_PER_FORWARD, _TOKENS_PER_FORWARD = 4096, 16384
 # Elements of one chunk of float32 logits: 64 Mi are 256 MiB.
 _MAX_CHUNK_ELEMENTS = 64 << 20
 
@@ -43,6 +46,8 @@ class TransformersEngine:
         assert config.model is not None
         self._config = config
         self._device = _device(config.device)
+        usual = _CPU_TOKENS_PER_FORWARD if self._device.type == "cpu" else _TOKENS_PER_FORWARD
+        self.tokens_per_forward = config.tokens_per_forward or usual
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             config.model, trust_remote_code=config.trust_remote_code, key="teacher.model"
         )
@@ -100,7 +105,7 @@ class TransformersEngine:
             raise RequestError(422, "Over a limit", detail, field="top_k")
         job = ScoreJob(sequences, top_k=top_k, temperature=temperature)
         items = job.items()
-        for group in cut_by_padded_tokens([len(s.token_ids) for s in sequences], self._config.tokens_per_forward):
+        for group in cut_by_padded_tokens([len(s.token_ids) for s in sequences], self.tokens_per_forward):
             self.forward([items[index] for index in group])
         return job.scores(self.info)
 
@@ -134,60 +139,12 @@ class TransformersEngine:
         size = max(1, min(self._config.rows_per_head_chunk, _MAX_CHUNK_ELEMENTS // self.info.padded_vocab_size))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = self._head.float32_logits(hidden[part]).div_(job.temperature)
-            reduce_logits(columns, part, logits, targets[part], None if support is None else support[part])
+            logits, of_part = self._head.float32_logits(hidden[part]), None if support is None else support[part]
+            reduce_logits(columns, part, logits, targets[part], of_part, temperature=job.temperature)
         start = 0
         for item in items:
             item.job.columns.write(item.rows, columns, slice(start, start + item.sequence.num_rows))
             start += item.sequence.num_rows
-
-
-def reduce_logits(
-    columns: Columns, rows: slice, logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor | None
-) -> None:
-    """Reduce [C, V] float32 logits to rows of the answer.
-
-    Args:
-        targets: [C] tokens that follow.
-        support: [C, M] ids to score, or None.
-
-    Raises:
-        DistillServeError: a row of logits is not finite.
-    """
-    logprobs = logits.log_softmax(-1)
-    if not bool(torch.isfinite(logprobs.amax(-1)).all()):
-        raise DistillServeError("the teacher's logits are not finite; its weights or its dtype are not usable")
-    targets = targets.to(logits.device)
-    columns.token_ids[rows] = targets.cpu().numpy()
-    columns.token_logprobs[rows] = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).cpu().numpy()
-    columns.entropies[rows] = -torch.special.xlogy(p := logprobs.exp(), p).sum(-1).cpu().numpy()
-    if support is not None:
-        assert columns.support_logprobs is not None and columns.support_tail_logprobs is not None
-        support = support.to(logits.device)
-        columns.support_logprobs[rows] = logprobs.gather(1, support).cpu().numpy()
-        columns.support_tail_logprobs[rows] = log_mass_outside(logprobs, support).cpu().numpy()
-    ids = top_k_ids(logprobs, columns.topk_ids.shape[1])
-    columns.topk_ids[rows] = ids.cpu().numpy()
-    columns.topk_logprobs[rows] = logprobs.gather(1, ids).cpu().numpy()
-    columns.tail_logprobs[rows] = log_mass_outside(logprobs, ids).cpu().numpy()
-
-
-def top_k_ids(logprobs: torch.Tensor, k: int) -> torch.Tensor:
-    """[C, k] ids by falling logprob; equal logprobs by rising id, which torch.topk does not promise."""
-    values, ids = torch.topk(logprobs, min(k + 1, logprobs.shape[1]), dim=-1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1)
-    ids = ids[:, :k]
-    if bool(tied.any()):
-        ids[tied] = torch.sort(logprobs[tied], dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids
-
-
-def log_mass_outside(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[C] log of the probability of all tokens not in ids [C, K]; -inf when there are none.
-
-    A logsumexp over the complement: log(1 - sum) would lose everything below float32's resolution of 1.
-    """
-    return logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
 
 
 def _fingerprint(model: PreTrainedModel, tokenizer: str, dtype: str) -> str:

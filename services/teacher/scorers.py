@@ -50,7 +50,8 @@ def load_scorer(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Call
     """
     if config.engine == "vllm":
         return _load_vllm(config, metrics, on_failure)
-    return Batcher(TransformersEngine(config), config.tokens_per_forward, metrics, on_failure)
+    engine = TransformersEngine(config)
+    return Batcher(engine, engine.tokens_per_forward, metrics, on_failure)
 
 
 def _load_vllm(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Callable[[Exception], None]) -> Scorer:

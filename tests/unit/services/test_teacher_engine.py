@@ -1,4 +1,4 @@
-"""The teacher's engine against a full float64 forward pass, and its reductions against numbers worked by hand."""
+"""The teacher's engine against a full float64 forward pass."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,8 @@ from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
 from services.padding import cut_by_padded_tokens
 from services.schemas import TeacherScores
-from services.teacher.engine_transformers import (
-    TransformersEngine,
-    log_mass_outside,
-    reduce_logits,
-    top_k_ids,
-)
-from services.teacher.jobs import Columns, EncodedSequence, ScoreJob
+from services.teacher.engine_transformers import TransformersEngine
+from services.teacher.jobs import EncodedSequence, ScoreJob
 from tests.models import save_model
 from trainer.tiny_pair import build_tokenizer
 
@@ -243,103 +238,12 @@ def test_a_device_that_is_not_there_is_named(device: str, tiny_model_folder: Cal
         TransformersEngine(TeacherConfig(model=tiny_model_folder("qwen3"), device=device))
 
 
-# ----------------------------------------------------------------------------------- reductions by hand
-
-
-def reduced(
-    logits: list[list[float]], targets: list[int], top_k: int, support: list[list[int]] | None = None
-) -> Columns:
-    columns = Columns.empty(len(logits), top_k, None if support is None else len(support[0]))
-    reduce_logits(
-        columns,
-        slice(0, len(logits)),
-        torch.tensor(logits),
-        torch.tensor(targets),
-        None if support is None else torch.tensor(support),
-    )
-    return columns
-
-
-def test_one_row_worked_by_hand() -> None:
-    # p = 1/2, 1/4, 1/8, 1/8; the entropy is 1/2 log 2 + 1/4 log 4 + 2/8 log 8 = 1.75 log 2
-    logits = [[math.log(4), math.log(2), 0.0, 0.0]]
-    columns = reduced(logits, [1], top_k=2, support=[[3, 0]])
-    log2 = math.log(2)
-    assert columns.topk_ids.tolist() == [[0, 1]]
-    np.testing.assert_allclose(columns.topk_logprobs, [[-log2, -2 * log2]], atol=1e-6)
-    np.testing.assert_allclose(columns.token_logprobs, [-2 * log2], atol=1e-6)
-    np.testing.assert_allclose(columns.tail_logprobs, [-2 * log2], atol=1e-6)  # 1/8 + 1/8
-    np.testing.assert_allclose(columns.entropies, [1.75 * log2], atol=1e-6)
-    np.testing.assert_allclose(columns.support_logprobs, [[-3 * log2, -log2]], atol=1e-6)
-    np.testing.assert_allclose(columns.support_tail_logprobs, [math.log(3 / 8)], atol=1e-6)
-
-
-def test_entropy_of_a_uniform_row_is_the_logarithm_of_its_width() -> None:
-    np.testing.assert_allclose(reduced([[0.0] * 1000], [0], top_k=1).entropies, [math.log(1000)], rtol=1e-5)
-
-
-def test_tokens_without_probability_are_safe() -> None:
-    # p = 1/2, 1/2, 0, 0, once by masked logits and once by underflow
-    columns = reduced([[0.0, 0.0, -math.inf, -math.inf], [0.0, 0.0, -1e4, -1e4]], [2, 2], top_k=2, support=[[2, 3]] * 2)
-    assert columns.token_logprobs.tolist() == [-math.inf, pytest.approx(-1e4 - math.log(2))]
-    np.testing.assert_allclose(columns.entropies, [math.log(2)] * 2, atol=1e-6)
-    assert columns.tail_logprobs.tolist() == [-math.inf, pytest.approx(-1e4)]
-    assert columns.support_logprobs is not None and columns.support_logprobs[0].tolist() == [-math.inf] * 2
-    np.testing.assert_allclose(columns.support_tail_logprobs, [0.0, 0.0], atol=1e-6)
-    for values in vars(columns).values():
-        assert not np.isnan(values).any()
-
-
-def test_a_sure_row_has_no_entropy_and_an_exact_tail() -> None:
-    # 1 - exp(-50) is 1 in float32; the tail of three times exp(-50) must survive all the same
-    columns = reduced([[50.0, 0.0, 0.0, 0.0]], [0], top_k=1)
-    assert 0.0 <= columns.entropies[0] < 1e-6
-    np.testing.assert_allclose(columns.tail_logprobs, [math.log(3) - 50], atol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(DistillServeError, match="not finite"):
-        reduced([[0.0, 1.0], [bad, 0.0]], [0, 0], top_k=1)
-
-
 def test_weights_that_are_not_finite_are_refused(tiny_model_folder: Callable[[str], str]) -> None:
     broken = TransformersEngine(TeacherConfig(model=tiny_model_folder("qwen3"), device="cpu"))
     with torch.no_grad():
         broken._model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(DistillServeError, match="not finite"):
         broken.score(random_sequences(9, (1, 2)), top_k=2, temperature=1.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "k", "expected"),
-    [
-        ([0, 0, 0, 0, 0], 3, [0, 1, 2]),
-        ([-1, -3, -1, -2, -1], 4, [0, 2, 4, 3]),
-        ([-2, -1, -1, -1], 2, [1, 2]),  # the tie reaches across the cut
-        ([-4, -3, -2, -1], 4, [3, 2, 1, 0]),
-        ([-math.inf, -1, -math.inf, -2], 3, [1, 3, 0]),
-        ([0.0, -1], 1, [0]),
-    ],
-)
-def test_equal_logprobs_are_ordered_by_id(values: list[float], k: int, expected: list[int]) -> None:
-    logprobs = torch.tensor([values, values], dtype=torch.float32)
-    assert top_k_ids(logprobs, k).tolist() == [expected, expected]
-
-
-def test_ties_in_a_large_row_do_not_depend_on_topks_order() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logprobs = torch.randint(0, 20, (50, 3000), generator=generator).float()
-    for k in (1, 7, 200, 3000):
-        expected = [sorted(range(3000), key=lambda i, row=row: (-row[i], i))[:k] for row in logprobs.tolist()]
-        assert top_k_ids(logprobs, k).tolist() == expected
-
-
-def test_log_mass_outside_by_hand() -> None:
-    logprobs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    assert log_mass_outside(logprobs, torch.tensor([[0, 2]])).item() == pytest.approx(math.log(0.375))
-    assert log_mass_outside(logprobs, torch.tensor([[0, 0]])).item() == pytest.approx(math.log(0.5))
-    assert log_mass_outside(logprobs, torch.tensor([[3, 1, 2, 0]])).item() == -math.inf
 
 
 @pytest.mark.parametrize(
