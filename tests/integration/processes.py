@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from services.startup import free_port
+from services.vllm_environment import vllm_defaults
 
 KEY = "a-key-for-tests"
 READY_TIMEOUT_S = 240.0
@@ -46,17 +47,30 @@ def environment() -> dict[str, str]:
 def server(role: str, log: Path, *arguments: str) -> Iterator[Server]:
     """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end."""
     port = free_port("127.0.0.1", 0)
+    words = command(role, f"--{role}.port", str(port), *arguments)
+    with _running(port, log, words, environment(), "/ready") as running:
+        yield running
+
+
+@contextmanager
+def plain_vllm(model: str, log: Path, *arguments: str) -> Iterator[Server]:
+    """vLLM's own OpenAI server, in float32 and with a key, on a free port of its own."""
+    port = free_port("127.0.0.1", 0)
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    words += ["--dtype", "float32", "--api-key", KEY, "--enforce-eager", *arguments]
+    with _running(port, log, words, {**vllm_defaults(), **os.environ}, "/health") as running:
+        yield running
+
+
+@contextmanager
+def _running(port: int, log: Path, words: list[str], environment: dict[str, str], ready_path: str) -> Iterator[Server]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(role, f"--{role}.port", str(port), *arguments),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     running = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_ready(running)
+        _wait_ready(running, ready_path)
         yield running
     finally:
         end(process)
@@ -76,13 +90,13 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait(10.0)
 
 
-def _wait_ready(running: Server) -> None:
+def _wait_ready(running: Server, path: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:
             raise RuntimeError(f"exited with {running.process.returncode}:\n{running.log.read_text()[-3000:]}")
         try:
-            if httpx.get(f"{running.url}/ready", timeout=5.0).is_success:
+            if httpx.get(f"{running.url}{path}", timeout=5.0).is_success:
                 return
         except httpx.TransportError:
             pass

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +13,10 @@ import pytest
 
 from services.clients import TeacherClient
 from services.config import TeacherConfig
-from services.startup import free_port
 from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
-from services.vllm_environment import vllm_defaults
 from services.vllm_teacher_client import VllmTeacherClient
-from tests.integration.processes import KEY, READY_TIMEOUT_S, Server, end, server
+from tests.integration.processes import KEY, Server, plain_vllm, server
 
 pytestmark = pytest.mark.integration
 
@@ -108,31 +104,16 @@ def test_a_killed_engine_ends_the_server(teacher: Server) -> None:
 
 
 def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path) -> None:
-    port, log = free_port("127.0.0.1", 0), tmp_path / "log"
-    options = {"--model": models["qwen3"], "--port": port, "--max-logprobs": 30, "--max-model-len": 129}
-    options |= {"--dtype": "float32", "--kv-cache-memory-bytes": 1 << 28, "--api-key": KEY}
-    arguments = [str(word) for pair in options.items() for word in pair]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**vllm_defaults(), **os.environ},
-            start_new_session=True,
-        )
+    options = ("--max-logprobs", "30", "--max-model-len", "129", "--kv-cache-memory-bytes", str(1 << 28))
     rng = np.random.default_rng(1)
     sequences = [(rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (40, 7))]
 
-    async def ask():  # type: ignore[no-untyped-def]
-        async with VllmTeacherClient([f"http://127.0.0.1:{port}"], key=KEY) as client:
-            await client.wait_ready(READY_TIMEOUT_S)
+    async def ask(url: str):  # type: ignore[no-untyped-def]
+        async with VllmTeacherClient([url], key=KEY) as client:
             return (await client.info())[0], await client.score(sequences, top_k=20)
 
-    try:
-        info, theirs = asyncio.run(ask())
-    finally:
-        end(process)
+    with plain_vllm(models["qwen3"], tmp_path / "log", *options) as running:
+        info, theirs = asyncio.run(ask(running.url))
     assert (info.padded_vocab_size, info.max_top_k, info.max_model_len) == (261, 30, 128)
     engine = TransformersEngine(TeacherConfig(model=models["qwen3"], device="cpu"))
     ours = engine.score([EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
