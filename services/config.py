@@ -108,8 +108,9 @@ class TeacherConfig(ServerSection):
     protocol: Literal["distillserve", "vllm"] = "distillserve"
     """What the servers at teacher.urls speak to the trainer; vllm: they are plain `vllm serve`, at temperature 1 only."""
     named: dict[str, list[str]] = {}
-    """Further teachers, for the rows that name them (data.teacher_column): the URLs of each by name, as JSON, e.g. {"math":
-    ["http://10.0.0.7:8101"]}; they run already, share key, protocol and times of this section, and `up` starts none of them."""
+    """Further teachers, for the rows that name them (data.teacher_column): the URLs of each by name, as JSON, e.g. {"maths":
+    ["http://10.0.0.7:8101"]}. Start each with `distillserve teacher` (`up` does not); they share this section's key, protocol
+    and times."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False

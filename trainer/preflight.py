@@ -85,8 +85,8 @@ async def check_same_tokens(
     """
     info = teacher.info
     if info.tokenizer_fingerprint is None:
-        # Of a named one no option tells it either.
-        fix = "" if teacher.name else "; name the folder of its model with teacher.model to have it checked"
+        # No option tells that of a named one.
+        fix = "; name the folder of its model with teacher.model to have it checked" if teacher.name is None else ""
         text = "%sthe teacher %r does not tell its tokenizer: whether it means the student's tokens is not checked%s"
         logger.info(text, option_prefix(teacher.name), info.model, fix)
         return

@@ -1,6 +1,6 @@
 """Dataset rows to token ids, and the order in which they are used.
 
-    consumes   a JSONL file, a row an object with `prompt` (text) or `messages` (chat)
+    consumes   a JSONL file, a row an object with `prompt` (text) or `messages` (chat), and maybe the name of its teacher
     produces   Prompt objects; extra columns ride along
 
 All rows are read and tokenised at start, so that a bad row is reported before anything is trained.
