@@ -107,6 +107,10 @@ class TeacherConfig(ServerSection):
     """Folder or hub id of a causal LM; required by the teacher server."""
     protocol: Literal["distillserve", "vllm"] = "distillserve"
     """What the servers at teacher.urls speak to the trainer; vllm: they are plain `vllm serve`, at temperature 1 only."""
+    named: dict[str, list[str]] = {}
+    """Further teachers, for the rows that name them (data.teacher_column): the URLs of each by name, as JSON, e.g. {"maths":
+    ["http://10.0.0.7:8101"]}. Start each with `distillserve teacher` (`up` does not); they share this section's key, protocol
+    and times."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False
@@ -164,6 +168,9 @@ class DataConfig(Section):
     """Column that holds a text prompt; a row with `messages` is rendered by the tokenizer's chat template instead."""
     answer_column: str = "answer"
     """Column that holds the reference answer, where there is one; used by the evaluation alone."""
+    teacher_column: str = "teacher"
+    """Column that names the row's teacher in teacher.named; absent or null: that of teacher.urls. Without teacher.named it
+    is a column like any other."""
     chat_template_kwargs: dict[str, Any] = {}
     """Keyword arguments of the chat template, as JSON, e.g. {"enable_thinking": false}."""
     max_prompt_tokens: int | None = Field(None, ge=1)

@@ -43,6 +43,7 @@ def check(config: "RunConfig") -> None:
     _check_sampled_policy(config)
     _check_student_support(config)
     _check_teacher_engine(config.teacher)
+    _check_named_teachers(config)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
 
@@ -95,7 +96,7 @@ def _check_servers(config: "RunConfig") -> None:
 
 
 def _check_teacher_engine(teacher: "TeacherConfig") -> None:
-    if teacher.protocol == "vllm" and not teacher.urls:
+    if teacher.protocol == "vllm" and not teacher.urls and not teacher.named:
         raise ValueError(
             "teacher.protocol = vllm without teacher.urls: servers of that kind are started by others; give their URLs"
         )
@@ -111,6 +112,35 @@ def _check_teacher_engine(teacher: "TeacherConfig") -> None:
                 else "scores must be raw log-probabilities; leave it out"
             )
             raise ValueError(f"teacher.engine_args.{name} = {value!r} is refused: {reason}")
+
+
+def _check_named_teachers(config: "RunConfig") -> None:
+    """A name stands for one model, so a server has one name, and the column that says it nothing else to say."""
+    teacher, data = config.teacher, config.data
+    if not teacher.named:
+        _refuse_changed(data, "data", ["teacher_column"], "teacher.named names no teachers")
+        return
+    owners = dict.fromkeys((url.rstrip("/") for url in teacher.urls), "teacher.urls")
+    for name, urls in teacher.named.items():
+        if not urls:
+            raise ValueError(
+                f"teacher.named.{name} = [] has no server; give the URLs of its replicas or leave the name out"
+            )
+        for url in urls:
+            owner = owners.setdefault(url.rstrip("/"), f"teacher.named.{name}")
+            if owner != f"teacher.named.{name}":
+                raise ValueError(
+                    f"teacher.named.{name} and {owner} both name {url}; a server has one model: give each teacher its own"
+                )
+    columns = {
+        data.prompt_column: "data.prompt_column",
+        data.answer_column: "data.answer_column",
+        "messages": "the chat",
+    }
+    if (other := columns.get(data.teacher_column)) is not None:
+        raise ValueError(
+            f"data.teacher_column = {data.teacher_column} is also the column of {other}; name the teacher in one of its own"
+        )
 
 
 def _check_sampled_policy(config: "RunConfig") -> None:

@@ -6,8 +6,8 @@
     teacher       the same exact match for the teacher, without generating: greedy decoding yields the answer
                   if and only if each of its tokens, the end included, is the teacher's likeliest next one
 
-With a large vocabulary the full distributions are costly to move, so `evaluation.kl_budget_mib` bounds them
-and a seeded subset of the completions is scored.
+Each row is measured against its own teacher. With a large vocabulary the full distributions are costly to move, so
+`evaluation.kl_budget_mib` bounds them and a seeded subset of the completions is scored.
 """
 
 import random
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from services.clients import RolloutClient, TeacherClient
+from services.clients import RolloutClient
 from services.config import RunConfig
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
-from services.schemas import RolloutSampling, TeacherInfo
+from services.schemas import RolloutSampling
 from trainer.model import head_of, student_logprobs
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
+from trainer.teachers import Teacher, Teachers
 
 _BYTES_PER_CANDIDATE = 8
 # One answer of the teacher holds at most this much; the work is cut accordingly.
@@ -47,13 +48,12 @@ class Evaluator:
         prompts: list[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         rollout_client: RolloutClient,
-        teacher_client: TeacherClient,
-        teacher: TeacherInfo,
+        teachers: Teachers,
         eos_token_ids: list[int],
     ) -> None:
-        self._config, self._tokenizer, self._teacher = config, tokenizer, teacher
+        self._config, self._tokenizer = config, tokenizer
         self._prompts = prompts[: config.evaluation.num_prompts]
-        self._rollouts, self._scores = rollout_client, teacher_client
+        self._rollouts, self._teachers = rollout_client, teachers
         self._eos_token_ids = eos_token_ids
 
     async def student(self, model: PreTrainedModel) -> Evaluation:
@@ -64,19 +64,25 @@ class Evaluator:
         return Evaluation(self._exact_match(rollouts), reverse_kl, len(rollouts), num_tokens)
 
     async def teacher_exact_match(self) -> float | None:
-        """Share of answers that the teacher's greedy decoding would give, or None without answers."""
+        """Share of answers that greedy decoding of each row's teacher would give, or None without answers."""
         graded = [p for p in self._prompts if p.answer is not None]
         if not graded:
             return None
-        answers = [self._tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in graded]
+        hits = 0
+        for teacher, places in self._teachers.split(graded):
+            hits += await self._teacher_hits(teacher, [graded[place] for place in places])
+        return hits / len(graded)
+
+    async def _teacher_hits(self, teacher: Teacher, prompts: list[Prompt]) -> int:
+        answers = [self._tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
         end = self._tokenizer.eos_token_id
-        sequences = [([*p.token_ids, *a, end], len(p.token_ids)) for p, a in zip(graded, answers, strict=True)]
-        scores = await self._scores.score(sequences, top_k=1)
+        sequences = [([*p.token_ids, *a, end], len(p.token_ids)) for p, a in zip(prompts, answers, strict=True)]
+        scores = await teacher.score(sequences, top_k=1)
         hits = 0
         for index, answer in enumerate(answers):
             best = scores.topk_ids[scores.row_offsets[index] : scores.row_offsets[index + 1], 0].tolist()
             hits += best[:-1] == answer and best[-1] in self._eos_token_ids
-        return hits / len(graded)
+        return hits
 
     def _exact_match(self, rollouts: list[Rollout]) -> float | None:
         graded = [r for r in rollouts if r.prompt.answer is not None]
@@ -87,21 +93,31 @@ class Evaluator:
         return sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(graded)
 
     async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[float, int]:
-        vocab = self._teacher.padded_vocab_size
+        vocab = max(teacher.info.padded_vocab_size for teacher in self._teachers)
         rows_in_budget = max(1, (self._config.evaluation.kl_budget_mib << 20) // (vocab * _BYTES_PER_CANDIDATE))
         chosen = within_rows(rollouts, rows_in_budget, seed=self._config.seed)
-        scores = await self._scores.score(
-            [(r.sequence, len(r.prompt.token_ids)) for r in chosen],
+        # One after the other: embeddings differ in size, and one teacher's distributions at a time is memory enough.
+        total = 0.0
+        for teacher, places in self._teachers.split(r.prompt for r in chosen):
+            total += await self._reverse_kl_sum(model, teacher, [chosen[place] for place in places])
+        num_tokens = sum(len(r.completion.token_ids) for r in chosen)
+        return total / num_tokens, num_tokens
+
+    async def _reverse_kl_sum(self, model: PreTrainedModel, teacher: Teacher, rollouts: list[Rollout]) -> float:
+        """Over all completion tokens of one teacher's rollouts, nats."""
+        vocab = teacher.info.padded_vocab_size
+        scores = await teacher.score(
+            [(r.sequence, len(r.prompt.token_ids)) for r in rollouts],
             top_k=vocab,
             max_rows_per_request=max(1, _ANSWER_BYTES // (vocab * _BYTES_PER_CANDIDATE)),
         )
         total = 0.0
         limit = self._config.pipeline.tokens_per_micro_batch
-        for group in cut_by_padded_tokens([len(r.sequence) for r in chosen], limit):
+        for group in cut_by_padded_tokens([len(r.sequence) for r in rollouts], limit):
             rows = np.concatenate([np.arange(scores.row_offsets[i], scores.row_offsets[i + 1]) for i in group])
             of_group = scores.topk_ids[rows], scores.topk_logprobs[rows]
-            total += reverse_kl_sum(model, [chosen[i] for i in group], *map(torch.from_numpy, of_group))
-        return total / len(scores.token_logprobs), len(scores.token_logprobs)
+            total += reverse_kl_sum(model, [rollouts[i] for i in group], *map(torch.from_numpy, of_group))
+        return total
 
 
 def within_rows(rollouts: list[Rollout], max_rows: int, *, seed: int) -> list[Rollout]:

@@ -5,6 +5,7 @@ produces   what each server says of itself, or an error that names the differenc
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -16,43 +17,65 @@ from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
 from services.vllm_teacher_client import TeacherTokens
 from trainer.teacher_scores import Support
+from trainer.teachers import Teacher, Teachers, naming, option_prefix
 
 logger = logging.getLogger(__name__)
 
 
 async def attach(
-    config: RunConfig, rollout_client: RolloutClient, teacher_client: TeacherClient
-) -> tuple[list[RolloutInfo], TeacherInfo]:
+    config: RunConfig, rollout_client: RolloutClient, teacher_clients: Mapping[str | None, TeacherClient]
+) -> tuple[list[RolloutInfo], Teachers]:
     """Wait for all servers and read what they say of themselves.
+
+    Args:
+        teacher_clients: by the name of the teacher.
 
     Raises:
         PeerError: a server does not become ready in time.
-        StartupError: a server speaks another protocol, or the teachers are not replicas of one model.
+        StartupError: a server speaks another protocol, or the servers of a teacher are not replicas of one model.
     """
     await rollout_client.wait_ready(config.rollout.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
-    await teacher_client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
-    rollouts, teachers = await rollout_client.info(), await teacher_client.info()
-    answers: list[tuple[str, RolloutInfo | TeacherInfo]] = [
-        *zip(rollout_client.urls, rollouts, strict=True),
-        *zip(teacher_client.urls, teachers, strict=True),
-    ]
-    for url, info in answers:
+    rollouts = await rollout_client.info()
+    _check_protocol(rollout_client.urls, rollouts)
+    return rollouts, Teachers([await _attach_teacher(config, *named) for named in teacher_clients.items()])
+
+
+async def _attach_teacher(config: RunConfig, name: str | None, client: TeacherClient) -> Teacher:
+    with naming(name):
+        await client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+        infos = await client.info()
+        _check_protocol(client.urls, infos)
+        if len({info.fingerprint for info in infos}) > 1:
+            raise StartupError(f"the teachers at {', '.join(client.urls)} do not serve the same model")
+    limits = {limit: min(getattr(info, limit) for info in infos) for limit in ("max_model_len", "max_top_k")}
+    return Teacher(name, client, infos[0].model_copy(update=limits))  # replicas may be configured differently
+
+
+def _check_protocol(urls: list[str], infos: Sequence[RolloutInfo | TeacherInfo]) -> None:
+    for url, info in zip(urls, infos, strict=True):
         if info.protocol != PROTOCOL_VERSION:
             raise StartupError(
                 f"{url} speaks protocol {info.protocol}, this trainer {PROTOCOL_VERSION}; install the same version on both"
             )
-    if len({t.fingerprint for t in teachers}) > 1:
-        raise StartupError(f"the teachers at {', '.join(teacher_client.urls)} do not serve the same model")
-    limits = {name: min(getattr(t, name) for t in teachers) for name in ("max_model_len", "max_top_k")}
-    return rollouts, teachers[0].model_copy(update=limits)  # replicas of one model may be configured differently
+
+
+async def check_teachers(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int], teachers: Teachers
+) -> None:
+    """Refuse a run of which one teacher cannot score what it would be asked.
+
+    Raises:
+        StartupError: of `check_same_tokens`, `check_temperature` or `check_evaluation`; says which teacher it is.
+    """
+    for teacher in teachers:
+        with naming(teacher.name):
+            await check_same_tokens(config, tokenizer, eos_token_ids, teacher)
+            check_temperature(config.loss, teacher.info)
+            check_evaluation(config, teacher.info)
 
 
 async def check_same_tokens(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: list[int],
-    teacher: TeacherInfo,
-    teacher_client: TeacherClient,
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int], teacher: Teacher
 ) -> None:
     """Refuse a teacher whose token ids, end tokens or chat format are not the student's.
 
@@ -60,29 +83,29 @@ async def check_same_tokens(
         StartupError: the vocabularies differ (with the first ids that do), or the end tokens or rendered
             chat templates differ and `teacher.accept_different` does not name that.
     """
-    if teacher.tokenizer_fingerprint is None:
-        logger.info(
-            "the teacher %r does not tell its tokenizer: whether it means the student's tokens is not checked; name the "
-            "folder of its model with teacher.model to have it checked",
-            teacher.model,
-        )
+    info = teacher.info
+    if info.tokenizer_fingerprint is None:
+        # No option tells that of a named one.
+        fix = "; name the folder of its model with teacher.model to have it checked" if teacher.name is None else ""
+        text = "%sthe teacher %r does not tell its tokenizer: whether it means the student's tokens is not checked%s"
+        logger.info(text, option_prefix(teacher.name), info.model, fix)
         return
-    if teacher.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        theirs = await teacher_client.vocabulary()
+    if info.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+        theirs = await teacher.client.vocabulary()
         raise StartupError(
-            f"teacher {teacher.model!r} and student {config.student.model!r} do not have the same tokenizer: "
+            f"teacher {info.model!r} and student {config.student.model!r} do not have the same tokenizer: "
             f"{first_differences(tokenizer.get_vocab(), theirs)}; scores of one's ids mean nothing to the other"
         )
     accepted = config.teacher.accept_different
-    if teacher.eos_token_ids != eos_token_ids and "eos" not in accepted:
+    if info.eos_token_ids != eos_token_ids and "eos" not in accepted:
         raise StartupError(
-            f"the teacher ends completions with {teacher.eos_token_ids}, the student with {eos_token_ids}; if that is "
+            f"the teacher ends completions with {info.eos_token_ids}, the student with {eos_token_ids}; if that is "
             "meant, pass --teacher.accept_different '[\"eos\"]'"
         )
     ours = chat_template_probe(tokenizer)
-    if teacher.chat_template_probe != ours and "chat_template" not in accepted:
+    if info.chat_template_probe != ours and "chat_template" not in accepted:
         raise StartupError(
-            f"the chat templates differ: the teacher renders a probe as {teacher.chat_template_probe!r}, the student as "
+            f"the chat templates differ: the teacher renders a probe as {info.chat_template_probe!r}, the student as "
             f"{ours!r}; if that is meant, pass --teacher.accept_different '[\"chat_template\"]'"
         )
 
@@ -112,17 +135,19 @@ def first_differences(ours: dict[str, int], theirs: dict[str, int], count: int =
     return f"{len(differing)} ids differ, first " + ", ".join(shown)
 
 
-def max_model_len(config: RunConfig, rollouts: list[RolloutInfo], teacher: TeacherInfo) -> int:
+def max_model_len(config: RunConfig, rollouts: list[RolloutInfo], teachers: Teachers) -> int:
     """Longest sequence that every server takes.
 
     Raises:
-        StartupError: it leaves no room for a prompt.
+        StartupError: it leaves no room for a prompt; names the option that is the tightest.
     """
-    shortest = min([teacher.max_model_len, *(r.max_model_len for r in rollouts)])
+    limits = [("rollout.max_model_len", r.max_model_len) for r in rollouts]
+    limits += [(f"{option_prefix(t.name)}teacher.max_model_len", t.info.max_model_len) for t in teachers]
+    name, shortest = min(limits, key=lambda limit: limit[1])
     if config.longest_completion() >= shortest:
         raise StartupError(
             f"max_new_tokens = {config.longest_completion()} leaves no room for a prompt: the servers take {shortest} "
-            "tokens (rollout.max_model_len, teacher.max_model_len); lower the one or raise the others"
+            f"tokens ({name}); lower the one or raise the other"
         )
     return shortest
 
@@ -154,8 +179,8 @@ def check_evaluation(config: RunConfig, teacher: TeacherInfo) -> None:
         )
 
 
-def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutInfo], teacher: TeacherInfo) -> Support:
-    """The support of the single-step term, as large as asked for or as the vocabulary allows.
+def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutInfo], teachers: Teachers) -> Support:
+    """The support of the single-step term, as large as asked for or as the smallest vocabulary allows.
 
     Args:
         student_vocab: rows of the student's output embedding.
@@ -163,33 +188,50 @@ def choose_support(loss: LossConfig, student_vocab: int, rollouts: list[RolloutI
     Raises:
         StartupError: a server does not return that many tokens, or the vocabularies do not fit.
     """
-    name, limit = "teacher.max_top_k", teacher.max_top_k
     if loss.single_step_estimator == "full":
-        if student_vocab != teacher.padded_vocab_size:
-            raise StartupError(
-                f"loss.single_step_estimator = full needs embeddings of equal size, the student has {student_vocab} rows, the "
-                f"teacher {teacher.padded_vocab_size}; use hybrid"
-            )
         support = Support("teacher_topk", student_vocab, student_vocab)
     else:
         # One token stays outside, so that teacher and student both have a tail, however their embeddings are padded.
-        size = min(loss.top_k, student_vocab - 1, teacher.padded_vocab_size - 1)
-        support = Support(loss.support, size, student_vocab)
-        if loss.support == "student_topk":
-            name, limit = "rollout.max_logprobs", min(r.max_logprobs for r in rollouts)
-            if not teacher.scores_support_ids:
-                raise StartupError(
-                    f"loss.support = student_topk, but the teacher {teacher.model!r} (engine {teacher.engine}) scores no tokens "
-                    "of the caller's choice; use teacher_topk or a teacher server with the transformers engine"
-                )
-            if student_vocab > teacher.padded_vocab_size:
-                raise StartupError(
-                    f"loss.support = student_topk may name ids up to {student_vocab}, the teacher scores those below "
-                    f"{teacher.padded_vocab_size}; use teacher_topk"
-                )
-    if support.size > limit:
-        raise StartupError(
-            f"the loss needs {support.size} tokens per position, {name} = {limit}; raise it at the server"
-            f"{' (of a plain vLLM server: --max-logprobs)' if teacher.engine == 'vllm serve' else ''}"
-        )
+        smallest_vocab = min(student_vocab, *(teacher.info.padded_vocab_size for teacher in teachers))
+        support = Support(loss.support, min(loss.top_k, smallest_vocab - 1), student_vocab)
+    limit = min(r.max_logprobs for r in rollouts)
+    if support.student_top_k > limit:
+        raise _too_many(support, "rollout.max_logprobs", limit)
+    for teacher in teachers:
+        with naming(teacher.name):
+            check_support(support, teacher.info)
     return support
+
+
+def check_support(support: Support, teacher: TeacherInfo) -> None:
+    """Refuse a support that the teacher does not score.
+
+    Raises:
+        StartupError: it returns fewer tokens, not those of the caller's choice, or its vocabulary does not fit.
+    """
+    if not support.has_tail and support.vocab_size != teacher.padded_vocab_size:
+        raise StartupError(
+            f"loss.single_step_estimator = full needs embeddings of equal size, the student has {support.vocab_size} rows, the "
+            f"teacher {teacher.padded_vocab_size}; use hybrid"
+        )
+    if support.kind == "teacher_topk":
+        if support.size > teacher.max_top_k:
+            raise _too_many(support, "teacher.max_top_k", teacher.max_top_k, teacher.engine)
+        return
+    if not teacher.scores_support_ids:
+        raise StartupError(
+            f"loss.support = student_topk, but the teacher {teacher.model!r} (engine {teacher.engine}) scores no tokens "
+            "of the caller's choice; use teacher_topk or a teacher server with the transformers engine"
+        )
+    if support.vocab_size > teacher.padded_vocab_size:
+        raise StartupError(
+            f"loss.support = student_topk may name ids up to {support.vocab_size}, the teacher scores those below "
+            f"{teacher.padded_vocab_size}; use teacher_topk"
+        )
+
+
+def _too_many(support: Support, name: str, limit: int, engine: str = "") -> StartupError:
+    fix = " (of a plain vLLM server: --max-logprobs)" if engine == "vllm serve" else ""
+    return StartupError(
+        f"the loss needs {support.size} tokens per position, {name} = {limit}; raise it at the server{fix}"
+    )

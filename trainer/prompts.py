@@ -1,6 +1,6 @@
 """Dataset rows to token ids, and the order in which they are used.
 
-    consumes   a JSONL file, a row an object with `prompt` (text) or `messages` (chat)
+    consumes   a JSONL file, a row an object with `prompt` (text) or `messages` (chat), and maybe the name of its teacher
     produces   Prompt objects; extra columns ride along
 
 All rows are read and tokenised at start, so that a bad row is reported before anything is trained.
@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Prompt:
     text: str
     answer: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None  # its name in teacher.named; None: the teacher of rows that name none
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,16 @@ class PromptRows:
 
 
 def read_prompts(
-    path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, option: str = "data.path"
+    path: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str = "data.path",
+    teachers: Collection[str] = (),
 ) -> PromptRows:
     """Read and tokenise a JSONL file, which `option` names.
+
+    Args:
+        teachers: names that `config.teacher_column` may hold; without any it is a column like others.
 
     Raises:
         DataError: the file is missing, or (unless `config.on_bad_row` is "skip") a row is bad; the message names file,
@@ -83,7 +91,7 @@ def read_prompts(
     skipped: dict[int, str] = {}
     for row, line in read_lines(path, option):
         try:
-            prompts.append(_parse_row(row, line, config, tokenizer))
+            prompts.append(_parse_row(row, line, config, tokenizer, teachers))
         except DataError as error:
             _stop_or_skip(path, row, str(error), config, skipped)
     return PromptRows(path, config, prompts, skipped)
@@ -125,7 +133,9 @@ def parse_object(line: str) -> dict[str, Any]:
     return content
 
 
-def _parse_row(row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _parse_row(
+    row: int, line: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, teachers: Collection[str]
+) -> Prompt:
     content = parse_object(line)
     try:
         text, token_ids = _tokenize(content, config, tokenizer)
@@ -135,8 +145,22 @@ def _parse_row(row: int, line: str, config: DataConfig, tokenizer: PreTrainedTok
     if not token_ids:
         raise DataError("the prompt has no tokens")
     used = {config.prompt_column, config.answer_column, "messages"}
+    teacher = None
+    if teachers:
+        teacher = _teacher(content, config.teacher_column, teachers)
+        used.add(config.teacher_column)
     columns = {name: value for name, value in content.items() if name not in used}
-    return Prompt(row, token_ids, text, answer, columns)
+    return Prompt(row, token_ids, text, answer, columns, teacher)
+
+
+def _teacher(row: dict[str, Any], column: str, known: Collection[str]) -> str | None:
+    name = row.get(column)
+    if name is not None and not (isinstance(name, str) and name in known):
+        names = ", ".join(map(repr, known))
+        raise DataError(
+            f"`{column}` must be null or a name in teacher.named ({names}), got {type(name).__name__} {reprlib.repr(name)}"
+        )
+    return name
 
 
 def _answer(row: dict[str, Any], column: str) -> str | None:

@@ -17,7 +17,7 @@ from services.causal_lm import eos_token_ids, load_tokenizer
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
 from services.errors import ConfigError
-from services.schemas import RolloutInfo, TeacherInfo
+from services.schemas import RolloutInfo
 from services.vllm_teacher_client import VllmTeacherClient
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
@@ -27,6 +27,7 @@ from trainer.report import RunRecord, Summary
 from trainer.staleness_buffer import StalenessBuffer
 from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
+from trainer.teachers import Teachers, teacher_urls
 from trainer.texts import check_windows_fit, load_texts
 from trainer.weight_sync import WeightSync
 
@@ -59,7 +60,7 @@ class Session:
     num_steps: int
     support: Support
     rollout_client: RolloutClient
-    teacher_client: TeacherClient
+    teachers: Teachers
     buffer: StalenessBuffer[Batch]
     weights: WeightSync
     evaluator: Evaluator | None
@@ -141,21 +142,19 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     files = _read_files(config, tokenizer)  # a broken file must not wait for the servers to be reported
     model = load_student(student)
     check_windows_fit(files.texts, model.config.get_text_config())
-    servers = await _attach(config, stack)
+    servers = await _attach(config, files, stack)
     eos = eos_token_ids(model, tokenizer)
-    await preflight.check_same_tokens(config, tokenizer, eos, servers.teacher, servers.teacher_client)
-    preflight.check_temperature(config.loss, servers.teacher)
-    preflight.check_evaluation(config, servers.teacher)
-    support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teacher)
+    await preflight.check_teachers(config, tokenizer, eos, servers.teachers)
+    support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teachers)
     if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
 
-    room = preflight.max_model_len(config, servers.rollouts, servers.teacher) - config.longest_completion()
+    room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
     prompts = files.prompts.fitting(room)
     evaluator = None
     if files.held_out is not None:
-        clients = servers.rollout_client, servers.teacher_client
-        evaluator = Evaluator(config, files.held_out.fitting(room), tokenizer, *clients, servers.teacher, eos)
+        held_out = files.held_out.fitting(room)
+        evaluator = Evaluator(config, held_out, tokenizer, servers.rollout_client, servers.teachers, eos)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     num_steps = count_steps(config, len(prompts))
@@ -175,7 +174,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         num_steps=num_steps,
         support=support,
         rollout_client=servers.rollout_client,
-        teacher_client=servers.teacher_client,
+        teachers=servers.teachers,
         buffer=StalenessBuffer(config.pipeline.max_staleness),
         weights=weights,
         evaluator=evaluator,
@@ -190,12 +189,17 @@ class _Files:
     held_out: PromptRows | None
     texts: list[list[int]]  # none without data.lm_path
 
+    def teacher_names(self) -> set[str | None]:
+        """What the rows call their teachers; None is in it when a row names none."""
+        held_out = self.held_out.prompts if self.held_out is not None else []
+        return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
+
 
 def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Files:
-    data = config.data
+    data, teachers = config.data, config.teacher.named
     return _Files(
-        read_prompts(data.path or "", data, tokenizer, "data.path"),
-        None if data.eval_path is None else read_prompts(data.eval_path, data, tokenizer, "data.eval_path"),
+        read_prompts(data.path or "", data, tokenizer, "data.path", teachers),
+        None if data.eval_path is None else read_prompts(data.eval_path, data, tokenizer, "data.eval_path", teachers),
         [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer),
     )
 
@@ -203,28 +207,31 @@ def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Files
 @dataclass(frozen=True)
 class _Servers:
     rollout_client: RolloutClient
-    teacher_client: TeacherClient
     rollouts: list[RolloutInfo]
-    teacher: TeacherInfo
+    teachers: Teachers
 
 
-async def _attach(config: RunConfig, stack: AsyncExitStack) -> _Servers:
-    """Clients of both servers, closed with the stack, and what the servers say of themselves."""
+async def _attach(config: RunConfig, files: _Files, stack: AsyncExitStack) -> _Servers:
+    """Clients of all servers, closed with the stack, and what the servers say of themselves."""
     secrets = Secrets()
     rollout_client = RolloutClient(
         config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
     )
-    teacher_client = _teacher_client(config.teacher, reveal(secrets.teacher_key))
-    stack.push_async_callback(rollout_client.close)
-    stack.push_async_callback(teacher_client.close)
-    return _Servers(rollout_client, teacher_client, *await preflight.attach(config, rollout_client, teacher_client))
+    urls = teacher_urls(config.teacher, files.teacher_names())
+    teacher_clients = {name: _teacher_client(config.teacher, name, urls[name], secrets) for name in urls}
+    for client in (rollout_client, *teacher_clients.values()):
+        stack.push_async_callback(client.close)
+    return _Servers(rollout_client, *await preflight.attach(config, rollout_client, teacher_clients))
 
 
-def _teacher_client(teacher: TeacherConfig, key: str | None) -> TeacherClient:
-    options: dict[str, Any] = {"key": key, "timeout_s": teacher.request_timeout_s, "outage_s": teacher.outage_s}
+def _teacher_client(teacher: TeacherConfig, name: str | None, urls: list[str], secrets: Secrets) -> TeacherClient:
+    options: dict[str, Any] = {"timeout_s": teacher.request_timeout_s, "outage_s": teacher.outage_s}
+    options["key"] = reveal(secrets.teacher_key)
     if teacher.protocol == "vllm":
-        return VllmTeacherClient(teacher.server_urls(), tokens=preflight.teacher_tokens(teacher), **options)
-    return TeacherClient(teacher.server_urls(), **options)
+        # teacher.model is the section's own; nothing tells the tokenizer of a named one.
+        tokens = preflight.teacher_tokens(teacher) if name is None else None
+        return VllmTeacherClient(urls, tokens=tokens, **options)
+    return TeacherClient(urls, **options)
 
 
 def count_steps(config: RunConfig, num_prompts: int) -> int:

@@ -2,7 +2,7 @@
 
 consumes   Rollout
 produces   ScoredSample, or a quarantined rollout with a reason
-waits for  the teacher servers; they answer when their queue allows
+waits for  the servers of all teachers that are asked; they answer when their queue allows
 """
 
 import json
@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from services.clients import TeacherClient
 from services.errors import PeerError
 from services.schemas import TeacherScores
+from services.server_client import all_or_first_error
 from services.teacher_answers import mismatches
 from trainer.rollouts import Rollout
+from trainer.teachers import Teacher, Teachers, option_prefix
 
 # Distance of a row's probabilities from one that rounding can explain.
 _MASS_TOLERANCE = 1e-3
@@ -65,26 +66,42 @@ class Quarantined:
 
 
 async def score_rollouts(
-    client: TeacherClient, rollouts: list[Rollout], *, support: Support, temperature: float
+    teachers: Teachers, rollouts: list[Rollout], *, support: Support, temperature: float
 ) -> tuple[list[ScoredSample], list[Quarantined]]:
-    """Ask the teacher for the logprobs of the sampled token and of the support at every completion position."""
+    """Ask each rollout's teacher for the logprobs of the sampled token and of the support at every completion position.
+
+    All teachers are asked at once; both lists are in the order of the rollouts.
+    """
+
+    async def judge(teacher: Teacher, places: list[int]) -> list[tuple[int, ScoredSample | Quarantined]]:
+        own = [rollouts[place] for place in places]
+        return list(zip(places, await _judge(teacher, own, support, temperature), strict=True))
+
+    parts = await all_or_first_error([judge(*part) for part in teachers.split(r.prompt for r in rollouts)])
+    judged = dict(pair for part in parts for pair in part)
+    in_order = [judged[place] for place in range(len(rollouts))]
+    samples = [item for item in in_order if isinstance(item, ScoredSample)]
+    return samples, [item for item in in_order if isinstance(item, Quarantined)]
+
+
+async def _judge(
+    teacher: Teacher, rollouts: list[Rollout], support: Support, temperature: float
+) -> list[ScoredSample | Quarantined]:
+    """What becomes of each rollout, all of one teacher."""
     sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
     if support.kind == "teacher_topk":
-        scores = await client.score(sequences, top_k=support.size, temperature=temperature, on_mismatch="keep")
+        scores = await teacher.score(sequences, top_k=support.size, temperature=temperature, on_mismatch="keep")
     else:
         # The server always ranks, so its own likeliest token comes along.
         ids = [_student_topk(r).tolist() for r in rollouts]
-        scores = await client.score(sequences, top_k=1, temperature=temperature, support_ids=ids, on_mismatch="keep")
+        scores = await teacher.score(sequences, top_k=1, temperature=temperature, support_ids=ids, on_mismatch="keep")
     other_rows = mismatches(scores, sequences)
-    samples, quarantined = [], []
+    judged: list[ScoredSample | Quarantined] = []
     for index, rollout in enumerate(rollouts):
         sample = _slice(rollout, scores, index, support)
         reason = other_rows.get(index) or defect(sample, support)
-        if reason is None:
-            samples.append(sample)
-        else:
-            quarantined.append(Quarantined(rollout, reason))
-    return samples, quarantined
+        judged.append(Quarantined(rollout, option_prefix(teacher.name) + reason) if reason else sample)
+    return judged
 
 
 def _student_topk(rollout: Rollout) -> np.ndarray:

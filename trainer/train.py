@@ -52,7 +52,7 @@ async def produce(run: Session) -> None:
         )
         generated = time.monotonic()
         samples, quarantined = await score_rollouts(
-            run.teacher_client, rollouts, support=run.support, temperature=config.loss.kd_temperature
+            run.teachers, rollouts, support=run.support, temperature=config.loss.kd_temperature
         )
         run.quarantine.add(quarantined, len(rollouts))
         batch = Batch(samples, generated - started, time.monotonic() - generated, len(quarantined))

@@ -93,6 +93,46 @@ def test_students_support_texts_and_two_updates_a_batch(tmp_path: Path, models: 
         assert row["student_support_mass"] > row["teacher_support_mass"]
 
 
+@pytest.mark.timeout(600)
+def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict[str, str]) -> None:
+    """`up` starts the one of the rows without a name; the recorded scores are those of each teacher's own weights."""
+    output = tmp_path / "out"
+    folders = [save_model(tmp_path / f"teacher-{seed}", "qwen3", seed=seed) for seed in (7, 8)]
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), **({"teacher": "maths"} if i % 2 else {})} for i in range(8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    with server("teacher", tmp_path / "maths.log", "--teacher.model", folders[1]) as maths:
+        arguments = [
+            *("--student.model", models["qwen3"], "--teacher.model", folders[0]),
+            *("--teacher.named", json.dumps({"maths": [maths.url]}), "--data.path", data, "--data.eval_path", data),
+            *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "2"),
+            *("--pipeline.prompts_per_step", "8", "--optimizer.learning_rate", "1e-3"),
+            *("--output.samples_every_steps", "1", "--output.samples_per_record", "8", "--output.dir", str(output)),
+        ]
+        run = subprocess.run(command("up", *arguments), env=environment(), capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    teachers = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert sorted(sample["row"] for sample in samples) == sorted([*range(1, 9)] * 2)
+    for sample in samples:
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        ids = torch.tensor([[*prompt, *tokenizer.convert_tokens_to_ids(sample["tokens"])]])
+        with torch.no_grad():
+            own, other = (
+                model(ids)
+                .logits[0]
+                .log_softmax(-1)[len(prompt) - 1 : -1]
+                .gather(1, ids[0, len(prompt) :, None])
+                .numpy()
+                for model in (teachers if sample["row"] % 2 else teachers[::-1])  # row 1 is that of 0+0
+            )
+        recorded = np.array(sample["teacher_logprobs"])
+        np.testing.assert_allclose(recorded, own.squeeze(1), atol=1e-4)
+        assert np.abs(recorded - other.squeeze(1)).max() > 1e-2
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+
+
 async def check_student_loads(student: Path, before: Path, tmp_path: Path) -> None:
     """transformers and vLLM read the saved folder and compute the same logprobs; it differs from where it began."""
     model, start = AutoModelForCausalLM.from_pretrained(student), AutoModelForCausalLM.from_pretrained(before)

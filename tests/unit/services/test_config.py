@@ -24,6 +24,7 @@ RUNS = Path(__file__).parents[3] / "deploy" / "runs"
 COMPLETE = ["--student.model", "m", "--teacher.model", "t", "--data.path", "d.jsonl", "--pipeline.steps", "1"]
 
 NO_SINGLE_STEP = ["--loss.single_step_decomposition", "false"]
+MATHS = '{"maths": ["http://a:1"]}'
 
 # (arguments after a complete command line, what the one line on stderr must contain)
 BAD_OPTIONS = [
@@ -104,6 +105,24 @@ BAD_OPTIONS = [
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
     (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
     (["--teacher.protocol", "vllm"], ["teacher.protocol = vllm without teacher.urls", "give their URLs"]),
+    (["--teacher.named", '{"maths": []}'], ["teacher.named.maths = [] has no server", "leave the name out"]),
+    (["--teacher.named", '["http://a:1"]'], ["teacher.named", "JSON"]),
+    (["--teacher.named", '{"maths": "http://a:1"}'], ["teacher.named.maths", "list", "'http://a:1'"]),
+    (
+        ["--teacher.named", '{"maths": ["http://a:1", "http://b:2/"], "code": ["http://c:3", "http://b:2"]}'],
+        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each teacher its own"],
+    ),
+    (
+        ["--teacher.named", MATHS, "--teacher.urls", '["http://a:1/"]'],
+        ["teacher.named.maths and teacher.urls both name http://a:1"],
+    ),
+    (["--data.teacher_column", "tutor"], ["data.teacher_column = tutor would be ignored", "teacher.named names no"]),
+    (
+        ["--teacher.named", MATHS, "--data.teacher_column", "answer"],
+        ["data.teacher_column = answer is also the column of data.answer_column", "one of its own"],
+    ),
+    (["--teacher.named", MATHS, "--data.prompt_column", "teacher"], ["teacher_column = teacher", "data.prompt_column"]),
+    (["--teacher.named", MATHS, "--data.teacher_column", "messages"], ["teacher_column = messages", "the chat"]),
     (["--teacher.tensor_parallel_size", "2"], ["tensor_parallel_size = 2 would be ignored", "engine = transformers"]),
     (["--teacher.engine_args", '{"seed": 1}'], ["teacher.engine_args", "would be ignored", "engine = transformers"]),
     (
@@ -181,6 +200,10 @@ def test_a_bad_option_is_refused_in_one_line(
         ["--loss.support", "student_topk", "--sampling.top_k", "40"],
         ["--loss.single_step_estimator", "full", "--teacher.max_top_k", "300"],
         ["--loss.alpha_lm", "0.5", "--data.lm_path", "t.jsonl"],
+        ["--teacher.named", MATHS, "--data.teacher_column", "tutor"],
+        ["--teacher.named", MATHS, "--teacher.urls", '["http://b:1"]'],
+        ["--teacher.named", MATHS, "--teacher.protocol", "vllm"],  # every row may name one
+        ["--data.prompt_column", "teacher"],  # a column like any other without teacher.named
     ],
 )
 def test_combinations_that_mean_something_are_taken(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,6 +306,15 @@ def test_shipped_run_files_parse(run_file: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_info:
         main(["up", str(run_file), "--dry-run"])
     assert exit_info.value.code == 0, capsys.readouterr().err
+
+
+def test_named_teachers_are_a_table_of_a_run_file_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text('[teacher.named]\nmaths = ["http://a:1", "http://a:2"]\ncode = ["http://b:1"]\n')
+    with pytest.raises(SystemExit):
+        main(["train", str(run_file), "--teacher.named", '{"code": ["http://c:1"]}', "--dry-run"])
+    named = json.loads(capsys.readouterr().out)["teacher"]["named"]
+    assert named == {"maths": ["http://a:1", "http://a:2"], "code": ["http://c:1"]}
 
 
 def test_configs_are_immutable() -> None:

@@ -1,5 +1,7 @@
 """The yardstick itself: full-vocabulary reverse KL and exact match."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,13 @@ import torch
 from services.config import RunConfig
 from services.schemas import TeacherScores
 from tests.models import save_model
+from tests.unit.trainer.attached import alone, attached
 from tests.unit.trainer.test_batch import SAMPLES, VOCAB
 from tests.unit.trainer.test_preflight import teacher_info
 from trainer.evaluate import Evaluator, reverse_kl_sum, within_rows
 from trainer.model import load_student
 from trainer.prompts import Prompt
+from trainer.teachers import Teachers
 from trainer.tiny_pair import build_tokenizer
 
 ROLLOUTS = [s.rollout for s in SAMPLES]
@@ -100,10 +104,30 @@ async def test_the_mean_reverse_kl_pairs_every_completion_with_its_own_teacher_r
     client = FullTeacher({tuple(r.sequence): rows for r, rows in zip(ROLLOUTS, cut, strict=True)})
     config = RunConfig(pipeline={"tokens_per_micro_batch": tokens_per_micro_batch})
     tokenizer = build_tokenizer()
-    evaluator = Evaluator(config, [], tokenizer, None, client, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+    evaluator = Evaluator(config, [], tokenizer, None, alone(client), [256])  # type: ignore[arg-type]
     reverse_kl, num_tokens = await evaluator._reverse_kl(model, ROLLOUTS)
     assert num_tokens == NUM_ROWS
     assert reverse_kl == pytest.approx(exact_kl(model, teacher) / NUM_ROWS, rel=1e-5)
+
+
+async def test_each_completion_is_measured_against_its_own_teacher(model) -> None:  # type: ignore[no-untyped-def]
+    """Every other row names the second teacher, whose embedding is padded by 59 rows."""
+    own = torch.randn(NUM_ROWS, VOCAB, generator=torch.Generator().manual_seed(3)).mul(3).log_softmax(-1)
+    padded = torch.randn(NUM_ROWS, VOCAB + 59, generator=torch.Generator().manual_seed(4)).mul(3).log_softmax(-1)
+    lengths = [len(r.completion.token_ids) for r in ROLLOUTS]
+    names = ["maths" if index % 2 else None for index in range(len(ROLLOUTS))]
+    rollouts = [replace(r, prompt=replace(r.prompt, teacher=n)) for r, n in zip(ROLLOUTS, names, strict=True)]
+    keys = [tuple(r.sequence) for r in rollouts]
+    first, second = (FullTeacher(dict(zip(keys, rows.split(lengths), strict=True))) for rows in (own, padded))
+    tokenizer = build_tokenizer()
+    of_second = teacher_info(tokenizer, padded_vocab_size=VOCAB + 59)
+    teachers = Teachers([attached(first, teacher_info(tokenizer)), attached(second, of_second, "maths")])
+    evaluator = Evaluator(RunConfig(), [], tokenizer, None, teachers, [256])  # type: ignore[arg-type]
+    reverse_kl, num_tokens = await evaluator._reverse_kl(model, rollouts)
+    rows_of = np.repeat(names, lengths)
+    expected = torch.where(torch.from_numpy(rows_of == "maths")[:, None], padded[:, :VOCAB], own)
+    assert num_tokens == NUM_ROWS and first.asked == lengths[::2] and second.asked == lengths[1::2]
+    assert reverse_kl == pytest.approx(exact_kl(model, expected) / NUM_ROWS, rel=1e-5)
 
 
 async def test_a_large_vocabulary_is_scored_on_as_many_completions_as_the_budget_holds(model) -> None:  # type: ignore[no-untyped-def]
@@ -113,8 +137,10 @@ async def test_a_large_vocabulary_is_scored_on_as_many_completions_as_the_budget
     client = FullTeacher({tuple(r.sequence): rows for r, rows in zip(ROLLOUTS, cut, strict=True)})
     tokenizer = build_tokenizer()
     info = teacher_info(tokenizer, padded_vocab_size=vocab)
+    # The budget holds for the largest vocabulary, whoever is asked.
+    teachers = Teachers([attached(None, teacher_info(tokenizer), "maths"), attached(client, info)])
     config = RunConfig(evaluation={"kl_budget_mib": 1})
-    evaluator = Evaluator(config, [], tokenizer, None, client, info, [256])  # type: ignore[arg-type]
+    evaluator = Evaluator(config, [], tokenizer, None, teachers, [256])  # type: ignore[arg-type]
     _, num_tokens = await evaluator._reverse_kl(model, ROLLOUTS)
     assert num_tokens == sum(client.asked) and 0 < len(client.asked) < len(ROLLOUTS)
     assert sum(client.asked) <= 8
@@ -146,7 +172,7 @@ class GreedyTeacher:
 async def test_without_answers_nothing_is_asked_of_the_teacher() -> None:
     tokenizer = build_tokenizer()
     prompts = [Prompt(1, [1], "", None)]
-    evaluator = Evaluator(RunConfig(), prompts, tokenizer, None, None, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+    evaluator = Evaluator(RunConfig(), prompts, tokenizer, None, alone(None), [256])  # type: ignore[arg-type]
     assert await evaluator.teacher_exact_match() is None
 
 
@@ -160,20 +186,29 @@ async def test_the_teachers_exact_match_is_what_greedy_decoding_would_give() -> 
         prompts,
         tokenizer,
         None,  # type: ignore[arg-type]
-        GreedyTeacher(best),  # type: ignore[arg-type]
-        teacher_info(tokenizer),
+        alone(GreedyTeacher(best)),
         [end],
     )
     assert await evaluator.teacher_exact_match() == pytest.approx(1 / 3)
 
 
+async def test_the_exact_match_of_each_row_is_that_of_its_own_teacher() -> None:
+    tokenizer = build_tokenizer()
+    end = tokenizer.eos_token_id
+    rows = [("12", None), ("34", "maths"), ("56", None), ("78", "maths")]
+    prompts = [Prompt(i, [1], "", answer, teacher=name) for i, (answer, name) in enumerate(rows)]
+    own = GreedyTeacher([[*b"12", end], [*b"56", end]])  # both right
+    maths = GreedyTeacher([[*b"12", end], [*b"78", end]])  # the first is wrong
+    teachers = Teachers([attached(own), attached(maths, name="maths")])
+    evaluator = Evaluator(RunConfig(), prompts, tokenizer, None, teachers, [end])  # type: ignore[arg-type]
+    assert await evaluator.teacher_exact_match() == pytest.approx(3 / 4)
+
+
 def test_the_students_exact_match_ignores_rows_without_an_answer() -> None:
     tokenizer = build_tokenizer()
-    evaluator = Evaluator(RunConfig(), [], tokenizer, None, None, teacher_info(tokenizer), [256])  # type: ignore[arg-type]
+    evaluator = Evaluator(RunConfig(), [], tokenizer, None, alone(None), [256])  # type: ignore[arg-type]
 
     def rollout(answer: str | None, said: bytes):  # type: ignore[no-untyped-def]
-        from dataclasses import replace
-
         completion = replace(ROLLOUTS[0].completion, token_ids=np.array([*said, 256], np.int32))
         return replace(ROLLOUTS[0], prompt=Prompt(1, [1], "", answer), completion=completion)
 

@@ -4,12 +4,15 @@ import pytest
 
 from services.causal_lm import chat_template_probe, tokenizer_fingerprint
 from services.config import LossConfig, RunConfig, TeacherConfig
-from services.errors import StartupError
+from services.errors import PeerError, StartupError
 from services.schemas import RolloutInfo, TeacherInfo
+from tests.unit.trainer.attached import attached
 from trainer import preflight
+from trainer.teachers import Teachers
 from trainer.tiny_pair import build_tokenizer
 
 EOS = [256]
+KD_AT_2 = {"kd_temperature": 2}
 
 
 def teacher_info(tokenizer, **changes) -> TeacherInfo:  # type: ignore[no-untyped-def]
@@ -66,6 +69,11 @@ class Servers:
         return self._vocabulary
 
 
+def teachers(info: TeacherInfo, **named: TeacherInfo) -> Teachers:
+    """The one without a name, and those with one."""
+    return Teachers([attached(None, info), *(attached(None, info, name) for name, info in named.items())])
+
+
 def swapped_tokenizer():  # type: ignore[no-untyped-def]
     """The same tokens, but the ids of "a" (97) and "b" (98) the other way round."""
     import json
@@ -84,7 +92,7 @@ async def test_swapped_tokens_are_refused_with_the_first_ids_that_differ() -> No
     client = Servers(teacher_info(other), vocabulary=other.get_vocab())
     config = RunConfig(student={"model": "the-student"})
     with pytest.raises(StartupError) as error:
-        await preflight.check_same_tokens(config, build_tokenizer(), EOS, client.infos[0], client)  # type: ignore[arg-type]
+        await preflight.check_same_tokens(config, build_tokenizer(), EOS, attached(client, client.infos[0]))  # type: ignore[arg-type]
     assert "2 ids differ, first id 97 is 'a' here and 'b' there, id 98 is 'b' here and 'a' there" in str(error.value)
     assert "the-teacher" in str(error.value) and "the-student" in str(error.value)
 
@@ -92,7 +100,7 @@ async def test_swapped_tokens_are_refused_with_the_first_ids_that_differ() -> No
 async def test_a_padded_embedding_is_fine() -> None:
     tokenizer = build_tokenizer()
     info = teacher_info(tokenizer, padded_vocab_size=320, max_top_k=320)
-    await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+    await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(None, info))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +115,10 @@ async def test_other_ends_and_chat_formats_are_shown_and_must_be_accepted(change
     tokenizer = build_tokenizer()
     info = teacher_info(tokenizer, **change)
     with pytest.raises(StartupError) as error:
-        await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+        await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(None, info))
     assert shown in str(error.value) and f"--teacher.accept_different '[\"{name}\"]'" in str(error.value)
     accepting = RunConfig(teacher={"accept_different": [name]})
-    await preflight.check_same_tokens(accepting, tokenizer, EOS, info, Servers())  # type: ignore[arg-type]
+    await preflight.check_same_tokens(accepting, tokenizer, EOS, attached(None, info))
 
 
 def test_text_that_is_cut_differently_with_one_vocabulary_is_said() -> None:
@@ -126,15 +134,86 @@ def test_a_token_that_only_one_side_has_differs_and_only_the_first_few_are_shown
 
 async def test_teachers_must_be_replicas() -> None:
     tokenizer = build_tokenizer()
-    teachers = Servers(teacher_info(tokenizer), teacher_info(tokenizer, fingerprint="g"))
+    servers = Servers(teacher_info(tokenizer), teacher_info(tokenizer, fingerprint="g"))
     with pytest.raises(StartupError, match="do not serve the same model"):
-        await preflight.attach(RunConfig(), Servers(rollout_info()), teachers)  # type: ignore[arg-type]
+        await preflight.attach(RunConfig(), Servers(rollout_info()), {None: servers})  # type: ignore[arg-type]
+
+
+async def test_a_named_teacher_is_attached_with_the_tightest_limits_of_its_own_replicas() -> None:
+    tokenizer = build_tokenizer()
+    maths = Servers(teacher_info(tokenizer, max_top_k=9), teacher_info(tokenizer, max_model_len=32))
+    clients = {None: Servers(teacher_info(tokenizer, fingerprint="other")), "maths": maths}
+    _, found = await preflight.attach(RunConfig(), Servers(rollout_info()), clients)  # type: ignore[arg-type]
+    limits = [(t.name, t.client, t.info.max_top_k, t.info.max_model_len) for t in found]
+    assert limits == [(None, clients[None], 261, 128), ("maths", maths, 9, 32)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fingerprint": "g"},
+            r"teacher\.named\.maths: the teachers at http://server-0, .* do not serve the same model",
+        ),
+        ({"protocol": 2}, r"teacher\.named\.maths: http://server-1 speaks protocol 2"),
+    ],
+)
+async def test_what_is_wrong_with_a_named_teacher_says_its_name(changes: dict, message: str) -> None:
+    tokenizer = build_tokenizer()
+    good = teacher_info(tokenizer)
+    clients = {None: Servers(good), "maths": Servers(good, teacher_info(tokenizer, **changes)), "code": Servers(good)}
+    with pytest.raises(StartupError, match=f"^{message}"):
+        await preflight.attach(RunConfig(), Servers(rollout_info()), clients)  # type: ignore[arg-type]
+
+
+async def test_a_named_teacher_that_does_not_become_ready_says_its_name() -> None:
+    class Absent(Servers):
+        async def wait_ready(self, timeout_s: float, on_wait: object) -> None:
+            raise PeerError(f"http://a:1 is not ready after {timeout_s:.0f} s")
+
+    with pytest.raises(PeerError, match=r"^teacher\.named\.maths: http://a:1 is not ready after 600 s"):
+        await preflight.attach(RunConfig(), Servers(rollout_info()), {"maths": Absent()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        ({"eos_token_ids": [257]}, {}, "the teacher ends completions with [257]"),
+        ({"chat_template_probe": "?"}, {}, "the chat templates differ"),
+        (
+            {"temperature_support": "one"},
+            {"loss": KD_AT_2, "sampling": {"temperature": 2}},
+            "loss.kd_temperature = 2.0",
+        ),
+        ({"max_top_k": 99}, {"data": {"eval_path": "e"}}, "the evaluation on data.eval_path needs all 261 tokens"),
+    ],
+)
+async def test_every_teacher_is_checked_and_the_one_that_fails_says_its_name(
+    changes: dict, config: dict, message: str
+) -> None:
+    tokenizer = build_tokenizer()
+    good, bad = teacher_info(tokenizer), teacher_info(tokenizer, **changes)
+    await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(good, maths=good))
+    with pytest.raises(StartupError) as error:
+        await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(good, maths=good, code=bad))
+    assert str(error.value).startswith(f"teacher.named.code: {message}")
+    with pytest.raises(StartupError) as error:
+        await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(bad, maths=good))
+    assert str(error.value).startswith(message)
+
+
+async def test_other_tokens_of_a_named_teacher_are_shown_from_its_own_vocabulary() -> None:
+    tokenizer, other = build_tokenizer(), swapped_tokenizer()
+    own = attached(Servers(vocabulary=tokenizer.get_vocab()), teacher_info(tokenizer))
+    maths = attached(Servers(vocabulary=other.get_vocab()), teacher_info(other), "maths")
+    with pytest.raises(StartupError, match=r"^teacher\.named\.maths: .* 2 ids differ, first id 97"):
+        await preflight.check_teachers(RunConfig(), tokenizer, EOS, Teachers([own, maths]))
 
 
 async def test_another_protocol_is_refused() -> None:
-    teachers = Servers(teacher_info(build_tokenizer()))
+    servers = Servers(teacher_info(build_tokenizer()))
     with pytest.raises(StartupError, match="http://server-0 speaks protocol 2, this trainer 1"):
-        await preflight.attach(RunConfig(), Servers(rollout_info(protocol=2)), teachers)  # type: ignore[arg-type]
+        await preflight.attach(RunConfig(), Servers(rollout_info(protocol=2)), {None: servers})  # type: ignore[arg-type]
 
 
 async def test_a_teacher_that_does_not_tell_its_tokenizer_is_taken_at_its_word(
@@ -142,9 +221,20 @@ async def test_a_teacher_that_does_not_tell_its_tokenizer_is_taken_at_its_word(
 ) -> None:
     info = teacher_info(build_tokenizer(), tokenizer_fingerprint=None, eos_token_ids=[], chat_template_probe=None)
     with caplog.at_level("INFO"):
-        await preflight.check_same_tokens(RunConfig(), build_tokenizer(), EOS, info, Servers())  # type: ignore[arg-type]
+        await preflight.check_same_tokens(RunConfig(), build_tokenizer(), EOS, attached(None, info))
     (record,) = caplog.records
     assert "'the-teacher' does not tell its tokenizer" in record.getMessage() and "teacher.model" in record.getMessage()
+
+
+async def test_a_named_teacher_that_does_not_tell_its_tokenizer_is_not_compared_with_the_folder_of_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    info = teacher_info(build_tokenizer(), tokenizer_fingerprint=None, eos_token_ids=[], chat_template_probe=None)
+    with caplog.at_level("INFO"):
+        await preflight.check_same_tokens(RunConfig(), build_tokenizer(), EOS, attached(None, info, "maths"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("teacher.named.maths: the teacher 'the-teacher' does not tell its tokenizer")
+    assert "teacher.model" not in record.getMessage()
 
 
 def test_a_folder_tells_what_a_plain_vllm_server_does_not(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
@@ -169,9 +259,19 @@ def test_an_evaluation_needs_the_whole_vocabulary() -> None:
 def test_the_shortest_context_counts_and_must_leave_room() -> None:
     info = teacher_info(build_tokenizer())
     rollouts = [rollout_info(), rollout_info(max_model_len=32)]
-    assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 31}), rollouts, info) == 32
+    assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 31}), rollouts, teachers(info)) == 32
     with pytest.raises(StartupError, match="max_new_tokens = 32 leaves no room"):
-        preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 32}), rollouts, info)
+        preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 32}), rollouts, teachers(info))
+
+
+def test_the_shortest_context_of_all_teachers_counts_and_is_named() -> None:
+    tokenizer = build_tokenizer()
+    both = teachers(teacher_info(tokenizer), code=teacher_info(tokenizer, max_model_len=16))
+    assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 15}), [rollout_info()], both) == 16
+    with pytest.raises(StartupError, match=r"take 16 tokens \(teacher\.named\.code: teacher\.max_model_len\)"):
+        preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 16}), [rollout_info()], both)
+    with pytest.raises(StartupError, match=r"take 9 tokens \(rollout\.max_model_len\)"):
+        preflight.max_model_len(RunConfig(), [rollout_info(max_model_len=9)], both)
 
 
 def test_a_teacher_that_cannot_apply_the_temperature_is_refused() -> None:
@@ -198,9 +298,35 @@ def test_the_support_is_as_large_as_asked_or_leaves_one_token_outside(
     loss: dict, student: int, teacher: int, expected: tuple[str, int, bool]
 ) -> None:
     info = teacher_info(build_tokenizer(), padded_vocab_size=teacher, max_top_k=teacher)
-    support = preflight.choose_support(LossConfig(**loss), student, [rollout_info()], info)
+    support = preflight.choose_support(LossConfig(**loss), student, [rollout_info()], teachers(info))
     assert (support.kind, support.size, support.has_tail) == expected
     assert support.vocab_size == student
+
+
+def test_the_support_fits_into_the_smallest_vocabulary_of_all_teachers() -> None:
+    tokenizer = build_tokenizer()
+    both = teachers(teacher_info(tokenizer, padded_vocab_size=320), code=teacher_info(tokenizer, padded_vocab_size=100))
+    assert preflight.choose_support(LossConfig(top_k=9999), 261, [rollout_info()], both).size == 99
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "message"),
+    [
+        ({"single_step_estimator": "full"}, {"padded_vocab_size": 320}, "the student has 261 rows, the teacher 320"),
+        ({"top_k": 20}, {"max_top_k": 19}, "needs 20 tokens per position, teacher.max_top_k = 19"),
+        ({"support": "student_topk"}, {"scores_support_ids": False}, "scores no tokens of the caller's choice"),
+        ({"support": "student_topk"}, {"padded_vocab_size": 260}, "ids up to 261, the teacher scores those below 260"),
+    ],
+)
+def test_a_support_that_one_teacher_does_not_score_is_refused_with_its_name(
+    loss: dict, changes: dict, message: str
+) -> None:
+    good, bad = (teacher_info(build_tokenizer(), **c) for c in ({}, changes))
+    preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(good, code=good))
+    with pytest.raises(StartupError, match=rf"^teacher\.named\.code: .*{message}"):
+        preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(good, code=bad))
+    with pytest.raises(StartupError, match=message):
+        preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(bad, code=good))
 
 
 @pytest.mark.parametrize(
@@ -229,4 +355,6 @@ def test_a_support_that_the_servers_do_not_return_is_refused(
 ) -> None:
     rollouts = [rollout_info(), rollout_info(max_logprobs=limits.pop("max_logprobs", 64))]
     with pytest.raises(StartupError, match=message):
-        preflight.choose_support(LossConfig(**loss), student, rollouts, teacher_info(build_tokenizer(), **limits))
+        preflight.choose_support(
+            LossConfig(**loss), student, rollouts, teachers(teacher_info(build_tokenizer(), **limits))
+        )

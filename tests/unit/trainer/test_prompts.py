@@ -107,6 +107,34 @@ def test_text_is_tokenized_and_other_columns_ride_along(tmp_path: Path) -> None:
     assert prompt == Prompt(1, list(b"1+1="), "1+1=", "2", {"source": {"page": 3}})
 
 
+def test_a_row_names_its_teacher_or_none(tmp_path: Path) -> None:
+    rows = ['{"prompt": "p", "tutor": "maths", "n": 1}', '{"prompt": "p", "tutor": null}', '{"prompt": "p"}']
+    config = DataConfig(teacher_column="tutor")
+    prompts = read_prompts(write(tmp_path / "d.jsonl", *rows), config, TOKENIZER, teachers=["code", "maths"])
+    found = [(p.teacher, p.columns) for p in prompts.fitting(MAX_TOKENS)]
+    assert found == [("maths", {"n": 1}), (None, {}), (None, {})]
+
+
+@pytest.mark.parametrize("name", ["physics", "", "Maths", 3, True, ["maths"], {"maths": 1}])
+def test_a_row_of_a_teacher_that_the_run_does_not_have_is_bad(
+    name: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "d.jsonl", '{"prompt": "p"}', json.dumps({"prompt": "p", "teacher": name}))
+    with pytest.raises(DataError) as error:
+        read_prompts(path, DataConfig(), TOKENIZER, teachers=["code", "maths"])
+    reason = "`teacher` must be null or a name in teacher.named ('code', 'maths'), got "
+    assert f"{path}, row 2: {reason}{type(name).__name__} {name!r}; fix the row" in str(error.value)
+    skipping = read_prompts(path, DataConfig(on_bad_row="skip"), TOKENIZER, teachers=["code", "maths"])
+    assert [p.row for p in skipping.fitting(MAX_TOKENS)] == [1]
+    assert f"(row 2: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["physics", 3, {"school": "x"}, None])
+def test_without_named_teachers_their_column_is_like_any_other(value: object, tmp_path: Path) -> None:
+    (prompt,) = load(write(tmp_path / "d.jsonl", json.dumps({"prompt": "p", "teacher": value})))
+    assert (prompt.teacher, prompt.columns) == (None, {"teacher": value})
+
+
 def test_an_answer_that_is_a_number_is_its_text(tmp_path: Path) -> None:
     answers = ["0", "-1.5", "1" * 400]
     path = write(tmp_path / "d.jsonl", *(f'{{"prompt": "p", "answer": {answer}}}' for answer in answers))

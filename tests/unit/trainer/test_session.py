@@ -1,15 +1,34 @@
-"""Which client the trainer talks to its teacher with."""
+"""Which clients the trainer talks to its teachers with."""
+
+import pytest
 
 from services.clients import TeacherClient
-from services.config import TeacherConfig
+from services.config import Secrets, TeacherConfig
 from services.vllm_teacher_client import VllmTeacherClient
 from trainer.session import _teacher_client
 
 
 async def test_the_protocol_decides_the_client() -> None:
-    ours = _teacher_client(TeacherConfig(), "key")
-    plain = _teacher_client(TeacherConfig(protocol="vllm", urls=["http://a:1/"]), "key")
-    assert type(ours) is TeacherClient and ours.urls == ["http://127.0.0.1:8101"]
+    ours = _teacher_client(TeacherConfig(), None, ["http://b:1"], Secrets())
+    plain = _teacher_client(TeacherConfig(protocol="vllm"), None, ["http://a:1/"], Secrets())
+    assert type(ours) is TeacherClient and ours.urls == ["http://b:1"]
     assert type(plain) is VllmTeacherClient and plain.urls == ["http://a:1"]
     await ours.close()
     await plain.close()
+
+
+async def test_teacher_model_tells_the_tokenizer_of_the_sections_own_servers_alone(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    section = TeacherConfig(protocol="vllm", model=tiny_model_folder("llama"))
+    own, maths = (_teacher_client(section, name, ["http://a:1"], Secrets()) for name in (None, "maths"))
+    assert isinstance(own, VllmTeacherClient) and isinstance(maths, VllmTeacherClient)
+    assert own._tokens is not None and maths._tokens is None
+    await own.close()
+    await maths.close()
+
+
+async def test_all_teachers_share_key_and_times_of_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY", "k")
+    client = _teacher_client(TeacherConfig(outage_s=7, request_timeout_s=5), "maths", ["http://a:1"], Secrets())
+    assert client._http.headers["Authorization"] == "Bearer k"
+    assert (client._outage_s, client._http.timeout.read) == (7, 5)
+    await client.close()

@@ -10,6 +10,7 @@ import pytest
 
 from services.errors import PeerError
 from services.schemas import TeacherScores
+from tests.unit.trainer.attached import alone
 from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample
 from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
 
@@ -131,7 +132,7 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
     good, other = sample(1, 2, 3), sample(2, 4, 5)
     teacher = Teacher([good, with_value("teacher_token_logprobs", np.nan), other])
     samples, quarantined = await score_rollouts(
-        teacher,  # type: ignore[arg-type]
+        alone(teacher),
         [s.rollout for s in teacher.samples],
         support=SUPPORT,
         temperature=0.5,
@@ -196,7 +197,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
     teacher = Scorer()
     support = Support("student_topk", 2, VOCAB)
     assert support.student_top_k == 2
-    samples, quarantined = await score_rollouts(teacher, rollouts, support=support, temperature=0.5)  # type: ignore[arg-type]
+    samples, quarantined = await score_rollouts(alone(teacher), rollouts, support=support, temperature=0.5)
     assert teacher.options == {
         "top_k": 1,
         "temperature": 0.5,
@@ -213,7 +214,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
 async def test_a_rollout_without_the_top_k_that_was_asked_for_is_an_error() -> None:
     support = Support("student_topk", 2, VOCAB)
     with pytest.raises(PeerError, match=r"no student top-k.*student_topk"):
-        await score_rollouts(Teacher([]), [sample(1, 2, 3).rollout], support=support, temperature=1.0)  # type: ignore[arg-type]
+        await score_rollouts(alone(Teacher([])), [sample(1, 2, 3).rollout], support=support, temperature=1.0)
 
 
 def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:
