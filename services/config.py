@@ -122,7 +122,7 @@ class TeacherConfig(ServerSection):
     device: str = "auto"
     """Torch device: "auto" (cuda when there is one), "cpu", "cuda:1"."""
     tokens_per_forward: int | None = Field(None, ge=1)
-    """Padded tokens in one forward pass; default: 4096 on a CPU, whose caches hold no more, else 16384."""
+    """Padded tokens in one forward pass; default: 2048 on a CPU, whose caches hold no more, else 16384."""
     rows_per_head_chunk: int = Field(1024, ge=1)
     """Positions projected to the vocabulary at once; bounds the memory of the head."""
     tensor_parallel_size: int = Field(1, ge=1)

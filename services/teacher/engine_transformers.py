@@ -23,13 +23,11 @@ from services.config import TeacherConfig
 from services.errors import RequestError, StartupError
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
-from services.teacher.jobs import Columns, EncodedSequence, ScoreItem, ScoreJob
-from services.teacher.reductions import reduce_logits
+from services.teacher.head import ScoringHead
+from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 
 # Padded tokens of a forward pass: fewer run faster on a CPU, whose caches hold no more.
-_CPU_TOKENS_PER_FORWARD, _TOKENS_PER_FORWARD = 4096, 16384
-# Elements of one chunk of float32 logits: 64 Mi are 256 MiB.
-_MAX_CHUNK_ELEMENTS = 64 << 20
+_CPU_TOKENS_PER_FORWARD, _TOKENS_PER_FORWARD = 2048, 16384
 
 
 class TransformersEngine:
@@ -62,12 +60,12 @@ class TransformersEngine:
             .to(self._device)
             .eval()
         )
-        self._head = output_head(self._model)
-        self.info = self._describe()
+        output = output_head(self._model)
+        self._head = ScoringHead(output, config.rows_per_head_chunk)
+        self.info = self._describe(len(output.weight))
 
-    def _describe(self) -> TeacherInfo:
+    def _describe(self, vocab: int) -> TeacherInfo:
         config, text_config = self._config, self._model.config.get_text_config()
-        vocab = self._head.weight.shape[0]
         limit = getattr(text_config, "max_position_embeddings", None) or 1 << 20
         tokens = tokenizer_fingerprint(self.tokenizer)
         return TeacherInfo(
@@ -135,12 +133,7 @@ class TransformersEngine:
         support = None
         if job.support_width is not None:
             support = torch.from_numpy(np.concatenate([np.asarray(s.support_ids) for s in sequences])).long()
-        columns = Columns.empty(len(hidden), job.top_k, job.support_width)
-        size = max(1, min(self._config.rows_per_head_chunk, _MAX_CHUNK_ELEMENTS // self.info.padded_vocab_size))
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits, of_part = self._head.float32_logits(hidden[part]), None if support is None else support[part]
-            reduce_logits(columns, part, logits, targets[part], of_part, temperature=job.temperature)
+        columns = self._head.score(hidden, targets, support, top_k=job.top_k, temperature=job.temperature)
         start = 0
         for item in items:
             item.job.columns.write(item.rows, columns, slice(start, start + item.sequence.num_rows))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from services.causal_lm import OutputHead, load_causal_lm, output_head
-from services.teacher.jobs import Columns
-from services.teacher.reductions import reduce_logits
+from services.teacher.head import ScoringHead
 from tests.integration.processes import KEY
 from trainer.tiny_pair import build_tokenizer
 
@@ -20,7 +20,8 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 Sequence = tuple[list[int], int]
 """Token ids of prompt and completion, length of the prompt."""
-Head = Callable[[OutputHead, torch.Tensor, torch.Tensor], object]
+Head = Callable[[torch.Tensor, torch.Tensor], object]
+"""Of the hidden states [R, H] and the tokens that follow [R]."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def load(folder: str) -> tuple[PreTrainedModel, OutputHead]:
 
 
 @torch.inference_mode()
-def score_offline(
-    model: PreTrainedModel, output: OutputHead, sequences: list[Sequence], tokens_per_forward: int, head: Head
-) -> None:
+def score_offline(model: PreTrainedModel, head: Head, sequences: list[Sequence], tokens_per_forward: int) -> None:
     """Everything in one process: sort by length, pad, run the body, project the completions' positions."""
     rest = sorted(sequences, key=lambda s: len(s[0]), reverse=True)
     while rest:
@@ -96,30 +95,30 @@ def score_offline(
             ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
             wanted[row, prompt - 1 : len(tokens) - 1] = True
         hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[wanted]
-        head(output, hidden, torch.cat([torch.tensor(tokens[prompt:]) for tokens, prompt in batch]))
+        head(hidden, torch.cat([torch.tensor(tokens[prompt:]) for tokens, prompt in batch]))
 
 
 ROWS_PER_CHUNK = 512
 
 
-def our_head(output: OutputHead, hidden: torch.Tensor, targets: torch.Tensor) -> Columns:
+def our_head(output: OutputHead) -> Head:
     """The work of the server's head, by the server's code."""
-    columns = Columns.empty(len(hidden), TOP_K, None)
-    for start in range(0, len(hidden), ROWS_PER_CHUNK):
-        part = slice(start, start + ROWS_PER_CHUNK)
-        reduce_logits(columns, part, output.float32_logits(hidden[part]), targets[part], None, temperature=1.0)
-    return columns
+    return partial(ScoringHead(output, ROWS_PER_CHUNK).score, support=None, top_k=TOP_K, temperature=1.0)
 
 
-def plain_head(output: OutputHead, hidden: torch.Tensor, targets: torch.Tensor) -> list[list[np.ndarray]]:
+def plain_head(output: OutputHead) -> Head:
     """The same results, as torch spells them."""
-    answer = []
-    for start in range(0, len(hidden), ROWS_PER_CHUNK):
-        part = slice(start, start + ROWS_PER_CHUNK)
-        logprobs = (hidden[part] @ output.weight.t()).log_softmax(-1)
-        top = logprobs.topk(TOP_K, dim=-1)
-        token = logprobs.gather(1, targets[part].unsqueeze(1))
-        tail = logprobs.scatter(1, top.indices, -torch.inf).logsumexp(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        answer.append([values.numpy() for values in (top.values, top.indices, token, tail, entropy)])
-    return answer
+
+    def head(hidden: torch.Tensor, targets: torch.Tensor) -> list[list[np.ndarray]]:
+        answer = []
+        for start in range(0, len(hidden), ROWS_PER_CHUNK):
+            part = slice(start, start + ROWS_PER_CHUNK)
+            logprobs = (hidden[part] @ output.weight.t()).log_softmax(-1)
+            top = logprobs.topk(TOP_K, dim=-1)
+            token = logprobs.gather(1, targets[part].unsqueeze(1))
+            tail = logprobs.scatter(1, top.indices, -torch.inf).logsumexp(-1)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            answer.append([values.numpy() for values in (top.values, top.indices, token, tail, entropy)])
+        return answer
+
+    return head

@@ -110,6 +110,7 @@ def compare(folder: str, load_: Load, ours: str, vllm: str) -> dict[str, Any]:
     requests = load_.requests()
     sequences = [sequence for request in requests for sequence in request]
     model, output = load(folder)
+    ours_head, torchs_head = our_head(output), plain_head(output)
     num_bytes: dict[str, int] = {}
 
     def http(name: str, work: Callable[[], Any]) -> None:
@@ -117,8 +118,8 @@ def compare(folder: str, load_: Load, ours: str, vllm: str) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], None]] = {
         "ours": lambda: http("ours", lambda: through_ours(ours, requests)),
-        "offline": lambda: score_offline(model, output, sequences, load_.tokens_per_forward, our_head),
-        "offline_plain": lambda: score_offline(model, output, sequences, load_.tokens_per_forward, plain_head),
+        "offline": lambda: score_offline(model, ours_head, sequences, load_.tokens_per_forward),
+        "offline_plain": lambda: score_offline(model, torchs_head, sequences, load_.tokens_per_forward),
         "vllm": lambda: http("vllm", lambda: through_vllm(vllm, folder, requests)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

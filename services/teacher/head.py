@@ -1,6 +1,6 @@
-"""Logits of a chunk of positions to the rows of an answer.
+"""Hidden states to the rows of an answer, a chunk of positions at a time: [positions, vocabulary] logits never exist.
 
-Shapes: C positions of a chunk, G positions of a group, V vocabulary, K candidates, M support ids.
+Shapes: R positions, C positions of a chunk, G positions of a group, H hidden, V vocabulary, K candidates, M support ids.
 
 On a CPU a position costs less in the matrix product than in the passes over its V logits when each pass reads them
 from memory, so these run over a few positions at a time, whose logits stay in the cache.
@@ -8,13 +8,61 @@ from memory, so these run over a few positions at a time, whose logits stay in t
 
 import torch
 
+from services.causal_lm import OutputHead
 from services.errors import DistillServeError
 from services.teacher.jobs import Columns
 
+# Elements of one chunk of float32 logits: 64 Mi are 256 MiB.
+_MAX_CHUNK_ELEMENTS = 64 << 20
 # Logits that are reduced together on a CPU: 4 MiB.
 _CPU_GROUP_ELEMENTS = 1 << 20
 # Mass relative to the likeliest token below which float32 has lost digits, or everything.
 _SMALL_MASS = 1e-20
+
+
+class ScoringHead:
+    """A model's output head, and what is asked of its logits; not thread-safe.
+
+    Args:
+        rows_per_chunk: positions that are projected at once, less when the vocabulary is large.
+    """
+
+    def __init__(self, output: OutputHead, rows_per_chunk: int) -> None:
+        self._output = output
+        self._size = max(1, min(rows_per_chunk, _MAX_CHUNK_ELEMENTS // len(output.weight)))
+        self._logits: torch.Tensor | None = None
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        support: torch.Tensor | None,
+        *,
+        top_k: int,
+        temperature: float,
+    ) -> Columns:
+        """The rows of [R, H] hidden states.
+
+        Args:
+            targets: [R] tokens that follow, on the CPU.
+            support: [R, M] ids to score, or None.
+            temperature: divides the logits before the softmax.
+
+        Raises:
+            DistillServeError: the logits of a position are not finite.
+        """
+        columns = Columns.empty(len(hidden), top_k, None if support is None else support.shape[1])
+        for start in range(0, len(hidden), self._size):
+            part = slice(start, min(start + self._size, len(hidden)))
+            logits = self._output.float32_logits(hidden[part], self._buffer(hidden)[: part.stop - part.start])
+            of_part = None if support is None else support[part]
+            reduce_logits(columns, part, logits, targets[part], of_part, temperature=temperature)
+        return columns
+
+    def _buffer(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._logits is None:
+            self._logits = hidden.new_empty((self._size, len(self._output.weight)), dtype=torch.float32)
+        return self._logits
 
 
 def reduce_logits(
@@ -28,13 +76,7 @@ def reduce_logits(
 ) -> None:
     """Reduce [C, V] float32 logits, which are overwritten, to rows of the answer.
 
-    Args:
-        targets: [C] tokens that follow.
-        support: [C, M] ids to score, or None.
-        temperature: divides the logits before the softmax.
-
-    Raises:
-        DistillServeError: a row of logits is not finite.
+    Args and errors as of `ScoringHead.score`.
     """
     size = len(logits) if logits.is_cuda else max(1, _CPU_GROUP_ELEMENTS // logits.shape[1])
     columns.token_ids[rows] = targets.numpy()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from services.errors import DistillServeError
-from services.teacher import reductions
+from services.teacher import head
+from services.teacher.head import reduce_logits
 from services.teacher.jobs import Columns
-from services.teacher.reductions import reduce_logits
 
 
 def reduced(
@@ -126,6 +126,6 @@ def test_positions_that_are_reduced_in_groups_are_as_alone(monkeypatch: pytest.M
     logits = torch.randn(11, 40, generator=generator).tolist()
     targets, support = list(range(11)), [[row, 39 - row] for row in range(11)]
     whole = reduced(logits, targets, 5, support)
-    monkeypatch.setattr(reductions, "_CPU_GROUP_ELEMENTS", 3 * 40)
+    monkeypatch.setattr(head, "_CPU_GROUP_ELEMENTS", 3 * 40)
     for name, values in vars(reduced(logits, targets, 5, support)).items():
         np.testing.assert_array_equal(values, getattr(whole, name), err_msg=name)
