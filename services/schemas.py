@@ -141,7 +141,7 @@ class TeacherRequest(WireModel):
     sequences: Annotated[list[TeacherSequence], Field(fail_fast=True)] = Field(min_length=1)
     top_k: StrictInt = Field(ge=1)
     """Likeliest tokens to return at each row."""
-    temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False, strict=True)
     """Divides the logits before the softmax, exactly."""
     logprob_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of logprobs in the binary answer."""
