@@ -13,26 +13,30 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import cache, partial
 from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
+from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
 from services.teacher.answer import PacedResponse
 from services.teacher.body import caller_gone, check_headers, parse_request, read_body
+from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
@@ -57,15 +61,16 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.state.service = service
     app.state.on_loaded = lambda task: None
     _add_error_handlers(app)
-    app.middleware("http")(_count_requests)
+    app.add_middleware(RequestCounter, metrics=service.metrics)
     app.add_api_route("/health", get_health, methods=["GET"], summary="The process lives")
     app.add_api_route("/ready", get_ready, methods=["GET"], summary="The model is loaded")
-    app.add_api_route("/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics")
+    app.add_api_route(
+        "/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics", response_class=PlainTextResponse
+    )
     app.add_api_route("/v1/teacher/info", get_teacher_info, methods=["GET"], summary="Model, limits, tokenizer")
     app.add_api_route("/v1/teacher/vocabulary", get_vocabulary, methods=["GET"], summary="Token to id")
-    app.add_api_route(
-        "/v1/teacher/logprobs", create_logprobs, methods=["POST"], summary="Score completions", response_model=None
-    )
+    app.add_api_route(SCORE_PATH, create_logprobs, methods=["POST"], summary="Score completions", response_model=None)
+    app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]
     return app
 
 
@@ -173,16 +178,29 @@ def _encode_json(scores: TeacherScores) -> bytes:
     return json.dumps(as_json(scores), allow_nan=False, separators=(",", ":")).encode()
 
 
-async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    status = 500  # what an exception becomes further out
-    try:
-        response = await call_next(request)
-        status = response.status_code
-        return response
-    finally:
-        route = request.scope.get("route")
-        path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
-        request.app.state.service.metrics.requests.labels(path, status).inc()
+class RequestCounter:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: TeacherMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500  # what an exception becomes further out
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            route = scope.get("route")
+            path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
+            self._metrics.requests.labels(path, status).inc()
 
 
 def _add_error_handlers(app: FastAPI) -> None:

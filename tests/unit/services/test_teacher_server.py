@@ -132,6 +132,11 @@ BAD_BODIES = [
     ({"sequences": [{"prompt": "", "completion": "b"}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": ""}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": "b" * 16}], "top_k": 1}, "sequences.0.token_ids", 422),
+    (
+        {"sequences": [{"prompt": "a", "completion": "b" * 209}], "top_k": 1},
+        "sequences.0.completion",
+        422,
+    ),  # above 16 * 13
     ({"sequences": [{**GOOD, "prompt_length": 1.0}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": "warm"}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": "1.5"}, "temperature", 422),
