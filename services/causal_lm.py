@@ -234,4 +234,8 @@ def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = str(error).strip()
+    first = (text.splitlines() or [type(error).__name__])[0]
+    if "trust_remote_code" in text and "trust_remote_code" not in first:
+        return f"{first} Read that code, then pass trust_remote_code = true"
+    return first

@@ -30,7 +30,8 @@ class Guard:
         max_body_bytes: larger bodies are refused, by their announced length or while they arrive.
         on_refused: told of every refusal, for metrics.
 
-    A RequestError that `app` raises before it has answered becomes the problem document it describes.
+    A RequestError that `app` raises before it has answered becomes the problem document it describes; a
+    ConnectionAbortedError that it raises in the middle of its answer closes the connection.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class Guard:
             if self._on_refused is not None:
                 self._on_refused(error)
             await problem_response(error, request_id)(scope, receive, exchange.send)
+        except ConnectionAbortedError:
+            if not exchange.answered:
+                raise
+            # The caller does not take its answer; the server closes a connection whose answer is not complete.
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in self._open_paths:

@@ -110,6 +110,7 @@ class RolloutInfo(WireModel):
 
 class ChatMessage(WireModel):
     role: str
+    """What the chat template knows: mostly system, user, assistant."""
     content: str
 
 
@@ -121,12 +122,17 @@ class TeacherSequence(WireModel):
     """
 
     token_ids: TokenIds | None = None
+    """Ids of prompt and completion: at most max_model_len, each below padded_vocab_size (/v1/teacher/info)."""
     prompt_length: StrictInt | None = Field(None, ge=1)
+    """Tokens of token_ids that are not scored; at least one is left."""
     support_ids: Annotated[list[TokenIds], Field(fail_fast=True)] | None = None
     """[rows][M] further token ids to score at each row."""
     prompt: str | None = None
+    """Text that is not scored, tokenized with the tokenizer's special tokens."""
     completion: str | None = None
+    """Text that is scored."""
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+    """A conversation, rendered by the chat template; the assistant's last message is scored, the end of turn included."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -139,9 +145,10 @@ class TeacherRequest(WireModel):
     """`POST /v1/teacher/logprobs`."""
 
     sequences: Annotated[list[TeacherSequence], Field(fail_fast=True)] = Field(min_length=1)
+    """At most max_sequences_per_request, together max_tokens_per_request tokens (/v1/teacher/info)."""
     top_k: StrictInt = Field(ge=1)
-    """Likeliest tokens to return at each row."""
-    temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
+    """Likeliest tokens to return at each row, at most max_top_k (/v1/teacher/info)."""
+    temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False, strict=True)
     """Divides the logits before the softmax, exactly."""
     logprob_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of logprobs in the binary answer."""

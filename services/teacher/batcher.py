@@ -100,8 +100,12 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while items := self._next_forward():
-            self._score(items)
+        try:
+            while items := self._next_forward():
+                self._score(items)
+        except Exception as error:  # of the queue itself; without this thread nobody would ever be answered
+            logger.error("the queue failed", exc_info=error)
+            self._give_up(error)
 
     def _next_forward(self) -> list[ScoreItem]:
         """The sequences of the next forward pass; none when the batcher is closed and empty."""
@@ -128,9 +132,12 @@ class Batcher:
             item = self._waiting.popleft()
             self._window.append(item)
             tokens += len(item.sequence.token_ids)
-        for item in [item for item in self._window if item.job.done.done()]:
-            self._window.remove(item)
-            self._forget(item)
+        window, self._window = self._window, []
+        for item in window:
+            if item.job.done.done():
+                self._forget(item)
+            else:
+                self._window.append(item)
 
     def _forget(self, item: ScoreItem) -> bool:
         """Take a sequence out of the books, which `submit` writes from other threads; whether its job has no more."""
@@ -181,25 +188,28 @@ class Batcher:
         """Give a job its error; one that nobody expected makes the engine prove that it still works."""
         if not isinstance(error, DistillServeError):
             logger.error("scoring failed", exc_info=error)
-            self._probe()
-        try:
-            job.done.set_exception(error)
-        except InvalidStateError:
-            logger.debug("an error came too late for its caller")
+            self._probe(job)
+        _refuse(job, error)
 
-    def _probe(self) -> None:
+    def _probe(self, failed: ScoreJob) -> None:
         try:
             self.engine.forward(ScoreJob([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0).items())
         except Exception as error:  # a dead CUDA context, for one, never comes back in this process
-            self._on_failure(error)
-            self._abandon(error)
+            self._give_up(error, but=failed)
 
-    def _abandon(self, error: Exception) -> None:
-        """Nothing will be scored any more: whoever waits is told at once."""
+    def _give_up(self, error: Exception, but: ScoreJob | None = None) -> None:
+        """Nothing will be scored any more: whoever waits is told at once, except for a job that has its own error."""
+        self._on_failure(error)
         with self._arrived:
             self._closed = True
-            waiting = {item.job for item in (*self._window, *self._waiting)}
             self._window, self._waiting = [], deque()
+            waiting = self._submitted.keys() - {but}
         for job in waiting:
-            if not job.done.done():
-                job.done.set_exception(engine_failed(error))
+            _refuse(job, engine_failed(error))
+
+
+def _refuse(job: ScoreJob, error: Exception) -> None:
+    try:
+        job.done.set_exception(error)
+    except InvalidStateError:  # cancelled, or told already
+        logger.debug("an error came too late for its caller")

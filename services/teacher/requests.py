@@ -1,5 +1,7 @@
 """What a score request may ask, checked in full before anything is allocated; text becomes token ids here."""
 
+from functools import lru_cache
+
 from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
@@ -24,10 +26,7 @@ def encode_request(
     if request.top_k > info.max_top_k:
         raise _refusal("top_k", f"top_k = {request.top_k}", info.max_top_k)
     _check_engine(request, info)
-    encoded = [_encode(i, s, tokenizer) for i, s in enumerate(request.sequences)]
-    total = sum(len(s.token_ids) for s in encoded)
-    if total > config.max_tokens_per_request:
-        raise _refusal("sequences", f"{total} tokens", config.max_tokens_per_request, status=413)
+    encoded = _encode_all(request, info, config, tokenizer)
     widths = {None if s.support_ids is None else len((s.support_ids or [[]])[0]) for s in encoded}
     if len(widths) > 1:
         raise RequestError(
@@ -51,6 +50,19 @@ def encode_request(
     return encoded
 
 
+def _encode_all(
+    request: TeacherRequest, info: TeacherInfo, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedSequence]:
+    encoded: list[EncodedSequence] = []
+    total = 0
+    for index, sequence in enumerate(request.sequences):
+        encoded.append(_encode(index, sequence, info, tokenizer))
+        total += len(encoded[-1].token_ids)
+        if total > config.max_tokens_per_request:  # before more text is tokenized
+            raise _refusal("sequences", f"at least {total} tokens", config.max_tokens_per_request, status=413)
+    return encoded
+
+
 def _check_engine(request: TeacherRequest, info: TeacherInfo) -> None:
     """Refuse what the engine would ignore or cannot do."""
     if info.temperature_support == "one" and request.temperature != 1.0:
@@ -70,7 +82,9 @@ def _unsupported(field: str, detail: str, info: TeacherInfo) -> RequestError:
     return RequestError(422, title, f"{detail} (teacher.engine = {info.engine}); {fix}", field=field)
 
 
-def _encode(index: int, sequence: TeacherSequence, tokenizer: PreTrainedTokenizerBase) -> EncodedSequence:
+def _encode(
+    index: int, sequence: TeacherSequence, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase
+) -> EncodedSequence:
     field = f"sequences.{index}"
     forms = {
         "token_ids": sequence.token_ids is not None,
@@ -90,15 +104,17 @@ def _encode(index: int, sequence: TeacherSequence, tokenizer: PreTrainedTokenize
             raise RequestError(422, "Missing field", f"{field}.prompt_length is required with token_ids", field=field)
         return EncodedSequence(sequence.token_ids, sequence.prompt_length, sequence.support_ids)
     if sequence.messages is not None:
-        return _encode_messages(field, sequence, tokenizer)
+        return _encode_messages(field, sequence, info, tokenizer)
     if sequence.prompt is None or sequence.completion is None:
         raise RequestError(422, "Missing field", f"{field} needs both prompt and completion", field=field)
-    prompt = _tokenize(f"{field}.prompt", sequence.prompt, tokenizer, special=True)
-    completion = _tokenize(f"{field}.completion", sequence.completion, tokenizer)
+    prompt = _tokenize(f"{field}.prompt", sequence.prompt, info, tokenizer, special=True)
+    completion = _tokenize(f"{field}.completion", sequence.completion, info, tokenizer)
     return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
 
 
-def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTrainedTokenizerBase) -> EncodedSequence:
+def _encode_messages(
+    field: str, sequence: TeacherSequence, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase
+) -> EncodedSequence:
     if tokenizer.chat_template is None:
         raise RequestError(422, "No chat template", "this teacher's tokenizer has no chat template", field=field)
     messages = [m.model_dump() for m in sequence.messages or []]
@@ -119,17 +135,29 @@ def _encode_messages(field: str, sequence: TeacherSequence, tokenizer: PreTraine
             f"{field}: the template rewrites earlier messages; send token_ids instead",
             field=field,
         )
-    prompt = _tokenize(name, before, tokenizer)
-    completion = _tokenize(name, whole[len(before) :], tokenizer)
+    prompt = _tokenize(name, before, info, tokenizer)
+    completion = _tokenize(name, whole[len(before) :], info, tokenizer)
     return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
 
 
-def _tokenize(field: str, text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
+def _tokenize(
+    field: str, text: str, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, *, special: bool = False
+) -> list[int]:
+    # Tokenizing takes hundreds of bytes a token, for a text that is refused for its length afterwards.
+    most = info.max_model_len * _longest_token(tokenizer)
+    if len(text) > most:
+        raise _refusal(field, f"{len(text)} characters", most)
     try:
         check_is_text(field, text)
     except TextError as error:
         raise RequestError(422, "Invalid text", str(error), field=field) from error
     return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+@lru_cache(maxsize=1)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _check_sequence(index: int, sequence: EncodedSequence, info: TeacherInfo) -> None:

@@ -10,53 +10,38 @@ port closes. A second signal closes it at once.
 """
 
 import asyncio
+import json
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import cache, partial
 from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
+from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
+from services.teacher.answer import PacedResponse
+from services.teacher.body import caller_gone, check_headers, parse_request, read_body
+from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
-# Of a wrong value, what its problem document repeats.
-_SHOWN_CHARACTERS = 80
-
-
-class PlacedRoute(APIRoute):
-    """Takes a place in the queue before the body is read, so that a flood of large bodies costs no memory."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_in_place(request: Request) -> Response:
-            with _service(request).place():
-                try:
-                    await request.body()  # kept by the request; FastAPI would call every failure here a 400
-                except ClientDisconnect as error:
-                    raise _gone("the caller went away before its body was complete") from error
-                return await handle(request)
-
-        return handle_in_place
 
 
 def create_app(config: TeacherConfig) -> FastAPI:
@@ -76,28 +61,38 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.state.service = service
     app.state.on_loaded = lambda task: None
     _add_error_handlers(app)
-    app.middleware("http")(_count_requests)
+    app.add_middleware(RequestCounter, metrics=service.metrics)
     app.add_api_route("/health", get_health, methods=["GET"], summary="The process lives")
     app.add_api_route("/ready", get_ready, methods=["GET"], summary="The model is loaded")
-    app.add_api_route("/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics")
+    app.add_api_route(
+        "/metrics", get_metrics, methods=["GET"], summary="Prometheus metrics", response_class=PlainTextResponse
+    )
     app.add_api_route("/v1/teacher/info", get_teacher_info, methods=["GET"], summary="Model, limits, tokenizer")
     app.add_api_route("/v1/teacher/vocabulary", get_vocabulary, methods=["GET"], summary="Token to id")
-    app.router.add_api_route(
-        "/v1/teacher/logprobs",
-        create_logprobs,
-        methods=["POST"],
-        summary="Score completions",
-        response_model=None,
-        route_class_override=PlacedRoute,
-    )
+    app.add_api_route(SCORE_PATH, create_logprobs, methods=["POST"], summary="Score completions", response_model=None)
+    app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]
     return app
 
 
-def _service(request: Request) -> TeacherService:
+async def _service(request: Request) -> TeacherService:
     return request.app.state.service
 
 
 Service = Annotated[TeacherService, Depends(_service)]
+
+
+async def _place(service: Service) -> AsyncIterator[None]:
+    """Taken before the body is read, so that a flood of large bodies costs no memory, and kept until the answer is sent."""
+    with service.place():
+        yield
+
+
+async def _score_request(
+    request: Request, service: Service, _: Annotated[None, Depends(_place, scope="request")]
+) -> TeacherRequest:
+    check_headers(request.headers)
+    body = await read_body(request, service.config.transfer_timeout_s)
+    return await service.in_reader(parse_request, body, service.config)
 
 
 async def get_health(service: Service) -> dict[str, str]:
@@ -122,14 +117,17 @@ async def get_vocabulary(service: Service) -> dict[str, int]:
     return service.ready_scorer().tokenizer.get_vocab()
 
 
-async def create_logprobs(body: TeacherRequest, request: Request, service: Service) -> Response:
+async def create_logprobs(
+    body: Annotated[TeacherRequest, Depends(_score_request)], request: Request, service: Service
+) -> Response:
     """Log-probabilities of completions under the teacher, top-k candidates included."""
     scores = await _unless_gone(request, service.score(body))
     if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
         narrowed = _as_dtype(scores, body.logprob_dtype)
-        content = await asyncio.to_thread(encode_scores, narrowed)
-        return Response(content, media_type=SAFETENSORS_MEDIA_TYPE)
-    return JSONResponse(await asyncio.to_thread(as_json, scores))
+        content, media_type = await asyncio.to_thread(encode_scores, narrowed), SAFETENSORS_MEDIA_TYPE
+    else:
+        content, media_type = await asyncio.to_thread(_encode_json, scores), "application/json"
+    return PacedResponse(content, media_type, service.config.transfer_timeout_s)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, TeacherScores]) -> TeacherScores:
@@ -138,15 +136,11 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, TeacherScores
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise _gone("the caller went away before its turn")
+            raise caller_gone("the caller went away before its turn")
         return working.result()
     finally:
         working.cancel()
         gone.cancel()
-
-
-def _gone(detail: str) -> RequestError:
-    return RequestError(499, "Client closed request", detail)
 
 
 async def _disconnected(request: Request) -> None:
@@ -180,16 +174,33 @@ def as_json(scores: TeacherScores) -> dict[str, Any]:
     return {**scores.metadata(), "sequences": sequences}
 
 
-async def _count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    status = 500  # what an exception becomes further out
-    try:
-        response = await call_next(request)
-        status = response.status_code
-        return response
-    finally:
-        route = request.scope.get("route")
-        path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
-        request.app.state.service.metrics.requests.labels(path, status).inc()
+def _encode_json(scores: TeacherScores) -> bytes:
+    return json.dumps(as_json(scores), allow_nan=False, separators=(",", ":")).encode()
+
+
+class RequestCounter:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: TeacherMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500  # what an exception becomes further out
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            route = scope.get("route")
+            path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
+            self._metrics.requests.labels(path, status).inc()
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -203,16 +214,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return problem(request, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # Of broken JSON, "loc" says at which byte, which is no field.
-        location = () if first["type"] == "json_invalid" else first["loc"]
-        field = ".".join(str(part) for part in location if part != "body") or "body"
-        value = first.get("input")
-        got = f" (got {repr(value)[:_SHOWN_CHARACTERS]})" if isinstance(value, str | int | float) else ""
-        return problem(request, RequestError(422, "Invalid request", f"{field}: {first['msg']}{got}", field=field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -271,7 +272,9 @@ def run(config: RunConfig) -> None:
         max_body_bytes=teacher.max_body_mib << 20,
         on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),
     )
-    server = DrainingServer(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=_GRACE_S), service)
+    # h11 also where vLLM brings httptools, which takes headers without end.
+    options = uvicorn.Config(guard, http="h11", log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    server = DrainingServer(options, service)
     failures: list[BaseException] = []
 
     def on_loaded(task: asyncio.Task[None]) -> None:

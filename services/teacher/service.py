@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar, TypeVarTuple
 
 from services.config import TeacherConfig
 from services.errors import RequestError
@@ -19,6 +20,9 @@ from services.schemas import TeacherRequest, TeacherScores
 from services.teacher.jobs import ScoreJob, engine_failed, shutting_down
 from services.teacher.requests import encode_request
 from services.teacher.scorers import Scorer, abandon_loading, load_scorer
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 class TeacherService:
@@ -33,7 +37,7 @@ class TeacherService:
         self.on_failure: Callable[[Exception], None] = lambda error: None
         self._closing = threading.Lock()
         self._closed = False
-        # Tokenizers must not be called by two threads at once, and long texts must not hold up /health.
+        # Tokenizers must not be called by two threads at once, and large bodies and texts must not hold up /health.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-requests")
         self._pending = 0
 
@@ -101,17 +105,19 @@ class TeacherService:
             self._pending -= 1
             self.metrics.pending.set(self._pending)
 
+    async def in_reader(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Run `work` in the one thread that reads requests, in turn: they share the tokenizer, and the memory of reading."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *arguments)
+
     async def score(self, request: TeacherRequest) -> TeacherScores:
         """Score one request that has its `place`; one that is cancelled before its turn is skipped.
 
         Raises:
             RequestError: the request is refused.
         """
-        scorer, loop = self.scorer, asyncio.get_running_loop()
+        scorer = self.scorer
         assert scorer is not None
-        sequences = await loop.run_in_executor(
-            self._reader, encode_request, request, scorer.info, self.config, scorer.tokenizer
-        )
+        sequences = await self.in_reader(encode_request, request, scorer.info, self.config, scorer.tokenizer)
         self.check_alive()
         job = ScoreJob(sequences, top_k=request.top_k, temperature=request.temperature)
         scorer.submit(job)

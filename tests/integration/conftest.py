@@ -1,4 +1,4 @@
-"""One vLLM server for the whole session; the matrix of weight pushes starts its own."""
+"""One vLLM server and one teacher for the whole session; tests that end a server, or need its queue, start their own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +30,15 @@ def rollout_server(models: dict[str, str], tmp_path_factory: pytest.TempPathFact
     ]
     with server("rollout", log, *arguments) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def teacher_server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A teacher with low limits, guarded by a key, for tests that leave it as they found it: serving."""
+    limits = {"max_body_mib": 1, "max_pending_requests": 16, "max_top_k": 100, "max_sequences_per_request": 64}
+    limits |= {"tokens_per_forward": 1024, "max_tokens_per_request": 4096}
+    options = [word for name, value in limits.items() for word in (f"--teacher.{name}", str(value))]
+    log: Path = tmp_path_factory.mktemp("logs") / "teacher.log"
+    with server("teacher", log, "--teacher.model", models["qwen3"], *options) as running:
+        yield running
+    assert "Traceback" not in log.read_text(), log.read_text()[-5000:]

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,55 @@ class Server:
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60.0, **options)
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """For a raw socket."""
+        return "127.0.0.1", httpx.URL(self.url).port or 0
 
-def command(*arguments: str) -> list[str]:
+    def memory_mib(self) -> float:
+        """Resident memory of the process itself, MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def metric(self, name: str) -> float:
+        """A gauge or counter without labels, e.g. "pending_requests"."""
+        with self.client() as client:
+            return float(client.get("/metrics").text.split(f"\ndistillserve_teacher_{name} ")[1].split()[0])
+
+
+@dataclass
+class Engine:
+    """Switches of the engine of a teacher that was started by tests/integration/switched_teacher.py."""
+
+    folder: Path
+
+    def hold(self) -> None:
+        """Let forward passes wait from now on."""
+        (self.folder / "hold").touch()
+
+    def wait_held(self) -> None:
+        """Until a forward pass waits."""
+        wait_until((self.folder / "held").exists)
+
+    def release(self) -> None:
+        for name in ("hold", "held"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def break_(self) -> None:
+        """Let forward passes fail from now on."""
+        (self.folder / "broken").touch()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.01)
+
+
+def command(*arguments: str, engine: Engine | None = None) -> list[str]:
+    if engine is not None:
+        return [sys.executable, "-m", "tests.integration.switched_teacher", str(engine.folder), *arguments]
     return [sys.executable, "-m", "services.cli", *arguments]
 
 
@@ -44,10 +91,14 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def server(role: str, log: Path, *arguments: str) -> Iterator[Server]:
-    """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end."""
+def server(role: str, log: Path, *arguments: str, engine: Engine | None = None) -> Iterator[Server]:
+    """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end.
+
+    Args:
+        engine: switches for the engine of a teacher.
+    """
     port = free_port("127.0.0.1", 0)
-    words = command(role, f"--{role}.port", str(port), *arguments)
+    words = command(role, f"--{role}.port", str(port), *arguments, engine=engine)
     with _running(port, log, words, environment(), "/ready") as running:
         yield running
 

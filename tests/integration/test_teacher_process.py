@@ -1,36 +1,62 @@
-"""The teacher as a real process: scored over TCP, ended by a real signal while it works."""
+"""The teacher as a real process: scored over TCP, ended by real signals and by its engine while it works."""
 
 import asyncio
+import os
 import signal
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from services.clients import TeacherClient
-from services.config import RunConfig
-from tests.integration.processes import KEY, Server, server
-from tests.models import save_model
-from tests.unit.trainer.test_preflight import EOS, Servers, rollout_info
-from tests.unit.trainer.test_teacher_faults import ROLLOUTS
-from trainer import preflight
-from trainer.rollouts import Rollout
-from trainer.teacher_scores import score_rollouts
-from trainer.tiny_pair import build_tokenizer
+from services.errors import PROBLEM_MEDIA_TYPE
+from tests.integration.processes import KEY, Engine, Server, server, wait_until
 
 pytestmark = pytest.mark.integration
 
+BODY = {"sequences": [{"token_ids": [65] * 20, "prompt_length": 1}], "top_k": 1}
+
 
 @pytest.fixture
-def teacher(models: dict[str, str], tmp_path: Path) -> Iterator[Server]:
+def engine(tmp_path: Path) -> Engine:
+    return Engine(tmp_path)
+
+
+@pytest.fixture
+def teacher(models: dict[str, str], tmp_path: Path, engine: Engine) -> Iterator[Server]:
     options = ("--teacher.model", models["llama"], "--teacher.max_body_mib", "1", "--teacher.tokens_per_forward", "256")
-    with server("teacher", tmp_path / "log", *options) as running:
+    with server("teacher", tmp_path / "log", *options, engine=engine) as running:
         yield running
+
+
+@contextmanager
+def held_requests(teacher: Server, engine: Engine, count: int) -> Iterator[list["Future[httpx.Response]"]]:
+    """Requests of which one is being scored, and the others wait for it."""
+    engine.hold()
+    with teacher.client() as client, ThreadPoolExecutor(count) as pool:
+        requests = [pool.submit(client.post, "/v1/teacher/logprobs", json=BODY) for _ in range(count)]
+        engine.wait_held()
+        wait_until(lambda: teacher.metric("pending_requests") == count)
+        yield requests
+
+
+def ready(teacher: Server) -> httpx.Response:
+    return httpx.get(f"{teacher.url}/ready")
+
+
+def refuses_connections(teacher: Server) -> bool:
+    try:
+        ready(teacher)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:  # it was accepted, and closed
+        return False
+    return False
 
 
 def test_what_exceeds_the_servers_limits_arrives_in_pieces(teacher: Server) -> None:
@@ -53,54 +79,86 @@ def test_what_exceeds_the_servers_limits_arrives_in_pieces(teacher: Server) -> N
     assert 'distillserve_teacher_rejected_total{reason="Body too large"} 1.0' in metrics
 
 
-def test_sigterm_lets_accepted_work_finish_and_turns_new_work_away(teacher: Server) -> None:
-    body = {"sequences": [{"token_ids": [65] * 256, "prompt_length": 1}] * 600, "top_k": 1}
-    with teacher.client() as client, ThreadPoolExecutor(1) as pool:
-        working = pool.submit(client.post, "/v1/teacher/logprobs", json=body)
-        while "distillserve_teacher_pending_requests 1.0" not in client.get("/metrics").text:
-            assert not working.done()
-            time.sleep(0.01)
-        teacher.process.send_signal(signal.SIGTERM)
-        try:
-            while (ready := httpx.get(f"{teacher.url}/ready")).status_code == 200:
-                time.sleep(0.01)
-        except httpx.TransportError as error:
-            told = working.result(timeout=60)
-            pytest.fail(f"{error!r}; accepted work: {told.status_code} {told.text[:300]}; {teacher.log.read_text()}")
-        refused = client.post("/v1/teacher/logprobs", json={**body, "sequences": body["sequences"][:1]})  # type: ignore[index]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_accepted_work_finish_and_turns_new_work_away(
+    number: signal.Signals, code: int, teacher: Server, engine: Engine
+) -> None:
+    with held_requests(teacher, engine, 5) as working, teacher.client() as client:
+        teacher.process.send_signal(number)
+        wait_until(lambda: ready(teacher).status_code != 200)
+        told = ready(teacher)
+        refused = client.post("/v1/teacher/logprobs", json=BODY)
         alive = httpx.get(f"{teacher.url}/health").status_code
-        assert not working.done(), "the machine is too fast for this test: give it more to score"
-        answer = working.result(timeout=60)
-    assert (ready.status_code, ready.json()["title"]) == (503, "Shutting down")
+        assert not any(request.done() for request in working)
+        engine.release()
+        answers = [request.result(timeout=60) for request in working]
+    assert (told.status_code, told.json()["title"]) == (503, "Shutting down")
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0, alive) == (503, True, 200)
-    assert answer.status_code == 200
-    assert [len(s["token_logprobs"]) for s in answer.json()["sequences"]] == [255] * 600
-    assert teacher.process.wait(timeout=20) == 0
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert [len(answer.json()["sequences"][0]["token_logprobs"]) for answer in answers] == [19] * 5
+    assert teacher.process.wait(timeout=20) == code
     assert "Traceback" not in teacher.log.read_text()
 
 
-async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(teacher: Server, tmp_path: Path) -> None:
-    """Through the preflight, against what either says when it is asked alone; their weights differ."""
-    rollouts = [
-        Rollout(replace(r.prompt, teacher="maths" if i % 3 else None), r.completion) for i, r in enumerate(ROLLOUTS)
-    ]
-    config, tokenizer = RunConfig(), build_tokenizer()
-    with server(
-        "teacher", tmp_path / "maths.log", "--teacher.model", save_model(tmp_path / "m", "llama", seed=7)
-    ) as other:
-        async with TeacherClient([teacher.url], key=KEY) as own, TeacherClient([other.url], key=KEY) as maths:
-            clients = {None: own, "maths": maths}
-            infos, teachers = await preflight.attach(config, Servers(rollout_info()), clients)  # type: ignore[arg-type]
-            await preflight.check_teachers(config, tokenizer, EOS, teachers)
-            support = preflight.choose_support(config.loss, len(tokenizer), infos, teachers)
-            samples, quarantined = await score_rollouts(teachers, rollouts, support=support, temperature=0.7)
-            sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
-            alone = {n: await c.score(sequences, top_k=support.size, temperature=0.7) for n, c in clients.items()}
-    assert [s.rollout for s in samples] == rollouts and quarantined == []
-    assert np.abs(alone[None].token_logprobs - alone["maths"].token_logprobs).max() > 0.1
-    for index, sample in enumerate(samples):
-        scores = alone[sample.rollout.prompt.teacher]
-        rows = slice(scores.row_offsets[index], scores.row_offsets[index + 1])
-        np.testing.assert_allclose(sample.teacher_token_logprobs, scores.token_logprobs[rows], atol=1e-5)
-        np.testing.assert_allclose(sample.teacher_support_logprobs, scores.topk_logprobs[rows], atol=1e-5)
-        np.testing.assert_allclose(sample.teacher_tail_logprobs, scores.tail_logprobs[rows], atol=1e-5)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_second_signal_closes_the_port_at_once_and_accepted_work_still_finishes(
+    number: signal.Signals, code: int, teacher: Server, engine: Engine
+) -> None:
+    with held_requests(teacher, engine, 2) as working:
+        teacher.process.send_signal(number)
+        wait_until(lambda: ready(teacher).status_code == 503)
+        teacher.process.send_signal(number)
+        wait_until(lambda: refuses_connections(teacher))
+        assert not any(request.done() for request in working)
+        engine.release()
+        assert [request.result(timeout=60).status_code for request in working] == [200, 200]
+    assert teacher.process.wait(timeout=20) == code
+    assert "Traceback" not in teacher.log.read_text()
+
+
+def test_an_engine_that_dies_ends_the_process_and_whoever_waits_is_told(teacher: Server, engine: Engine) -> None:
+    with held_requests(teacher, engine, 5) as working:
+        engine.break_()
+        engine.release()
+        answers = [request.result(timeout=10) for request in working]
+    # A server that ends may close its port before it is asked; if it answers, then as what it is.
+    for path in ("/health", "/ready"):
+        with suppress(httpx.TransportError):
+            assert httpx.get(f"{teacher.url}{path}").status_code == 503
+    assert sorted(answer.status_code for answer in answers) == [500, 503, 503, 503, 503]
+    for answer in answers:
+        assert answer.headers["content-type"] == PROBLEM_MEDIA_TYPE and "bus" not in answer.text
+    assert teacher.process.wait(timeout=20) == 1
+    last_line = teacher.log.read_text().splitlines()[-1]
+    assert last_line == "distillserve: the teacher's engine failed: RuntimeError: the device fell off the bus"
+
+
+def test_a_teacher_that_is_stopped_for_a_while_is_asked_again(
+    teacher: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGSTOP: connections are accepted by the kernel and nobody answers, as with a machine that swaps."""
+    caplog.set_level("INFO", logger="services.replicas")
+    sequences = [([60, 61, i], 1) for i in range(100)]
+    expected = score_in_time(teacher, sequences)
+    os.kill(teacher.process.pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(score_in_time, teacher, sequences)
+            wait_until(lambda: "is left alone" in caplog.text)  # after three timeouts in a row
+            assert not waiting.done()
+            os.kill(teacher.process.pid, signal.SIGCONT)
+            answer = waiting.result(timeout=60)
+    finally:
+        os.kill(teacher.process.pid, signal.SIGCONT)
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert "is back" in caplog.text
+    wait_until(lambda: teacher.metric("pending_requests") == 0)  # of those that nobody waited for
+    assert "Traceback" not in teacher.log.read_text()
+
+
+def score_in_time(teacher: Server, sequences: list[Any]) -> np.ndarray:
+    async def score() -> np.ndarray:
+        async with TeacherClient([teacher.url], key=KEY, timeout_s=0.5, outage_s=30.0) as client:
+            return (await client.score(sequences, top_k=2, max_rows_per_request=20)).token_logprobs
+
+    return asyncio.run(score())

@@ -129,6 +129,18 @@ def test_an_engine_that_stays_broken_fails_what_waits_and_takes_no_more() -> Non
     assert len(engine.passes) == 2  # the pass that failed, and the probe
 
 
+def test_a_failure_of_the_queue_itself_is_told_to_all_and_ends_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    with batching() as (batcher, engine, failures, _):
+        hold_with(batcher, engine, first := job(5))
+        batcher.submit(waiting := job(6))
+        monkeypatch.setattr(batcher, "_measure", lambda items, seconds: 1 / 0)
+        engine.free.set()
+        for each in (first, waiting):
+            with pytest.raises(RequestError, match=r"the engine failed \(ZeroDivisionError\)"):
+                each.done.result(5)
+    assert [type(error) for error in failures] == [ZeroDivisionError]
+
+
 def test_a_job_whose_caller_is_gone_leaves_the_queue() -> None:
     with batching(limit=4) as (batcher, engine, _, _):
         hold_with(batcher, engine, job(4, 4, 4, mark=1))

@@ -1,5 +1,6 @@
 """The teacher's API in process: answers, refusals, the key, limits."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -131,8 +132,16 @@ BAD_BODIES = [
     ({"sequences": [{"prompt": "", "completion": "b"}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": ""}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [{"prompt": "a", "completion": "b" * 16}], "top_k": 1}, "sequences.0.token_ids", 422),
+    (
+        {"sequences": [{"prompt": "a", "completion": "b" * 209}], "top_k": 1},
+        "sequences.0.completion",
+        422,
+    ),  # above 16 * 13
     ({"sequences": [{**GOOD, "prompt_length": 1.0}], "top_k": 1}, "sequences.0.prompt_length", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": "warm"}, "temperature", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": "1.5"}, "temperature", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": True}, "temperature", 422),
+    ({"sequences": [GOOD], "top_k": 1, "temperature": None}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": 0}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "temperature": -1}, "temperature", 422),
     ({"sequences": [GOOD], "top_k": 1, "logprob_dtype": "float64"}, "logprob_dtype", 422),
@@ -210,19 +219,72 @@ def test_what_no_engine_computed_is_null_in_json() -> None:
     assert sequence["entropies"] == [None, None] and sequence["token_logprobs"] == [-1.5, -2.0]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"top_k": NaN}', b"[" * 10_000, b"null"])
-async def test_bytes_that_are_no_request_are_refused(content: bytes, client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("content", "status", "field", "said"),
+    [
+        (b"", 400, "body", "Expecting value"),
+        (b"{", 400, "body", "char 1"),
+        (b'{"top_k', 400, "body", "Unterminated string"),
+        (b"\xff\xfe", 400, "body", "utf-8"),
+        ('{"top_k": 1}'.encode("utf-16"), 400, "body", "utf-8"),
+        (b'{"top_k": NaN}', 400, "body", "NaN is no JSON number"),
+        (b'{"temperature": -Infinity}', 400, "body", "-Infinity is no JSON number"),
+        (b'{"top_k": ' + b"9" * 5000 + b"}", 400, "body", "4300 digits"),
+        (b'{"top_k": 1, "top_k": 2}', 422, "top_k", "top_k is given twice"),
+        (b'{"sequences": [{"token_ids": [1], "token_ids": [2]}]}', 422, "token_ids", "given twice"),
+        (b'{"temperature": 1e999, "sequences": []}', 422, "sequences", "at least 1 item"),
+        (b"null", 422, "body", "valid dictionary"),
+        (b"[" + b"[]," * 200 + b"[]]", 413, "body", "202 lists and objects"),  # of (40 tokens + 4 sequences) * 4
+        (b"[" * 10_000, 413, "body", "10000 lists and objects"),
+    ],
+)
+async def test_bytes_that_are_no_request_are_refused(
+    content: bytes, status: int, field: str, said: str, client: httpx.AsyncClient
+) -> None:
     headers = {"content-type": "application/json"}
     response = await client.post("/v1/teacher/logprobs", content=content, headers=headers)
-    assert 400 <= response.status_code < 500
+    problem = response.json()
+    assert (response.status_code, problem["field"]) == (status, field) and said in problem["detail"]
     assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE
 
 
-async def test_broken_json_and_wrong_content_are_problems_of_the_body(client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({}, "content-type"),
+        ({"content-type": "text/plain"}, "content-type"),
+        ({"content-type": "application/x-www-form-urlencoded"}, "content-type"),
+        ({"content-type": "application/json+x"}, "content-type"),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, "content-encoding"),
+        ({"content-type": "application/json", "content-encoding": "x" * 1000}, "content-encoding"),
+    ],
+)
+async def test_a_body_in_another_format_is_refused(
+    headers: dict[str, str], field: str, client: httpx.AsyncClient
+) -> None:
     good = json.dumps({"sequences": [GOOD], "top_k": 1})
-    for content, media_type in (('{"top_k', "application/json"), (good, "text/plain"), ("top_k=1", "text/csv")):
-        response = await client.post("/v1/teacher/logprobs", content=content, headers={"content-type": media_type})
-        assert (response.status_code, response.json()["field"]) == (422, "body")
+    response = await client.post("/v1/teacher/logprobs", content=good, headers=headers)
+    assert (response.status_code, response.json()["field"]) == (415, field) and len(response.content) < 500
+
+
+@pytest.mark.parametrize("media_type", ["Application/JSON; charset=utf-8", "application/vnd.example+json"])
+async def test_json_may_be_called_by_its_other_names(media_type: str, client: httpx.AsyncClient) -> None:
+    good, headers = json.dumps({"sequences": [GOOD], "top_k": 1}), {"content-encoding": "identity"}
+    response = await client.post("/v1/teacher/logprobs", content=good, headers={"content-type": media_type, **headers})
+    assert response.status_code == 200
+
+
+async def test_a_body_that_does_not_arrive_in_time_loses_its_place(folder: str) -> None:
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with serving(folder, transfer_timeout_s=0.05) as client:
+        response = await client.post(
+            "/v1/teacher/logprobs", content=stalled(), headers={"content-type": "application/json"}
+        )
+        assert client.app.state.service.pending == 0  # type: ignore[attr-defined]
+    assert (response.status_code, response.json()["field"]) == (408, "body")
 
 
 @pytest.mark.parametrize(
@@ -330,8 +392,9 @@ async def test_large_bodies_are_refused_announced_or_not(folder: str) -> None:
             yield b" " * 100
 
     async with serving(folder, max_body=1000) as client:
-        announced = await client.post("/v1/teacher/logprobs", content=b" " * 1001)
-        streamed = await client.post("/v1/teacher/logprobs", content=chunks())
+        headers = {"content-type": "application/json"}
+        announced = await client.post("/v1/teacher/logprobs", content=b" " * 1001, headers=headers)
+        streamed = await client.post("/v1/teacher/logprobs", content=chunks(), headers=headers)
     for response in (announced, streamed):
         assert response.status_code == 413 and "1000 bytes" in response.json()["detail"]
         assert response.json()["request_id"] == response.headers["x-request-id"]
