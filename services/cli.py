@@ -6,7 +6,6 @@ Role code is imported when its command runs, so that --help answers at once.
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from pydantic_settings import (
 
 from services.config import RunConfig
 from services.errors import ConfigError, DistillServeError, describe_validation_error
+from services.logs import set_up_logging
 
 _EXAMPLES = {
     "up": """examples:
@@ -126,7 +126,7 @@ def _dispatch(argv: list[str]) -> int:
         raise ConfigError(f"{unknown[0]} is not an option; `distillserve {arguments.command} --help` lists them")
     if unknown:
         raise ConfigError("; ".join(_unknown_argument(word) for word in unknown))
-    _log_to_stderr()
+    set_up_logging()
     if arguments.command in _PLAIN_COMMANDS:
         return _PLAIN_COMMANDS[arguments.command][1](arguments)
     assert source is not None
@@ -346,15 +346,6 @@ _PLAIN_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Call
     "tiny": (_add_tiny_options, _tiny),
 }
 """Commands without a run file: their options, and what they do."""
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=os.environ.get("DISTILLSERVE_LOG_LEVEL", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

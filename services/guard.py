@@ -6,12 +6,14 @@ Pure ASGI, so that the rollout server can put it around vLLM's application.
 import hmac
 import json
 import re
+import time
 import uuid
 from collections.abc import Callable, Collection
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services import logs
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError, problem_document
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -28,7 +30,8 @@ class Guard:
         key: required as `Authorization: Bearer KEY` on every path but `open_paths`; None lets everybody in.
         open_paths: health and readiness.
         max_body_bytes: larger bodies are refused, by their announced length or while they arrive.
-        on_refused: told of every refusal, for metrics.
+        on_refused: told of every refusal of its own, for metrics.
+        on_answered: told of every request's scope, status and duration in seconds, for metrics and logs.
 
     A RequestError that `app` raises before it has answered becomes the problem document it describes; a
     ConnectionAbortedError that it raises in the middle of its answer closes the connection.
@@ -42,9 +45,10 @@ class Guard:
         open_paths: Collection[str],
         max_body_bytes: int,
         on_refused: Callable[[RequestError], None] | None = None,
+        on_answered: Callable[[Scope, int, float], None] | None = None,
     ) -> None:
         self._app = app
-        self._on_refused = on_refused
+        self._on_refused, self._on_answered = on_refused, on_answered
         self._key = key.encode() if key else None
         self._open_paths = frozenset(open_paths)
         self._max_body_bytes = max_body_bytes
@@ -56,9 +60,16 @@ class Guard:
         if scope["type"] != "http":  # neither server has a websocket route
             await send({"type": "websocket.close", "code": 1008})
             return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        exchange = _Exchange(scope, receive, send, request_id, self._max_body_bytes)
+        logs.request_id.set(_request_id(scope))
+        started = time.monotonic()
+        exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        try:
+            await self._answer(scope, receive, exchange)
+        finally:
+            if self._on_answered is not None:
+                self._on_answered(scope, exchange.status, time.monotonic() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, exchange: "_Exchange") -> None:
         try:
             self._check_key(scope)
             exchange.check_announced()
@@ -68,7 +79,7 @@ class Guard:
                 raise
             if self._on_refused is not None:
                 self._on_refused(error)
-            await problem_response(error, request_id)(scope, receive, exchange.send)
+            await problem_response(error)(scope, receive, exchange.send)
         except ConnectionAbortedError:
             if not exchange.answered:
                 raise
@@ -85,12 +96,13 @@ class Guard:
 class _Exchange:
     """One request and its answer: counts what comes in, adds the request id to what goes out."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._request_id, self._max_body_bytes = request_id, max_body_bytes
+        self._max_body_bytes = max_body_bytes
         self._received = 0
         self._overrun: RequestError | None = None
         self.answered = False
+        self.status = 500  # what an exception becomes further out
 
     def check_announced(self) -> None:
         announced = _header(self._scope, b"content-length") or b"0"
@@ -109,12 +121,12 @@ class _Exchange:
         if self._overrun is not None:
             # FastAPI turns what `receive` raised into a 400 of its own; the caller shall learn the reason.
             overrun, self._overrun = self._overrun, None
-            await problem_response(overrun, self._request_id)(self._scope, self._receive, self.send)
+            await problem_response(overrun)(self._scope, self._receive, self.send)
             self._send = _discard
             return
         if message["type"] == "http.response.start":
-            self.answered = True
-            headers = [*message.get("headers", []), (b"x-request-id", self._request_id.encode())]
+            self.answered, self.status = True, message["status"]
+            headers = [*message.get("headers", []), (b"x-request-id", logs.request_id.get().encode())]
             message = {**message, "headers": headers}
         await self._send(message)
 
@@ -128,9 +140,11 @@ async def _discard(_: Message) -> None:
     return None
 
 
-def problem_response(error: RequestError, request_id: str) -> Response:
-    """The problem document of `error`, with the headers that go with its status."""
-    document = problem_document(error.status, error.title, error.detail, request_id=request_id, field=error.field)
+def problem_response(error: RequestError) -> Response:
+    """The problem document of `error` about the request that is being answered, with the headers of its status."""
+    document = problem_document(
+        error.status, error.title, error.detail, request_id=logs.request_id.get(), field=error.field
+    )
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

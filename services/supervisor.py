@@ -63,7 +63,7 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
     check_model_folder("teacher.model", config.teacher.model or "")
     output_dir = check_output_dir(config.output)
     check_output_room(output_dir)
-    config = with_free_ports(config)
+    config = without_access_log(with_free_ports(config))
     run_file = output_dir / "run.json"
     run_file.write_text(config.model_dump_json(indent=2) + "\n")
     return asyncio.run(Supervisor(config, run_file, command, grace_s).run())
@@ -92,6 +92,13 @@ def with_free_ports(config: RunConfig) -> RunConfig:
         moved = section.model_copy(update={"port": port, "urls": []})
         sections[name] = moved.model_copy(update={"urls": moved.server_urls()})
     return config.model_copy(update=sections)
+
+
+def without_access_log(config: RunConfig) -> RunConfig:
+    """The same run, whose own requests to the teacher are not worth a line each, unless it asks for them."""
+    if "access_log" in config.teacher.model_fields_set:
+        return config
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"access_log": False})})
 
 
 def _refuse_urls(name: str, section: ServerSection) -> None:

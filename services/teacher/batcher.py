@@ -187,7 +187,7 @@ class Batcher:
     def _fail(self, job: ScoreJob, error: Exception) -> None:
         """Give a job its error; one that nobody expected makes the engine prove that it still works."""
         if not isinstance(error, DistillServeError):
-            logger.error("scoring failed", exc_info=error)
+            logger.error("scoring failed", exc_info=error, extra={"request_id": job.request_id})
             self._probe(job)
         _refuse(job, error)
 

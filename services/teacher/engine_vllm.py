@@ -156,7 +156,7 @@ class VllmScorer:
                 self._abandon(error)
                 return
             if not isinstance(error, DistillServeError):
-                logger.error("scoring failed", exc_info=error)
+                logger.error("scoring failed", exc_info=error, extra={"request_id": job.request_id})
             _give_error(job, error)
 
     async def _score_sequence(self, item: ScoreItem) -> None:

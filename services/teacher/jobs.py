@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from services import logs
 from services.errors import RequestError
 from services.schemas import TeacherInfo, TeacherScores
 
@@ -90,6 +91,8 @@ class ScoreJob:
         self.offsets = np.cumsum([0, *(s.num_rows for s in sequences)], dtype=np.int64)
         self.done: Future[TeacherScores] = Future()
         """The answer; cancelled when the caller is gone, which takes what has not begun out of the queue."""
+        self.request_id = logs.request_id.get()
+        """Of the request that it is, for the log."""
         self._remaining = len(sequences)
 
     @property

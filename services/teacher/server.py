@@ -26,15 +26,14 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
-from services.metrics import TeacherMetrics
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
 from services.teacher.answer import PacedResponse
+from services.teacher.answer_log import SCORED, AnswerLog
 from services.teacher.body import caller_gone, check_headers, parse_request, read_body
 from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService
@@ -61,7 +60,6 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.state.service = service
     app.state.on_loaded = lambda task: None
     _add_error_handlers(app)
-    app.add_middleware(RequestCounter, metrics=service.metrics)
     app.add_api_route("/health", get_health, methods=["GET"], summary="The process lives")
     app.add_api_route("/ready", get_ready, methods=["GET"], summary="The model is loaded")
     app.add_api_route(
@@ -72,6 +70,19 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.add_api_route(SCORE_PATH, create_logprobs, methods=["POST"], summary="Score completions", response_model=None)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]
     return app
+
+
+def guarded(app: FastAPI, key: str | None) -> Guard:
+    """What listens: the application behind its key, its limits, its metrics and its log."""
+    service: TeacherService = app.state.service
+    return Guard(
+        app,
+        key=key,
+        open_paths=OPEN_PATHS,
+        max_body_bytes=service.config.max_body_mib << 20,
+        on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),
+        on_answered=AnswerLog(service.config, service.metrics),
+    )
 
 
 async def _service(request: Request) -> TeacherService:
@@ -122,6 +133,7 @@ async def create_logprobs(
 ) -> Response:
     """Log-probabilities of completions under the teacher, top-k candidates included."""
     scores = await _unless_gone(request, service.score(body))
+    request.scope[SCORED] = {"sequences": len(body.sequences), "rows": len(scores.token_logprobs)}
     if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
         narrowed = _as_dtype(scores, body.logprob_dtype)
         content, media_type = await asyncio.to_thread(encode_scores, narrowed), SAFETENSORS_MEDIA_TYPE
@@ -178,38 +190,13 @@ def _encode_json(scores: TeacherScores) -> bytes:
     return json.dumps(as_json(scores), allow_nan=False, separators=(",", ":")).encode()
 
 
-class RequestCounter:
-    """Counts answers by route and status."""
-
-    def __init__(self, app: ASGIApp, metrics: TeacherMetrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # what an exception becomes further out
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            route = scope.get("route")
-            path = route.path if route is not None else "(unknown)"  # unknown paths would make endless label values
-            self._metrics.requests.labels(path, status).inc()
-
-
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error of every route becomes a problem document."""
 
     def problem(request: Request, error: RequestError) -> Response:
         if error.status < 500 or error.retry_after_s is not None:
             app.state.service.metrics.rejected.labels(error.title).inc()
-        return problem_response(error, request.scope.get("state", {}).get("request_id", ""))
+        return problem_response(error)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -265,15 +252,15 @@ def run(config: RunConfig) -> None:
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service
-    guard = Guard(
-        app,
-        key=reveal(key),
-        open_paths=OPEN_PATHS,
-        max_body_bytes=teacher.max_body_mib << 20,
-        on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),
-    )
     # h11 also where vLLM brings httptools, which takes headers without end.
-    options = uvicorn.Config(guard, http="h11", log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    options = uvicorn.Config(
+        guarded(app, reveal(key)),
+        http="h11",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
     server = DrainingServer(options, service)
     failures: list[BaseException] = []
 

@@ -78,12 +78,6 @@ def _alone(engine: TransformersEngine, sequence: Sequence) -> TeacherScores:
     return engine.score([EncodedSequence(*sequence)], top_k=TOP_K, temperature=1.0)
 
 
-def resident_mib(teacher: Server) -> float:
-    """Of the server, MiB."""
-    lines = Path(f"/proc/{teacher.process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
-
-
 async def soak(asker: Asker, teacher: Server) -> dict[str, Any]:
     left, memory = iter(range(SOAK_REQUESTS)), []
     started = time.perf_counter()
@@ -93,12 +87,12 @@ async def soak(asker: Asker, teacher: Server) -> dict[str, Any]:
         async def client() -> None:
             for number in left:
                 if number % (SOAK_REQUESTS // SAMPLES) == 0:
-                    memory.append(resident_mib(teacher))
+                    memory.append(teacher.memory_mib())
                 await asker.ask()
                 progress.advance(task)
 
         await asyncio.gather(*(client() for _ in range(SOAK_CLIENTS)))
-    memory.append(resident_mib(teacher))
+    memory.append(teacher.memory_mib())
     # The first tenth warms up: threads, connections, the allocator's pools.
     warm = memory[SAMPLES // 10 :]
     return {
@@ -111,14 +105,14 @@ async def soak(asker: Asker, teacher: Server) -> dict[str, Any]:
 
 async def flood(asker: Asker, teacher: Server) -> dict[str, Any]:
     deadline = time.monotonic() + FLOOD_S
-    before, memory = resident_mib(teacher), []
+    before, memory = teacher.memory_mib(), []
 
     async def client() -> None:
         while time.monotonic() < deadline:
             answer = await asker.ask()
             if answer is not None and answer.status_code in (429, 503):
                 await asyncio.sleep(min(float(answer.headers["Retry-After"]), deadline - time.monotonic()))
-            memory.append(resident_mib(teacher))
+            memory.append(teacher.memory_mib())
 
     await asyncio.gather(*(client() for _ in range(FLOOD_CLIENTS)))
     return {"clients": FLOOD_CLIENTS, "seconds": FLOOD_S, "resident_mib": {"before": before, "largest": max(memory)}}

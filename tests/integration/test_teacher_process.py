@@ -1,6 +1,7 @@
 """The teacher as a real process: scored over TCP, ended by real signals and by its engine while it works."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -162,3 +163,20 @@ def score_in_time(teacher: Server, sequences: list[Any]) -> np.ndarray:
             return (await client.score(sequences, top_k=2, max_rows_per_request=20)).token_logprobs
 
     return asyncio.run(score())
+
+
+def test_the_log_is_json_where_that_is_asked_for(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLSERVE_LOG_FORMAT", "json")
+    with (
+        server("teacher", tmp_path / "log", "--teacher.model", models["llama"]) as running,
+        running.client() as client,
+    ):
+        body = {"sequences": [{"token_ids": [5, 6, 7], "prompt_length": 1}], "top_k": 0}
+        refused = client.post("/v1/teacher/logprobs", json=body, headers={"X-Request-ID": "mine-7"})
+    assert (refused.status_code, refused.json()["request_id"]) == (422, "mine-7")
+    (line,) = [line for line in running.log.read_text().splitlines() if "mine-7" in line]
+    said = json.loads(line)
+    assert (said["request_id"], said["status"], said["path"]) == ("mine-7", 422, "/v1/teacher/logprobs")
+    assert said["logger"] == "services.teacher.answer_log" and KEY not in running.log.read_text()

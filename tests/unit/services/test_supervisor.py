@@ -19,7 +19,7 @@ from services.config import RunConfig
 from services.errors import ConfigError, StartupError
 from services.panel import last_step, render
 from services.startup import free_port
-from services.supervisor import up, with_free_ports
+from services.supervisor import up, with_free_ports, without_access_log
 
 # A server that answers /ready on the port that the run file gives it, and starts a child of its own, as vLLM does.
 SERVER = """
@@ -368,3 +368,10 @@ def test_rows_of_the_run_before_are_not_shown(tmp_path: Path) -> None:
     os.utime(path, (1000.0, 1000.0))
     assert last_step(path, since=1000.5) == {}
     assert last_step(path, since=999.5) == ROW
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, False), ({"access_log": True}, True)])
+def test_the_teacher_of_a_run_does_not_log_every_answer_unless_asked(given: dict[str, bool], expected: bool) -> None:
+    config = RunConfig(teacher={"model": "x", **given})
+    assert without_access_log(config).teacher.access_log is expected
+    assert without_access_log(config).teacher.model == "x"

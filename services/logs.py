@@ -1,0 +1,65 @@
+"""How every role logs: lines for people or JSON objects for machines, each with the id of the request it belongs to.
+
+The environment decides: DISTILLSERVE_LOG_LEVEL (INFO), DISTILLSERVE_LOG_FORMAT (text or json).
+"""
+
+import logging
+import os
+from contextvars import ContextVar
+
+from pythonjsonlogger.json import JsonFormatter
+
+from services.errors import ConfigError
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""X-Request-ID of the request that this task answers; empty outside of one."""
+
+FORMATS = ("text", "json")
+
+
+def set_up_logging() -> None:
+    """Log to stderr.
+
+    Raises:
+        ConfigError: the environment names a level or a format that there is not.
+    """
+    level = os.environ.get("DISTILLSERVE_LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(f"DISTILLSERVE_LOG_LEVEL = {level!r} must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    form = os.environ.get("DISTILLSERVE_LOG_FORMAT", "text").lower()
+    if form not in FORMATS:
+        raise ConfigError(f"DISTILLSERVE_LOG_FORMAT = {form!r} must be {' or '.join(FORMATS)}")
+    handler = logging.StreamHandler()
+    handler.addFilter(add_request_id)
+    handler.setFormatter(json_formatter() if form == "json" else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def add_request_id(record: logging.LogRecord) -> bool:
+    """A filter that drops nothing; a record that brings its own id, from another thread, keeps it."""
+    if getattr(record, "request_id", None) is None:
+        record.request_id = request_id.get()
+    return True
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, logger and message, and the id of the request where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        of_request = getattr(record, "request_id", "")
+        return f"{line} [{of_request}]" if of_request else line
+
+
+def json_formatter() -> logging.Formatter:
+    """One object a line: timestamp, level, logger, message, request_id, and what the record brings along."""
+    return JsonFormatter(
+        "{levelname}{name}{message}",
+        style="{",
+        timestamp=True,
+        rename_fields={"levelname": "level", "name": "logger"},
+    )
