@@ -39,7 +39,7 @@ check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/lint-imports --no-cache
 
 bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json (ARGS="head" for one)
-	@$(BIN)/python -m tests.benchmarks $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks $(ARGS)
 
 lock: $(STAMP)  ## write deploy/locks/*.txt anew from the tested environment
 	@$(BIN)/python deploy/locks/freeze.py
