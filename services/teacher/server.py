@@ -27,6 +27,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
@@ -229,6 +230,15 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(500, "Server error", detail))
 
 
+class OneAnswer(H11Protocol):
+    """uvicorn's, except that a request whose body stops being HTTP in its middle is answered once: with uvicorn's 400."""
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # else its task would answer as well, and leave a traceback
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that the port stays open until accepted requests are answered."""
 
@@ -272,8 +282,8 @@ def run(config: RunConfig) -> None:
         max_body_bytes=teacher.max_body_mib << 20,
         on_refused=lambda error: service.metrics.rejected.labels(error.title).inc(),
     )
-    # h11 also where vLLM brings httptools, which takes headers without end.
-    options = uvicorn.Config(guard, http="h11", log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    # On h11 also where vLLM brings httptools, which takes headers without end.
+    options = uvicorn.Config(guard, http=OneAnswer, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
     server = DrainingServer(options, service)
     failures: list[BaseException] = []
 
