@@ -89,7 +89,8 @@ class ScriptedTeacher:
 
     Attributes:
         spoil: changes a good answer.
-        refuse: (status, problem) instead of an answer, or None.
+        refuse: (status, problem) instead of an answer, or None; with status 0 the connection is closed without one.
+        headers: of a refusal, e.g. Retry-After.
         delay_s: before each answer.
         info: of /v1/teacher/info.
     """
@@ -97,6 +98,7 @@ class ScriptedTeacher:
     def __init__(self, port: int = 0) -> None:
         self.spoil: Callable[[TeacherScores], TeacherScores] = lambda scores: scores
         self.refuse: Callable[[dict[str, Any]], tuple[int, dict[str, Any]] | None] = lambda body: None
+        self.headers: dict[str, str] = {}
         self.delay_s = 0.0
         self.info = INFO
         self.bodies: list[dict[str, Any]] = []
@@ -117,12 +119,20 @@ class ScriptedTeacher:
                 teacher.bodies.append(body)
                 time.sleep(teacher.delay_s)
                 if (refusal := teacher.refuse(body)) is not None:
-                    return self._answer(refusal[0], json.dumps(refusal[1]).encode())
+                    return self._refuse(*refusal)
                 scores = replace(scores_of(body), model=teacher.info.model, fingerprint=teacher.info.fingerprint)
                 return self._answer(200, encode_scores(teacher.spoil(scores)))
 
-            def _answer(self, status: int, content: bytes) -> None:
+            def _refuse(self, status: int, problem: dict[str, Any]) -> None:
+                if status == 0:
+                    self.close_connection = True
+                else:
+                    self._answer(status, json.dumps(problem).encode(), teacher.headers)
+
+            def _answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

@@ -26,6 +26,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
@@ -216,6 +217,15 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(500, "Server error", detail))
 
 
+class OneAnswer(H11Protocol):
+    """uvicorn's, except that a request whose body stops being HTTP in its middle is answered once: with uvicorn's 400."""
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # else its task would answer as well, and leave a traceback
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that the port stays open until accepted requests are answered."""
 
@@ -252,10 +262,10 @@ def run(config: RunConfig) -> None:
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service
-    # h11 also where vLLM brings httptools, which takes headers without end.
+    # On h11 also where vLLM brings httptools, which takes headers without end.
     options = uvicorn.Config(
         guarded(app, reveal(key)),
-        http="h11",
+        http=OneAnswer,
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -24,12 +24,14 @@ def connection(server: Server, timeout_s: float = 20.0) -> Iterator[socket.socke
 
 def read_answer(sock: socket.socket) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of the next answer; (0, {}, b"") when the server closed instead."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        if not (part := _received(sock)):
-            return 0, {}, b""
-        received += part
-    lines, _, body = received.partition(b"\r\n\r\n")
+    body = b""
+    lines = b"HTTP/1.1 100"
+    while lines.startswith(b"HTTP/1.1 100"):  # go on sending
+        while b"\r\n\r\n" not in body:
+            if not (part := _received(sock)):
+                return 0, {}, b""
+            body += part
+        lines, _, body = body.partition(b"\r\n\r\n")
     first, *rest = lines.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
     while len(body) < int(headers.get("content-length", 0)) and (part := _received(sock)):
