@@ -20,6 +20,7 @@ from functools import cache, partial
 from types import FrameType
 from typing import Annotated, Any
 
+import h11
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -218,12 +219,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 class OneAnswer(H11Protocol):
-    """uvicorn's, except that a request whose body stops being HTTP in its middle is answered once: with uvicorn's 400."""
+    """uvicorn's, except that a request whose bytes stop being HTTP is answered once: twice would leave a traceback."""
 
     def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # its route has answered already
+            self.transport.close()
+            return
         super().send_400_response(msg)
         if self.cycle is not None:
-            self.cycle.disconnected = True  # else its task would answer as well, and leave a traceback
+            self.cycle.disconnected = True  # its route shall not answer any more
 
 
 class DrainingServer(uvicorn.Server):

@@ -1,5 +1,9 @@
 """The rollout server as its clients see it: completions, limits, the guard around vLLM's own routes."""
 
+import importlib.util
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,8 @@ import torch
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import ProblemError
+from services.guard import OPEN_PATHS
+from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES
 from services.schemas import RolloutSampling
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, Server
@@ -83,37 +89,47 @@ def test_bad_requests_are_refused_with_the_field(rollout_server: Server, change:
     assert problem["field"].startswith(field) and problem["request_id"] == response.headers["x-request-id"]
 
 
-def test_no_route_answers_without_the_key_except_health_and_readiness(rollout_server: Server) -> None:
-    routes = [
-        ("GET", "/v1/models"),
-        ("GET", "/metrics"),
-        ("GET", "/v1/rollouts/info"),
-        ("POST", "/v1/rollouts"),
-        ("POST", "/v1/completions"),
-        ("POST", "/pause"),
-        ("POST", "/resume"),
-        ("POST", "/init_weight_transfer_engine"),
-        ("POST", "/start_weight_update"),
-        ("POST", "/update_weights"),
-        ("POST", "/finish_weight_update"),
-        ("POST", "/collective_rpc"),
-        ("GET", "/openapi.json"),
+def vllm_routes() -> set[tuple[str, str]]:
+    """(method, path) of every route that any part of the installed vLLM declares, whether this server has it or not."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    sources = (Path(spec.origin).parent / "entrypoints").rglob("*.py")
+    declared = re.compile(r"@\w*(?:router|app)\.(get|post|put|patch|delete|head)\(\s*\"(/[^\"]*)\"")
+    return {(method.upper(), path) for source in sources for method, path in declared.findall(source.read_text())}
+
+
+def all_routes() -> list[tuple[str, str]]:
+    routes = vllm_routes()
+    assert len(routes) > 40 and {("POST", "/v1/chat/completions"), ("POST", "/collective_rpc")} <= routes
+    documentation = {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/redoc")}
+    odd = {
         ("GET", "/no-such-route"),
-    ]
+        ("GET", "//health"),
+        ("GET", "/health/"),
+        ("GET", "/metrics/"),
+        ("OPTIONS", "/pause"),
+    }
+    return sorted(routes | documentation | odd | set(VLLM_ROUTES) | set(OUR_ROUTES))
+
+
+def test_no_route_answers_without_the_key_except_health_and_readiness(rollout_server: Server) -> None:
     with rollout_server.client() as client:
         for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
-            for method, path in routes:
+            for method, path in all_routes():
+                if path in OPEN_PATHS:
+                    continue
                 response = client.request(method, f"{path}?key={KEY}&api_key={KEY}", headers=headers)
                 assert response.status_code == 401, (method, path)
                 assert response.headers["content-type"] == "application/problem+json"
-        for path in ("/health", "/ready"):
+        for path in OPEN_PATHS:
             assert client.get(path, headers={"Authorization": ""}).status_code == 200
 
 
 def test_vllm_routes_that_the_trainer_does_not_need_are_closed_even_with_the_key(rollout_server: Server) -> None:
     with rollout_server.client() as client:
-        for method, path in (("POST", "/v1/completions"), ("POST", "/collective_rpc"), ("GET", "/v1/models")):
-            assert client.request(method, path, json={}).status_code == 404
+        for method, path in set(all_routes()) - VLLM_ROUTES - set(OUR_ROUTES):
+            response = client.request(method, path, json={})
+            assert (response.status_code, response.json()["title"]) == (404, "Not found"), (method, path)
         assert client.get("/weight_info").status_code == 200
 
 

@@ -157,6 +157,21 @@ def test_what_is_no_http_is_refused_or_closed(request_line: str, teacher_server:
         assert client.post("/v1/teacher/logprobs", json=GOOD).status_code == 200
 
 
+@pytest.mark.parametrize(("pause", "status"), [(False, b"400"), (True, b"415")], ids=["at once", "after the answer"])
+def test_a_body_that_stops_being_http_is_answered_once(pause: bool, status: bytes, teacher_server: Server) -> None:
+    """Its media type is refused before the body is read; the fixture looks for tracebacks."""
+    with connection(teacher_server) as sock:
+        sock.sendall(
+            head(content_type="text/plain", transfer_encoding="chunked") + (b"" if pause else b"no length\r\n")
+        )
+        received = sock.recv(1 << 16)
+        if pause:
+            sock.sendall(b"no length\r\n")
+        while part := sock.recv(1 << 16):
+            received += part
+    assert received.startswith(b"HTTP/1.1 " + status) and received.count(b"HTTP/1.1") == 1
+
+
 def test_no_websocket_is_opened(teacher_server: Server) -> None:
     upgrade = {"upgrade": "websocket", "sec_websocket_version": 13, "sec_websocket_key": "dGhlIHNhbXBsZSBub25jZQ=="}
     with connection(teacher_server) as sock:

@@ -154,6 +154,21 @@ def test_a_job_whose_caller_is_gone_leaves_the_queue() -> None:
         assert batcher._queued_tokens == 0 and not batcher._submitted
 
 
+def test_to_drop_thousands_whose_caller_is_gone_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for each in the window would compare it with all before: half a minute for 16000 behind as many others."""
+    compared: list[ScoreItem] = []
+    monkeypatch.setattr(ScoreItem, "__eq__", lambda item, other: compared.append(item) or item is other)
+    with batching(limit=100) as (batcher, engine, _, _):
+        hold_with(batcher, engine, job(5))
+        staying, leaving = job(*[2] * 20, mark=1), job(*[2] * 20)
+        for each in (staying, leaving):
+            batcher.submit(each)
+        leaving.done.cancel()
+        engine.free.set()
+        assert marks(staying) == [1] * 20
+    assert engine.passes == [[5], [2] * 20] and compared == []
+
+
 def test_closing_finishes_what_was_accepted() -> None:
     engine, metrics = Recorder(), TeacherMetrics()
     batcher = Batcher(engine, 4, metrics, lambda error: None)
