@@ -26,8 +26,9 @@ class AnswerLog:
     def __call__(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("route")
         # Paths of the caller's choice would make endless label values.
-        self._metrics.requests.labels(route.path if route is not None else "(unknown)", status).inc()
-        level = self._level(route.path if route is not None else "", status)
+        path = route.path if route is not None else "(unknown)"
+        self._metrics.requests.labels(path, status).inc()
+        level = self._level(path, status)
         if not logger.isEnabledFor(level):
             return
         fields = {

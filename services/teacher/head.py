@@ -54,15 +54,18 @@ class ScoringHead:
         columns = Columns.empty(len(hidden), top_k, None if support is None else support.shape[1])
         for start in range(0, len(hidden), self._size):
             part = slice(start, min(start + self._size, len(hidden)))
-            logits = self._output.float32_logits(hidden[part], self._buffer(hidden)[: part.stop - part.start])
+            logits = self._output.float32_logits(hidden[part], self._buffer(hidden, part.stop - part.start))
             of_part = None if support is None else support[part]
             reduce_logits(columns, part, logits, targets[part], of_part, temperature=temperature)
         return columns
 
-    def _buffer(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor | None:
+        """Where to write the logits; a GPU's allocator keeps its memory by itself."""
+        if hidden.is_cuda:
+            return None
         if self._logits is None:
             self._logits = hidden.new_empty((self._size, len(self._output.weight)), dtype=torch.float32)
-        return self._logits
+        return self._logits[:num_rows]
 
 
 def reduce_logits(

@@ -45,20 +45,6 @@ def rollout(handler: Handler, urls: tuple[str, ...] = (A,), **options: Any) -> R
     return RolloutClient(list(urls), transport=httpx.MockTransport(handler), **options)
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the code under test wanted to sleep; it does not."""
-    asked: list[float] = []
-    really_sleep = asyncio.sleep
-
-    async def record(delay: float) -> None:
-        asked.append(delay)
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", record)
-    return asked
-
-
 VOCABULARY = {"a": 0, "b": 1}
 ROLLOUT = {
     "protocol": 1,

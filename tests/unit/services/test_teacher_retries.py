@@ -1,6 +1,5 @@
 """How often a teacher on a real port is asked, and after which waits; see test_teacher_client for replicas and outages."""
 
-import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -17,20 +16,6 @@ CLOSED = 0
 def teacher() -> Iterator[ScriptedTeacher]:
     with ScriptedTeacher().serving() as teacher:
         yield teacher
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been slept, seconds."""
-    slept: list[float] = []
-    really_sleep = asyncio.sleep
-
-    async def sleep(delay: float) -> None:
-        slept.append(delay)
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    return slept
 
 
 def refuse(teacher: ScriptedTeacher, status: int, times: int) -> None:
