@@ -189,7 +189,7 @@ class Batcher:
         if not isinstance(error, DistillServeError):
             logger.error("scoring failed", exc_info=error, extra={"request_id": job.request_id})
             self._probe(job)
-        _refuse(job, error)
+        job.refuse(error)
 
     def _probe(self, failed: ScoreJob) -> None:
         try:
@@ -205,11 +205,4 @@ class Batcher:
             self._window, self._waiting = [], deque()
             waiting = self._submitted.keys() - {but}
         for job in waiting:
-            _refuse(job, engine_failed(error))
-
-
-def _refuse(job: ScoreJob, error: Exception) -> None:
-    try:
-        job.done.set_exception(error)
-    except InvalidStateError:  # cancelled, or told already
-        logger.debug("an error came too late for its caller")
+            job.refuse(engine_failed(error))

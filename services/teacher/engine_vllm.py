@@ -125,12 +125,12 @@ class VllmScorer:
 
     def _begin(self, job: ScoreJob) -> None:
         if self._closed:
-            _give_error(job, shutting_down())
+            job.refuse(shutting_down())
             return
         task = self._loop.create_task(self._score(job))
         self._tasks[job] = task
         task.add_done_callback(lambda _: self._forget(job))
-        # A caller that goes away cancels `done`; cancelling the task aborts its requests in vLLM.
+        # A caller that goes away ends `done`; cancelling the task aborts its requests in vLLM.
         job.done.add_done_callback(lambda _: self._loop.call_soon_threadsafe(task.cancel))
         self._speed.begin(_num_tokens(job))
         self._metrics.queued_sequences.inc(len(job.sequences))
@@ -140,7 +140,7 @@ class VllmScorer:
         self._speed.end(_num_tokens(job))
         self._metrics.queued_sequences.dec(len(job.sequences))
         if not job.done.done():  # cancelled by `close`
-            _give_error(job, shutting_down())
+            job.refuse(shutting_down())
 
     async def _score(self, job: ScoreJob) -> None:
         try:
@@ -157,7 +157,7 @@ class VllmScorer:
                 return
             if not isinstance(error, DistillServeError):
                 logger.error("scoring failed", exc_info=error, extra={"request_id": job.request_id})
-            _give_error(job, error)
+            job.refuse(error)
 
     async def _score_sequence(self, item: ScoreItem) -> None:
         prompt, parameters = {"prompt_token_ids": item.sequence.token_ids}, sampling_params(item)
@@ -181,7 +181,7 @@ class VllmScorer:
         self._closed = True
         self._on_failure(error)
         for job in list(self._tasks):
-            _give_error(job, engine_failed(error))
+            job.refuse(engine_failed(error))
 
 
 class _Speed:
@@ -206,13 +206,6 @@ class _Speed:
 
 def _num_tokens(job: ScoreJob) -> int:
     return sum(len(s.token_ids) for s in job.sequences)
-
-
-def _give_error(job: ScoreJob, error: Exception) -> None:
-    try:
-        job.done.set_exception(error)
-    except InvalidStateError:
-        logger.debug("an error came too late for its caller")
 
 
 async def _cancel_others() -> None:

@@ -3,7 +3,8 @@
 Shapes: R rows (completion positions of all sequences of a job), K candidates, M support ids.
 """
 
-from concurrent.futures import Future
+import contextlib
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,7 +91,7 @@ class ScoreJob:
         self.sequences, self.top_k, self.temperature = sequences, top_k, temperature
         self.offsets = np.cumsum([0, *(s.num_rows for s in sequences)], dtype=np.int64)
         self.done: Future[TeacherScores] = Future()
-        """The answer; cancelled when the caller is gone, which takes what has not begun out of the queue."""
+        """The answer, or the error; done before its turn, as when its caller is gone, it is taken out of the queue."""
         self.request_id = logs.request_id.get()
         """Of the request that it is, for the log."""
         self._remaining = len(sequences)
@@ -112,6 +113,11 @@ class ScoreJob:
         """Count sequences whose rows are filled; whether these were the last."""
         self._remaining -= num_sequences
         return self._remaining == 0
+
+    def refuse(self, error: Exception) -> None:
+        """Let the caller have this error instead of an answer; too late, it changes nothing."""
+        with contextlib.suppress(InvalidStateError):
+            self.done.set_exception(error)
 
     def scores(self, info: TeacherInfo) -> TeacherScores:
         return TeacherScores(

@@ -13,8 +13,8 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from types import FrameType
@@ -36,13 +36,16 @@ from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
 from services.teacher.answer import PacedResponse
 from services.teacher.answer_log import SCORED, AnswerLog
-from services.teacher.body import caller_gone, check_headers, parse_request, read_body
+from services.teacher.body import caller_gone, check_headers, read_body
+from services.teacher.jobs import ScoreJob
 from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService
 from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
+# Copied in less time than it takes to wake another thread.
+_SMALL_NUM_CANDIDATES = 8192
 
 
 def create_app(config: TeacherConfig) -> FastAPI:
@@ -105,7 +108,7 @@ async def _score_request(
 ) -> TeacherRequest:
     check_headers(request.headers)
     body = await read_body(request, service.config.transfer_timeout_s)
-    return await service.in_reader(parse_request, body, service.config)
+    return await service.parse(body)
 
 
 async def get_health(service: Service) -> dict[str, str]:
@@ -134,32 +137,31 @@ async def create_logprobs(
     body: Annotated[TeacherRequest, Depends(_score_request)], request: Request, service: Service
 ) -> Response:
     """Log-probabilities of completions under the teacher, top-k candidates included."""
-    scores = await _unless_gone(request, service.score(body))
+    job = await service.job(body)
+    with _watched(request, job):
+        scores = await service.score(job)
     request.scope[SCORED] = {"sequences": len(body.sequences), "rows": len(scores.token_logprobs)}
-    if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
-        narrowed = _as_dtype(scores, body.logprob_dtype)
-        content, media_type = await asyncio.to_thread(encode_scores, narrowed), SAFETENSORS_MEDIA_TYPE
-    else:
+    if SAFETENSORS_MEDIA_TYPE not in request.headers.get("accept", ""):
         content, media_type = await asyncio.to_thread(_encode_json, scores), "application/json"
+    else:
+        content, media_type = await _encode_safetensors(scores, body.logprob_dtype), SAFETENSORS_MEDIA_TYPE
     return PacedResponse(content, media_type, service.config.transfer_timeout_s)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, TeacherScores]) -> TeacherScores:
-    """The result of `work`, which is cancelled when the caller hangs up: what has not begun is never scored."""
-    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+@contextmanager
+def _watched(request: Request, job: ScoreJob) -> Iterator[None]:
+    """Refuses the job when its caller hangs up: what has not begun is never scored."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.refuse(caller_gone("the caller went away before its turn"))
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise caller_gone("the caller went away before its turn")
-        return working.result()
+        yield
     finally:
-        working.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 def _as_dtype(scores: TeacherScores, dtype: str) -> TeacherScores:
@@ -186,6 +188,13 @@ def as_json(scores: TeacherScores) -> dict[str, Any]:
     columns, bounds = scores.columns(), zip(scores.row_offsets[:-1], scores.row_offsets[1:], strict=True)
     sequences = [{name: listed(values[start:end]) for name, values in columns.items()} for start, end in bounds]
     return {**scores.metadata(), "sequences": sequences}
+
+
+async def _encode_safetensors(scores: TeacherScores, dtype: str) -> bytes:
+    narrowed = _as_dtype(scores, dtype)
+    if scores.topk_ids.size <= _SMALL_NUM_CANDIDATES:
+        return encode_scores(narrowed)
+    return await asyncio.to_thread(encode_scores, narrowed)
 
 
 def _encode_json(scores: TeacherScores) -> bytes:

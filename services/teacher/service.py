@@ -17,9 +17,14 @@ from services.config import TeacherConfig
 from services.errors import RequestError
 from services.metrics import TeacherMetrics
 from services.schemas import TeacherRequest, TeacherScores
+from services.teacher.body import parse_request
 from services.teacher.jobs import ScoreJob, engine_failed, shutting_down
 from services.teacher.requests import encode_request
 from services.teacher.scorers import Scorer, abandon_loading, load_scorer
+
+# Read in less time than it takes to wake the thread that reads the others.
+_SMALL_BODY_BYTES = 16 << 10
+_SMALL_NUM_IDS = 4096
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -105,26 +110,43 @@ class TeacherService:
             self._pending -= 1
             self.metrics.pending.set(self._pending)
 
-    async def in_reader(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """Run `work` in the one thread that reads requests, in turn: they share the tokenizer, and the memory of reading."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *arguments)
+    async def parse(self, body: bytes) -> TeacherRequest:
+        """The request that a body spells, as `parse_request`."""
+        if len(body) <= _SMALL_BODY_BYTES:
+            return parse_request(body, self.config)
+        return await self._in_reader(parse_request, body, self.config)
 
-    async def score(self, request: TeacherRequest) -> TeacherScores:
-        """Score one request that has its `place`; one that is cancelled before its turn is skipped.
+    async def job(self, request: TeacherRequest) -> ScoreJob:
+        """What the engine is to do for a request that has its `place`.
 
         Raises:
             RequestError: the request is refused.
         """
         scorer = self.scorer
         assert scorer is not None
-        sequences = await self.in_reader(encode_request, request, scorer.info, self.config, scorer.tokenizer)
+        if _is_small(request):
+            sequences = encode_request(request, scorer.info, self.config, scorer.tokenizer)
+        else:
+            sequences = await self._in_reader(encode_request, request, scorer.info, self.config, scorer.tokenizer)
+        return ScoreJob(sequences, top_k=request.top_k, temperature=request.temperature)
+
+    async def _in_reader(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Run `work` in the one thread that reads requests, in turn: they share the tokenizer, and the memory of reading."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *arguments)
+
+    async def score(self, job: ScoreJob) -> TeacherScores:
+        """The engine's answer; a job that is cancelled or refused before its turn is skipped.
+
+        Raises:
+            RequestError: the job is refused.
+        """
         self.check_alive()
-        job = ScoreJob(sequences, top_k=request.top_k, temperature=request.temperature)
-        scorer.submit(job)
+        assert self.scorer is not None
+        self.scorer.submit(job)
         scores = await asyncio.wrap_future(job.done)  # cancelling the one cancels the other
-        self.metrics.sequences.inc(len(sequences))
+        self.metrics.sequences.inc(len(job.sequences))
         self.metrics.rows.inc(len(scores.token_logprobs))
-        self.metrics.tokens.inc(sum(len(s.token_ids) for s in sequences))
+        self.metrics.tokens.inc(sum(len(s.token_ids) for s in job.sequences))
         return scores
 
     def close(self) -> None:
@@ -135,3 +157,9 @@ class TeacherService:
             abandon_loading()
         else:
             self.scorer.close()
+
+
+def _is_small(request: TeacherRequest) -> bool:
+    """Whether there is nothing to tokenize and little to check."""
+    given = [s.token_ids for s in request.sequences if s.token_ids is not None and s.support_ids is None]
+    return len(given) == len(request.sequences) and sum(map(len, given)) <= _SMALL_NUM_IDS
