@@ -122,18 +122,24 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False, key: str = "m
         raise StartupError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from error
 
 
-def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Run the body alone.
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Run the body alone, without a mask, which lets attention take its fastest way.
 
     Args:
-        input_ids: [B, T], padded on the right.
-        attention_mask: [B, T], 1 on tokens.
+        input_ids: [B, T], padded on the right, where a causal model's tokens do not see it.
 
     Returns:
-        [B, T, H] states after the final norm; position t predicts token t + 1.
+        [B, T, H] states after the final norm; position t predicts token t + 1. At padding they mean nothing.
     """
-    body = model.get_decoder()
-    return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def rope_switch(model: PreTrainedModel) -> int | None:
+    """The length past which a sequence, and all others in its batch, get other rotary frequencies (longrope); or None."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer_type = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    lengths = [p["original_max_position_embeddings"] for p in by_layer_type if p.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 def output_head(model: PreTrainedModel, *, check: bool = True) -> OutputHead:
@@ -157,9 +163,8 @@ def _check_head(model: PreTrainedModel, head: OutputHead) -> None:
     was_training = model.training
     model.eval()
     ids = torch.arange(1, 5, device=model.device).unsqueeze(0) % head.weight.shape[0]
-    mask = torch.ones_like(ids)
-    theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
-    ours = head.logits(hidden_states(model, ids, mask)[0]).float()
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head.logits(hidden_states(model, ids)[0]).float()
     model.train(was_training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     difference = (theirs - ours).abs().max().item() / max(theirs.abs().max().item(), 1.0)

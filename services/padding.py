@@ -6,7 +6,7 @@ Rows, not packed sequences: sdpa has no variable-length path and would build a d
 import numpy as np
 import torch
 
-# Right padding is masked out of attention and never read, so any id does.
+# Any id does: on the right, causal attention keeps it from every token, and nobody reads what comes out at it.
 _PAD_ID = 0
 
 
@@ -21,15 +21,13 @@ def cut_by_padded_tokens(lengths: list[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def pad_rows(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] token ids padded on the right, and their [B, T] attention mask."""
+def pad_rows(sequences: list[list[int]]) -> torch.Tensor:
+    """[B, T] token ids, padded on the right."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+    return ids
 
 
 def predicting_positions(prompt_lengths: list[int], completion_lengths: list[int], padded_length: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Small random models that tests save as ordinary folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -18,14 +19,19 @@ _SHAPE = {
 }
 
 
-def save_model(folder: Path, architecture: str, *, seed: int = 0) -> str:
-    """A random "qwen3" (tied embeddings) or "llama" (untied) with the byte-level tokenizer; returns the folder."""
+def save_model(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> str:
+    """A random "qwen3" (tied embeddings) or "llama" (untied) with the byte-level tokenizer; returns the folder.
+
+    Args:
+        changes: to the model's configuration.
+    """
     tokenizer = build_tokenizer()
     shape = {
         **_SHAPE,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **changes,
     }
     torch.manual_seed(seed)
     if architecture == "qwen3":

@@ -20,7 +20,6 @@ class MicroBatch:
     """What one forward and backward pass needs."""
 
     input_ids: torch.Tensor  # [B, T] int64, padded on the right
-    attention_mask: torch.Tensor  # [B, T] int64
     positions: torch.Tensor  # [N] int64 into the B * T hidden states: those that predict token_ids
     token_ids: torch.Tensor  # [N] int64, sampled tokens
     loss_mask: torch.Tensor  # [N] bool, tokens that count
@@ -40,7 +39,6 @@ class TextBatch:
     """Windows of dataset text for one forward and backward pass; every token but the first of each is predicted."""
 
     input_ids: torch.Tensor  # [B, T] int64, padded on the right
-    attention_mask: torch.Tensor  # [B, T] int64
     positions: torch.Tensor  # [N] int64
     token_ids: torch.Tensor  # [N] int64
 
@@ -55,9 +53,9 @@ def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int) -> list[Te
 
 
 def _pack_texts(windows: list[list[int]]) -> TextBatch:
-    input_ids, attention_mask = pad_rows(windows)
+    input_ids = pad_rows(windows)
     positions = predicting_positions([1] * len(windows), [len(w) - 1 for w in windows], input_ids.shape[1])
-    return TextBatch(input_ids, attention_mask, positions, torch.tensor([t for w in windows for t in w[1:]]))
+    return TextBatch(input_ids, positions, torch.tensor([t for w in windows for t in w[1:]]))
 
 
 def pack(samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch: int) -> list[MicroBatch]:
@@ -77,10 +75,9 @@ def _pack_group(samples: list[ScoredSample]) -> MicroBatch:
     rollouts = [s.rollout for s in samples]
     completions = [r.completion for r in rollouts]
     lengths = [len(c.token_ids) for c in completions]
-    input_ids, attention_mask = pad_rows([r.sequence for r in rollouts])
+    input_ids = pad_rows([r.sequence for r in rollouts])
     return MicroBatch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
         positions=predicting_positions([len(r.prompt.token_ids) for r in rollouts], lengths, input_ids.shape[1]),
         token_ids=_concatenate([c.token_ids for c in completions], np.int64),
         loss_mask=torch.ones(sum(lengths), dtype=torch.bool),

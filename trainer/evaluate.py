@@ -145,15 +145,13 @@ def reverse_kl_sum(
     Args:
         teacher_ids, teacher_logprobs: [N, V_teacher], every token at every row, in any order.
     """
-    input_ids, attention_mask = pad_rows([r.sequence for r in rollouts])
+    input_ids = pad_rows([r.sequence for r in rollouts])
     prompts, lengths = zip(*((len(r.prompt.token_ids), len(r.completion.token_ids)) for r in rollouts), strict=True)
     positions = predicting_positions(list(prompts), list(lengths), input_ids.shape[1])
     token_ids = torch.from_numpy(np.concatenate([r.completion.token_ids for r in rollouts])).long()
     support_ids = torch.where(teacher_ids < len(head_of(model).weight), teacher_ids.long(), -1)
-    ids, mask, where, tokens, support = (
-        x.to(model.device) for x in (input_ids, attention_mask, positions, token_ids, support_ids)
-    )
-    q = student_logprobs(model, ids, mask, where, tokens, support, temperature=1.0).support_logprobs.cpu()
+    ids, where, tokens, support = (x.to(model.device) for x in (input_ids, positions, token_ids, support_ids))
+    q = student_logprobs(model, ids, where, tokens, support, temperature=1.0).support_logprobs.cpu()
     p = teacher_logprobs.float()
     terms = torch.where(q > -torch.inf, q.exp() * (q - p), 0.0)
     return float(terms.double().sum())

@@ -52,7 +52,6 @@ def _disable_dropout(model: PreTrainedModel) -> None:
 def student_logprobs(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
     positions: torch.Tensor,
     token_ids: torch.Tensor,
     support_ids: torch.Tensor,
@@ -61,12 +60,12 @@ def student_logprobs(
     """Logprobs of the student at packed completion positions.
 
     Args:
-        input_ids, attention_mask: [B, T].
+        input_ids: [B, T], padded on the right.
         positions: [N] into the B * T hidden states.
         token_ids: [N]; support_ids: [N, K].
         temperature: divides the logits.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    hidden = hidden_states(model, input_ids)
     head = head_of(model)
     return support_logprobs(
         hidden.flatten(0, 1)[positions],

@@ -100,7 +100,6 @@ def _student(run: Session, batch: MicroBatch | TextBatch, support_ids: torch.Ten
     return student_logprobs(
         run.model,
         batch.input_ids,
-        batch.attention_mask,
         batch.positions,
         batch.token_ids,
         support_ids,

@@ -161,7 +161,7 @@ class WeightSync:
     def _differences(self, prompts: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
         """[N] absolute differences between the server's and the trainer's logprobs of the sampled tokens."""
         sequences = [[*prompt, *c.token_ids.tolist()] for prompt, c in zip(prompts, completions, strict=True)]
-        input_ids, attention_mask = pad_rows(sequences)
+        input_ids = pad_rows(sequences)
         lengths = [len(c.token_ids) for c in completions]
         positions = predicting_positions(list(map(len, prompts)), lengths, input_ids.shape[1])
         token_ids = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long()
@@ -169,7 +169,6 @@ class WeightSync:
         output = student_logprobs(
             self._model,
             input_ids.to(device),
-            attention_mask.to(device),
             positions.to(device),
             token_ids.to(device),
             token_ids.unsqueeze(-1).to(device),

@@ -1,4 +1,4 @@
-"""Forward passes from whatever is queued, across requests; one thread of its own.
+"""Forward passes from whatever is queued, across requests; a thread for each that may run at the same time.
 
 consumes   ScoreJobs, in the order of their arrival
 produces   their answers, each when its last sequence is scored
@@ -29,22 +29,26 @@ logger = logging.getLogger(__name__)
 
 # Forward passes' worth of sequences that are sorted together.
 _WINDOW_FORWARDS = 4
+# Tokens that are not split further for threads that have nothing to do: each forward pass has its own overhead.
+_WORTH_A_FORWARD = 256
 # Weight of the newest forward pass in the running mean of the speed.
 _MEAN_WEIGHT = 0.2
 
 
 class Engine(Protocol):
-    """What the batcher asks of an engine; called from one thread."""
+    """What the batcher asks of an engine."""
 
     info: TeacherInfo
     tokenizer: PreTrainedTokenizerBase
+    parallel_forwards: int
+    """Forward passes that may run at the same time, each called from a thread of its own."""
 
     def forward(self, items: list[ScoreItem]) -> None:
         """Fill the rows of these sequences in the columns of their jobs."""
 
 
 class Batcher:
-    """The queue in front of an engine, and the thread that empties it.
+    """The queue in front of an engine, and the threads that empty it.
 
     Args:
         tokens_per_forward: bound on the padded tokens of a forward pass.
@@ -59,6 +63,7 @@ class Batcher:
         on_failure: Callable[[Exception], None],
     ) -> None:
         self.engine, self._limit, self._metrics, self._on_failure = engine, tokens_per_forward, metrics, on_failure
+        # Guards everything below it.
         self._arrived = threading.Condition()
         self._waiting: deque[ScoreItem] = deque()
         self._window: list[ScoreItem] = []
@@ -66,8 +71,10 @@ class Batcher:
         self._tokens_per_s = 0.0
         self._submitted: dict[ScoreJob, float] = {}
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
-        self._thread.start()
+        names = [f"teacher-engine-{index}" for index in range(engine.parallel_forwards)]
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def info(self) -> TeacherInfo:
@@ -93,11 +100,12 @@ class Batcher:
         return self._queued_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
 
     def close(self) -> None:
-        """Score what is queued, then end the thread."""
+        """Score what is queued, then end the threads."""
         with self._arrived:
             self._closed = True
-            self._arrived.notify()
-        self._thread.join()
+            self._arrived.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         try:
@@ -109,21 +117,17 @@ class Batcher:
 
     def _next_forward(self) -> list[ScoreItem]:
         """The sequences of the next forward pass; none when the batcher is closed and empty."""
-        while True:
-            with self._arrived:
+        with self._arrived:
+            while True:
                 self._arrived.wait_for(lambda: self._waiting or self._window or self._closed)
                 if not self._waiting and not self._window:
                     return []
                 self._fill_window()
-            lengths = [len(item.sequence.token_ids) for item in self._window]
-            # The oldest sequence stands first in the window, and decides.
-            group = next((g for g in cut_by_padded_tokens(lengths, self._limit) if 0 in g), [])
-            chosen = set(group)
-            items = [item for index, item in enumerate(self._window) if index in chosen]
-            self._window = [item for index, item in enumerate(self._window) if index not in chosen]
-            self._metrics.queued_sequences.set(len(self._waiting) + len(self._window))
-            if items:
-                return items
+                if items := self._take():
+                    self._begin(items)
+                    if self._window or self._waiting:
+                        self._arrived.notify()  # another thread, where one is idle
+                    return items
 
     def _fill_window(self) -> None:
         """Top the window up from the queue, and drop what nobody waits for any more."""
@@ -139,8 +143,27 @@ class Batcher:
             else:
                 self._window.append(item)
 
+    def _take(self) -> list[ScoreItem]:
+        """A forward pass's worth of the window, or a fair part of less, so that no thread has to look on."""
+        lengths = [len(item.sequence.token_ids) for item in self._window]
+        limit = self._limit
+        if len(self._threads) > 1:
+            limit = min(limit, max(_WORTH_A_FORWARD, -(-sum(lengths) // len(self._threads))))
+        # The oldest sequence stands first in the window, and decides.
+        chosen = set(next((g for g in cut_by_padded_tokens(lengths, limit) if 0 in g), []))
+        items = [item for index, item in enumerate(self._window) if index in chosen]
+        self._window = [item for index, item in enumerate(self._window) if index not in chosen]
+        self._metrics.queued_sequences.set(len(self._waiting) + len(self._window))
+        return items
+
+    def _begin(self, items: list[ScoreItem]) -> None:
+        now = time.monotonic()
+        for job in dict.fromkeys(item.job for item in items):
+            if job.begin():
+                self._metrics.wait_seconds.observe(now - self._submitted[job])
+
     def _forget(self, item: ScoreItem) -> bool:
-        """Take a sequence out of the books, which `submit` writes from other threads; whether its job has no more."""
+        """Take a sequence out of the books; whether its job has no more."""
         with self._arrived:
             self._queued_tokens -= len(item.sequence.token_ids)
             is_last = item.job.finish(1)
@@ -152,9 +175,6 @@ class Batcher:
         """One forward pass. If it fails, its jobs are tried one by one: a request must not fail for its company."""
         started = time.monotonic()
         jobs = list(dict.fromkeys(item.job for item in items))
-        for job in jobs:
-            if (submitted := self._submitted.get(job)) is not None and "columns" not in vars(job):
-                self._metrics.wait_seconds.observe(started - submitted)
         try:
             self.engine.forward(items)
         except Exception as error:
@@ -172,8 +192,9 @@ class Batcher:
         lengths = [len(item.sequence.token_ids) for item in items]
         self._metrics.forward_seconds.observe(seconds)
         self._metrics.batch_fill.observe(sum(lengths) / (len(lengths) * max(lengths)))
-        speed = sum(lengths) / max(seconds, 1e-9)
-        self._tokens_per_s += (_MEAN_WEIGHT if self._tokens_per_s else 1.0) * (speed - self._tokens_per_s)
+        speed = sum(lengths) * len(self._threads) / max(seconds, 1e-9)
+        with self._arrived:
+            self._tokens_per_s += (_MEAN_WEIGHT if self._tokens_per_s else 1.0) * (speed - self._tokens_per_s)
 
     def _complete(self, item: ScoreItem) -> None:
         if not self._forget(item):

@@ -17,6 +17,7 @@ from services.causal_lm import (
     load_causal_lm,
     load_tokenizer,
     output_head,
+    rope_switch,
     tokenizer_fingerprint,
 )
 from services.config import TeacherConfig
@@ -26,12 +27,16 @@ from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.teacher.head import ScoringHead
 from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 
+# Threads of a CPU that share less work than this in a forward pass mostly wait for each other, and do more in forward
+# passes of their own; more of those than a few wait for Python's lock.
+_FLOPS_PER_THREAD = 4e9
+_MOST_PARALLEL_FORWARDS = 4
 # Padded tokens of a forward pass: fewer run faster on a CPU, whose caches hold no more.
 _CPU_TOKENS_PER_FORWARD, _TOKENS_PER_FORWARD = 2048, 16384
 
 
 class TransformersEngine:
-    """Scores sequences with a transformers causal LM; not thread-safe, one caller at a time.
+    """Scores sequences with a transformers causal LM, for at most `parallel_forwards` threads at a time.
 
     Args:
         config: model, dtype, device and the sizes of a forward pass.
@@ -60,9 +65,23 @@ class TransformersEngine:
             .to(self._device)
             .eval()
         )
+        self._rope_switch = rope_switch(self._model)
+        self.parallel_forwards = self._num_parallel_forwards()
+        self._threads_per_forward = max(1, torch.get_num_threads() // self.parallel_forwards)
         output = output_head(self._model)
         self._head = ScoringHead(output, config.rows_per_head_chunk)
         self.info = self._describe(len(output.weight))
+
+    def _num_parallel_forwards(self) -> int:
+        """More than one for a small model on a CPU, whose code is known to keep no state."""
+        config = self._config
+        if self._device.type != "cpu" or config.trust_remote_code or config.teacher_model_init_kwargs:
+            return 1
+        if self._rope_switch is not None:  # which it makes in its own buffers
+            return 1
+        flops = 2 * self._model.num_parameters() * self.tokens_per_forward
+        threads_per_forward = max(1, round(flops / _FLOPS_PER_THREAD))
+        return max(1, min(torch.get_num_threads() // threads_per_forward, _MOST_PARALLEL_FORWARDS))
 
     def _describe(self, vocab: int) -> TeacherInfo:
         config, text_config = self._config, self._model.config.get_text_config()
@@ -107,18 +126,28 @@ class TransformersEngine:
             self.forward([items[index] for index in group])
         return job.scores(self.info)
 
-    @torch.inference_mode()
     def forward(self, items: list[ScoreItem]) -> None:
-        """One forward pass over sequences of any jobs, whose columns it fills.
+        """One forward pass over sequences of any jobs, whose columns it fills; two where they cannot share one.
 
         Raises:
             DistillServeError: the model's logits are not finite.
         """
+        if self.parallel_forwards > 1:
+            torch.set_num_threads(self._threads_per_forward)  # of the thread that calls
+        if self._rope_switch is None:
+            self._forward(items)
+            return
+        long = [len(item.sequence.token_ids) > self._rope_switch for item in items]
+        for which in set(long):
+            self._forward([item for item, is_long in zip(items, long, strict=True) if is_long == which])
+
+    @torch.inference_mode()
+    def _forward(self, items: list[ScoreItem]) -> None:
         sequences = [item.sequence for item in items]
-        ids, mask = pad_rows([s.token_ids for s in sequences])
+        ids = pad_rows([s.token_ids for s in sequences])
         lengths = [s.num_rows for s in sequences]
         positions = predicting_positions([s.prompt_length for s in sequences], lengths, ids.shape[1])
-        hidden = hidden_states(self._model, ids.to(self._device), mask.to(self._device)).flatten(0, 1)
+        hidden = hidden_states(self._model, ids.to(self._device)).flatten(0, 1)
         rows = positions.to(self._device).split(lengths)
         kinds: dict[tuple[int, int | None, float], list[int]] = {}
         for index, item in enumerate(items):

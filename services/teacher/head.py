@@ -6,6 +6,8 @@ On a CPU a position costs less in the matrix product than in the passes over its
 from memory, so these run over a few positions at a time, whose logits stay in the cache.
 """
 
+import threading
+
 import torch
 
 from services.causal_lm import OutputHead
@@ -21,7 +23,7 @@ _SMALL_MASS = 1e-20
 
 
 class ScoringHead:
-    """A model's output head, and what is asked of its logits; not thread-safe.
+    """A model's output head, and what is asked of its logits.
 
     Args:
         rows_per_chunk: positions that are projected at once, less when the vocabulary is large.
@@ -30,7 +32,7 @@ class ScoringHead:
     def __init__(self, output: OutputHead, rows_per_chunk: int) -> None:
         self._output = output
         self._size = max(1, min(rows_per_chunk, _MAX_CHUNK_ELEMENTS // len(output.weight)))
-        self._logits: torch.Tensor | None = None
+        self._of_thread = threading.local()
 
     def score(
         self,
@@ -63,9 +65,11 @@ class ScoringHead:
         """Where to write the logits; a GPU's allocator keeps its memory by itself."""
         if hidden.is_cuda:
             return None
-        if self._logits is None:
-            self._logits = hidden.new_empty((self._size, len(self._output.weight)), dtype=torch.float32)
-        return self._logits[:num_rows]
+        logits: torch.Tensor | None = getattr(self._of_thread, "logits", None)
+        if logits is None:
+            logits = hidden.new_empty((self._size, len(self._output.weight)), dtype=torch.float32)
+            self._of_thread.logits = logits
+        return logits[:num_rows]
 
 
 def reduce_logits(

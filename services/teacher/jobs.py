@@ -6,7 +6,6 @@ Shapes: R rows (completion positions of all sequences of a job), K candidates, M
 import contextlib
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -95,16 +94,26 @@ class ScoreJob:
         self.request_id = logs.request_id.get()
         """Of the request that it is, for the log."""
         self._remaining = len(sequences)
+        self._columns: Columns | None = None
 
     @property
     def support_width(self) -> int | None:
         support = self.sequences[0].support_ids
         return None if support is None else len(support[0])
 
-    @cached_property
+    def begin(self) -> bool:
+        """Make room for the answer, once, before sequences are scored side by side; whether it was this time."""
+        if self._columns is not None:
+            return False
+        self._columns = Columns.empty(int(self.offsets[-1]), self.top_k, self.support_width)
+        return True
+
+    @property
     def columns(self) -> Columns:
         """Allocated when the first sequence is scored: a queue of large answers costs nothing."""
-        return Columns.empty(int(self.offsets[-1]), self.top_k, self.support_width)
+        self.begin()
+        assert self._columns is not None
+        return self._columns
 
     def items(self) -> list["ScoreItem"]:
         return [ScoreItem(self, index) for index in range(len(self.sequences))]

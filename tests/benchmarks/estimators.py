@@ -82,7 +82,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], end: int, generator
     """One completion a prompt; prompts of equal length."""
     ids = torch.tensor(prompts)
     for _ in range(NEW_TOKENS):
-        last = hidden_states(model, ids, torch.ones_like(ids))[:, -1]
+        last = hidden_states(model, ids)[:, -1]
         probabilities = head_of(model).float32_logits(last).softmax(-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
     completions = ids[:, len(prompts[0]) :].tolist()

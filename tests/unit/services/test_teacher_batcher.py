@@ -20,8 +20,8 @@ INFO = teacher_info(build_tokenizer())
 class Recorder:
     """Every row's logprob is the last token of its sequence; keeps the lengths of each forward pass."""
 
-    def __init__(self) -> None:
-        self.info = INFO
+    def __init__(self, parallel_forwards: int = 1) -> None:
+        self.info, self.parallel_forwards = INFO, parallel_forwards
         self.passes: list[list[int]] = []
         self.free = threading.Event()
         self.entered = threading.Semaphore(0)
@@ -42,8 +42,10 @@ def job(*lengths: int, mark: int = 0) -> ScoreJob:
 
 
 @contextmanager
-def batching(limit: int = 40) -> Iterator[tuple[Batcher, Recorder, list[Exception], TeacherMetrics]]:
-    engine, failures, metrics = Recorder(), [], TeacherMetrics()
+def batching(
+    limit: int = 40, parallel_forwards: int = 1
+) -> Iterator[tuple[Batcher, Recorder, list[Exception], TeacherMetrics]]:
+    engine, failures, metrics = Recorder(parallel_forwards), [], TeacherMetrics()
     batcher = Batcher(engine, limit, metrics, failures.append)
     try:
         yield batcher, engine, failures, metrics
@@ -201,3 +203,51 @@ def test_a_queue_of_large_answers_holds_no_memory() -> None:
     assert "columns" not in vars(large)
     assert large.columns.topk_ids.shape == (999, 10_000)
     assert isinstance(large.columns.topk_ids, np.ndarray)
+
+
+# ------------------------------------------------------------------------------------ forward passes side by side
+
+
+def test_forward_passes_run_side_by_side_and_share_a_job() -> None:
+    with batching(limit=1000, parallel_forwards=2) as (batcher, engine, _, metrics):
+        large = job(*[200] * 6, mark=3)
+        batcher.submit(large)
+        for _ in range(2):
+            assert engine.entered.acquire(timeout=5)  # while the first has not ended
+        engine.free.set()
+        assert marks(large) == [3] * 6
+    assert max(map(len, engine.passes)) == 3  # half of it, for the other thread
+    assert metrics.registry.get_sample_value("distillserve_teacher_wait_seconds_count") == 1
+
+
+def test_little_work_is_not_cut_for_an_idle_thread() -> None:
+    with batching(limit=1000, parallel_forwards=2) as (batcher, engine, _, _):
+        small = job(*[100] * 2, mark=3)
+        batcher.submit(small)
+        engine.free.set()
+        assert marks(small) == [3] * 2
+    assert engine.passes == [[100, 100]]
+
+
+def test_a_failure_in_one_forward_pass_spares_the_one_beside_it() -> None:
+    with batching(limit=300, parallel_forwards=2) as (batcher, engine, failures, _):
+        bad, good = job(300, mark=7), job(300, mark=3)
+        engine.fails = lambda items: items[0].sequence.token_ids[-1] == 7
+        batcher.submit(bad)
+        batcher.submit(good)
+        engine.free.set()
+        assert marks(good) == [3] and isinstance(bad.done.exception(5), IndexError)
+        assert not failures
+
+
+def test_an_engine_that_breaks_in_two_forward_passes_at_once_answers_everybody() -> None:
+    with batching(limit=300, parallel_forwards=2) as (batcher, engine, failures, _):
+        jobs = [job(300, mark=mark) for mark in range(6)]
+        engine.fails = lambda items: True
+        for each in jobs:
+            batcher.submit(each)
+        engine.free.set()
+        errors = [each.done.exception(5) for each in jobs]
+        assert all(isinstance(error, IndexError | RequestError) for error in errors)
+        assert sum(isinstance(error, IndexError) for error in errors) <= 2
+    assert failures

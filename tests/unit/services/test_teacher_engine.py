@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,43 @@ def test_the_company_in_a_batch_changes_nothing(architecture: str, engines: Call
             mine = getattr(alone, name)
             for batch, place in ((together, index), (backwards, len(sequences) - 1 - index)):
                 np.testing.assert_allclose(getattr(batch, name)[rows_of(batch, place)], mine, rtol=0, atol=1e-5)
+
+
+def test_forward_passes_at_the_same_time_change_nothing(engines: Callable[..., TransformersEngine]) -> None:
+    engine = engines()
+    jobs = [ScoreJob(random_sequences(seed, (4, 9), (20, 30)), top_k=5, temperature=1.0) for seed in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda job: engine.forward(job.items()), jobs))
+    for job in jobs:
+        alone, beside = engine.score(job.sequences, top_k=5, temperature=1.0), job.scores(engine.info)
+        for name in PER_ROW:
+            np.testing.assert_allclose(getattr(beside, name), getattr(alone, name), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_small_models_on_a_cpu_run_forward_passes_side_by_side(engines: Callable[..., TransformersEngine]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        assert engines(max_model_len=250).parallel_forwards == 4
+        assert engines(tokens_per_forward=1 << 20).parallel_forwards == 1  # a thread has work enough
+        assert engines(trust_remote_code=True).parallel_forwards == 1  # who knows what state that code keeps
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sequences_with_other_rotary_frequencies_share_no_forward_pass(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 16, "long_factor": [8.0] * 16, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
+    engine = TransformersEngine(TeacherConfig(model=save_model(tmp_path, "llama", rope_parameters=rope), device="cpu"))
+    sequences = random_sequences(8, (3, 5), (10, 20), (8, 8), (8, 9))
+    together = engine.score(sequences, top_k=5, temperature=1.0)
+    for index, sequence in enumerate(sequences):
+        alone = engine.score([sequence], top_k=5, temperature=1.0)
+        exact = exact_logprobs(str(tmp_path), sequence, 1.0)
+        mine = exact.gather(1, torch.tensor(sequence.token_ids[sequence.prompt_length :])[:, None])[:, 0].numpy()
+        for scores, rows in ((together, rows_of(together, index)), (alone, slice(None))):
+            np.testing.assert_allclose(scores.token_logprobs[rows], mine, rtol=0, atol=1e-4)
+    assert engine.parallel_forwards == 1  # the frequencies lie in buffers of the model
 
 
 def test_jobs_that_ask_for_different_things_share_a_forward_pass(engines: Callable[..., TransformersEngine]) -> None:

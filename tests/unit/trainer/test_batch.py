@@ -56,9 +56,7 @@ SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5
 
 
 def forward(model: PreTrainedModel, batch: MicroBatch):  # type: ignore[no-untyped-def]
-    return student_logprobs(
-        model, batch.input_ids, batch.attention_mask, batch.positions, batch.token_ids, batch.support_ids, 1.0
-    )
+    return student_logprobs(model, batch.input_ids, batch.positions, batch.token_ids, batch.support_ids, 1.0)
 
 
 def test_every_completion_token_is_scored_by_the_state_before_it(model: PreTrainedModel) -> None:
@@ -123,7 +121,6 @@ def test_micro_batches_stay_within_their_tokens_or_hold_one_sample(limit: int) -
 def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
     (batch,) = pack([sample(0, 3, 2), sample(1, 1, 3)], LossConfig(), 1000)  # rows of 5 and 4 tokens, padded to 5
     assert batch.positions.tolist() == [2, 3, 5, 6, 7]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert batch.cu_seqlens.tolist() == [0, 2, 5]
 
 

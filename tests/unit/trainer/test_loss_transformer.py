@@ -45,10 +45,10 @@ def small_transformer(seed: int) -> PreTrainedModel:
 def head_output(model: PreTrainedModel, support_ids: Tensor) -> HeadOutput:
     """All completions as one padded batch, through the trainer's own path."""
     lengths = [len(c) for c in COMPLETIONS]
-    ids, mask = pad_rows([[*PROMPT, *c] for c in COMPLETIONS])
+    ids = pad_rows([[*PROMPT, *c] for c in COMPLETIONS])
     positions = predicting_positions([len(PROMPT)] * len(lengths), lengths, ids.shape[1])
     tokens = torch.tensor([t for c in COMPLETIONS for t in c])
-    return student_logprobs(model, ids, mask, positions, tokens, support_ids, temperature=1.0)
+    return student_logprobs(model, ids, positions, tokens, support_ids, temperature=1.0)
 
 
 def exact_reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:

@@ -59,7 +59,6 @@ def by_hand(run: Any, num_updates: int) -> None:
         output = student_logprobs(
             run.model,
             batch.input_ids,
-            batch.attention_mask,
             batch.positions,
             batch.token_ids,
             batch.support_ids,
