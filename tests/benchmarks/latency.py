@@ -1,14 +1,19 @@
 """How long one request takes, alone and among others that arrive at random; writes results/latency.json.
 
 Capacity is what clients get that always have a request waiting. Then requests arrive as a Poisson process at half of it,
-whether the ones before are answered or not, so that a queue shows in the latencies.
+whether the ones before are answered or not, so that a queue shows in the latencies. Alone is a request that finds an idle
+server: one at a time, after pauses as long as those between the arrivals. The requests are bytes that were made before,
+and their answers are only received, so that the cores are left to the server.
 """
 
 import asyncio
+import gc
+import itertools
+import json
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from services.clients import TeacherClient
+from services.wire import SAFETENSORS_MEDIA_TYPE
 from tests.benchmarks import results
-from tests.benchmarks.scoring import MODELS, TOP_K, random_sequences
-from tests.integration.processes import KEY, server
+from tests.benchmarks.scoring import MODELS, TOP_K, Sequence, random_sequences
+from tests.integration.processes import Server, server
+from tests.integration.raw_http import SCORE, head
 
 TOKENS = 128
 LOADED_CLIENTS = 16
@@ -38,8 +44,48 @@ class Load:
 
 LOADS = {"small": Load(200, 4000, 4000), "large": Load(20, 96, 200)}
 
-Ask = Callable[[], Awaitable[float]]
+Ask = Callable[[], Coroutine[Any, Any, float]]
 """Score the next request; its latency, seconds."""
+
+
+class Connections:
+    """Sends requests over connections that are kept open, as many as are needed at the same time."""
+
+    def __init__(self, server_: Server, requests: list[Sequence]) -> None:
+        self._address = server_.address
+        self._messages = itertools.cycle(map(message, requests))
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self) -> float:
+        """Seconds from the first byte of the next request to the last one of its answer."""
+        started = time.perf_counter()
+        while self._idle and self._idle[-1][0].at_eof():  # closed by the server when it was idle
+            self._idle.pop()[1].close()
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        writer.write(next(self._messages))
+        status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
+        assert status.split()[1] == "200", status
+        length = next(line for line in headers if line.startswith("content-length:"))
+        await reader.readexactly(int(length.split(":")[1]))
+        self._idle.append((reader, writer))
+        return time.perf_counter() - started
+
+
+def message(sequence: Sequence) -> bytes:
+    ids, prompt_length = sequence
+    body = {"sequences": [{"token_ids": ids, "prompt_length": prompt_length}], "top_k": TOP_K}
+    encoded = json.dumps(body).encode()
+    headers = {"accept": SAFETENSORS_MEDIA_TYPE, "content_type": "application/json", "content_length": len(encoded)}
+    return head(SCORE, **headers) + encoded
+
+
+async def one_at_a_time(ask: Ask, count: int, pause_s: float) -> list[float]:
+    """Latencies of requests that find nobody before them, after random pauses of this mean."""
+    pauses, latencies = random.Random(1), []
+    for _ in range(count):
+        await asyncio.sleep(pauses.expovariate(1 / pause_s))
+        latencies.append(await ask())
+    return latencies
 
 
 async def at_capacity(ask: Ask, count: int) -> float:
@@ -66,27 +112,22 @@ async def arriving(ask: Ask, count: int, per_s: float) -> list[float]:
     return list(await asyncio.gather(*tasks))
 
 
-async def measure(url: str, load: Load) -> dict[str, Any]:
-    requests = random_sequences(64, shortest=TOKENS, longest=TOKENS)
-    turn = iter(range(1 << 30))
-    async with TeacherClient([url], key=KEY) as client:
-
-        async def ask() -> float:
-            started = time.perf_counter()
-            await client.score([requests[next(turn) % len(requests)]], top_k=TOP_K)
-            return time.perf_counter() - started
-
-        for _ in range(10):  # warm-up
-            await ask()
-        alone = [await ask() for _ in range(load.alone)]
-        capacity = await at_capacity(ask, load.at_capacity)
-        latencies = await arriving(ask, load.poisson, capacity / 2)
+async def measure(server_: Server, load: Load) -> dict[str, Any]:
+    ask = Connections(server_, random_sequences(64, shortest=TOKENS, longest=TOKENS)).ask
+    for _ in range(10):  # warm-up
+        await ask()
+    back_to_back = [await ask() for _ in range(load.alone)]
+    capacity = await at_capacity(ask, load.at_capacity)
+    per_s = capacity / 2
+    alone = await one_at_a_time(ask, load.alone, 1 / per_s)
+    latencies = await arriving(ask, load.poisson, per_s)
     lone = float(np.median(alone))
     percentiles = {f"p{p}": float(np.percentile(latencies, p)) for p in PERCENTILES}
     return {
         "alone_s": {"median": lone, "p99": float(np.percentile(alone, 99))},
+        "back_to_back_s": {"median": float(np.median(back_to_back)), "p99": float(np.percentile(back_to_back, 99))},
         "capacity_per_s": capacity,
-        "poisson_per_s": capacity / 2,
+        "poisson_per_s": per_s,
         "requests": load.poisson,
         "latency_s": percentiles,
         "latency_to_alone": {name: value / lone for name, value in percentiles.items()},
@@ -94,12 +135,13 @@ async def measure(url: str, load: Load) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.freeze()  # a pause of this process's would be counted as the server's
     figures = {}
     for name, model in MODELS.items():
         with tempfile.TemporaryDirectory() as parent:
             folder = model.save(Path(parent) / "model")
             with server("teacher", Path(parent) / "log", "--teacher.model", folder) as teacher:
-                figures[name] = asyncio.run(measure(teacher.url, LOADS[name]))
+                figures[name] = asyncio.run(measure(teacher, LOADS[name]))
     results.write("latency", {"tokens": TOKENS, "top_k": TOP_K, "models": figures})
     table = Table("model", "alone", "capacity", *(f"p{p} at half of it" for p in PERCENTILES), "p99 to alone")
     for name, of_model in figures.items():
