@@ -10,13 +10,20 @@ import torch
 _PAD_ID = 0
 
 
-def cut_by_padded_tokens(lengths: list[int], limit: int) -> list[list[int]]:
-    """Indices in groups of similar length whose size times longest length stays below `limit`."""
+def cut_by_padded_tokens(lengths: list[int], limit: int, most_padding: int | None = None) -> list[list[int]]:
+    """Indices in groups of similar length whose size times longest length stays below `limit`.
+
+    Args:
+        most_padding: tokens of padding that a group may have; more cost more than a group of its own.
+    """
     groups: list[list[int]] = []
+    longest = padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if not groups or (len(groups[-1]) + 1) * longest > limit:
+        padding += longest - lengths[index]
+        is_wasteful = most_padding is not None and padding > most_padding
+        if not groups or (len(groups[-1]) + 1) * longest > limit or is_wasteful:
             groups.append([])
+            longest, padding = lengths[index], 0
         groups[-1].append(index)
     return groups
 

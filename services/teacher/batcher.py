@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _WINDOW_FORWARDS = 4
 # Tokens that are not split further for threads that have nothing to do: each forward pass has its own overhead.
 _WORTH_A_FORWARD = 256
+# Padding that a forward pass may have is this part of its most tokens: about what one more costs by itself.
+_PADDING_DIVISOR = 32
 # Weight of the newest forward pass in the running mean of the speed.
 _MEAN_WEIGHT = 0.2
 
@@ -63,6 +65,7 @@ class Batcher:
         on_failure: Callable[[Exception], None],
     ) -> None:
         self.engine, self._limit, self._metrics, self._on_failure = engine, tokens_per_forward, metrics, on_failure
+        self._most_padding = tokens_per_forward // _PADDING_DIVISOR
         # Guards everything below it.
         self._arrived = threading.Condition()
         self._waiting: deque[ScoreItem] = deque()
@@ -150,7 +153,7 @@ class Batcher:
         if len(self._threads) > 1:
             limit = min(limit, max(_WORTH_A_FORWARD, -(-sum(lengths) // len(self._threads))))
         # The oldest sequence stands first in the window, and decides.
-        chosen = set(next((g for g in cut_by_padded_tokens(lengths, limit) if 0 in g), []))
+        chosen = set(next((g for g in cut_by_padded_tokens(lengths, limit, self._most_padding) if 0 in g), []))
         items = [item for index, item in enumerate(self._window) if index in chosen]
         self._window = [item for index, item in enumerate(self._window) if index not in chosen]
         self._metrics.queued_sequences.set(len(self._waiting) + len(self._window))

@@ -297,6 +297,20 @@ def test_groups_are_sorted_by_length_and_bounded(lengths: list[int], tokens: int
     assert cut_by_padded_tokens(lengths, tokens) == expected
 
 
+@pytest.mark.parametrize(
+    ("most_padding", "expected"),
+    [
+        (0, [[1], [3], [0, 2]]),
+        (1, [[1, 3], [0, 2]]),
+        (6, [[1, 3], [0, 2]]),
+        (7, [[1, 3, 0], [2]]),
+        (13, [[1, 3, 0, 2]]),
+    ],
+)
+def test_groups_with_much_padding_are_cut(most_padding: int, expected: list[list[int]]) -> None:
+    assert cut_by_padded_tokens([3, 9, 3, 8], 1000, most_padding) == expected
+
+
 # ------------------------------------------------------------------------------------------ description
 
 
