@@ -109,7 +109,7 @@ LONG = json.dumps({"sequences": [{"token_ids": [65] * 200, "prompt_length": 1}],
 
 
 def test_of_a_hundred_callers_that_hang_up_nothing_is_left(roomy: Server, engine: Engine) -> None:
-    """One is being scored, 65 wait, 34 have sent half of their body; every other one resets its connection."""
+    """A few are being scored, the others of 66 wait, 34 have sent half of their body; every other one resets its connection."""
     with roomy.client() as client:
         expected = client.post("/v1/teacher/logprobs", content=LONG, headers=JSON).json()
     engine.hold()
@@ -127,7 +127,8 @@ def test_of_a_hundred_callers_that_hang_up_nothing_is_left(roomy: Server, engine
     with roomy.client() as client:
         assert client.post("/v1/teacher/logprobs", content=LONG, headers=JSON).json() == expected
     assert roomy.metric("queued_sequences") == roomy.metric("pending_requests") == 0
-    assert roomy.metric("forward_seconds_count") == 3  # the first, the one that was under way, and the last
+    # The first, those that were under way (one to four, by the machine's cores), and the last.
+    assert 3 <= roomy.metric("forward_seconds_count") <= 6
     with roomy.client() as client:
         metrics = client.get("/metrics").text
     assert 'distillserve_teacher_requests_total{route="/v1/teacher/logprobs",status="499"} 100.0' in metrics
