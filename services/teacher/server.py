@@ -45,6 +45,8 @@ from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
+# How long an idle connection stays open, seconds: well above the 5 of httpx, or both ends close while a request is sent.
+_KEEP_ALIVE_S = 30
 # Copied in less time than it takes to wake another thread.
 _SMALL_NUM_CANDIDATES = 8192
 
@@ -283,6 +285,7 @@ def run(config: RunConfig) -> None:
         log_config=None,
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
     server = DrainingServer(options, service)
@@ -304,5 +307,6 @@ def run(config: RunConfig) -> None:
     # uvicorn raises the signal that ended it once more when it is done; an orderly end on SIGTERM is a success.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[listener])
+    gc.unfreeze()  # or libraries complain at the exit of what was not collected
     if failures:
         raise failures[0]
