@@ -57,7 +57,7 @@ class Load:
         ]
 
 
-LOADS = {"small": Load(256, 8, 4096), "large": Load(48, 2, 2048)}
+LOADS = {"small": Load(256, 8, 4096), "large": Load(96, 4, 2048)}
 
 
 class CountingTransport(httpx.AsyncHTTPTransport):
