@@ -11,6 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 PROTOCOL_VERSION = 1
+BYTES_PER_CANDIDATE = 8
+"""Of an answer of the teacher: an int32 id and a float32 logprob."""
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 # A list is given up at its first wrong item: one error object for each of a million items would cost gigabytes.

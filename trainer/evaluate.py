@@ -20,13 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
-from services.schemas import RolloutSampling
+from services.schemas import BYTES_PER_CANDIDATE, RolloutSampling
 from trainer.model import head_of, student_logprobs
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
 from trainer.teachers import Teacher, Teachers
 
-_BYTES_PER_CANDIDATE = 8
 # One answer of the teacher holds at most this much; the work is cut accordingly.
 _ANSWER_BYTES = 64 << 20
 
@@ -94,7 +93,7 @@ class Evaluator:
 
     async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[float, int]:
         vocab = max(teacher.info.padded_vocab_size for teacher in self._teachers)
-        rows_in_budget = max(1, (self._config.evaluation.kl_budget_mib << 20) // (vocab * _BYTES_PER_CANDIDATE))
+        rows_in_budget = max(1, (self._config.evaluation.kl_budget_mib << 20) // (vocab * BYTES_PER_CANDIDATE))
         chosen = within_rows(rollouts, rows_in_budget, seed=self._config.seed)
         # One after the other: embeddings differ in size, and one teacher's distributions at a time is memory enough.
         total = 0.0
@@ -109,7 +108,7 @@ class Evaluator:
         scores = await teacher.score(
             [(r.sequence, len(r.prompt.token_ids)) for r in rollouts],
             top_k=vocab,
-            max_rows_per_request=max(1, _ANSWER_BYTES // (vocab * _BYTES_PER_CANDIDATE)),
+            max_rows_per_request=max(1, _ANSWER_BYTES // (vocab * BYTES_PER_CANDIDATE)),
         )
         total = 0.0
         limit = self._config.pipeline.tokens_per_micro_batch

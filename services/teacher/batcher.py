@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import InvalidStateError
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -189,7 +188,8 @@ class Batcher:
         else:
             self._measure(items, time.monotonic() - started)
         for item in items:
-            self._complete(item)
+            if self._forget(item):
+                item.job.answer(self.engine.info)
 
     def _measure(self, items: list[ScoreItem], seconds: float) -> None:
         lengths = [len(item.sequence.token_ids) for item in items]
@@ -198,15 +198,6 @@ class Batcher:
         speed = sum(lengths) * len(self._threads) / max(seconds, 1e-9)
         with self._arrived:
             self._tokens_per_s += (_MEAN_WEIGHT if self._tokens_per_s else 1.0) * (speed - self._tokens_per_s)
-
-    def _complete(self, item: ScoreItem) -> None:
-        if not self._forget(item):
-            return
-        if not item.job.done.done():
-            try:
-                item.job.done.set_result(item.job.scores(self.engine.info))
-            except InvalidStateError:  # cancelled in between
-                logger.debug("an answer came too late for its caller")
 
     def _fail(self, job: ScoreJob, error: Exception) -> None:
         """Give a job its error; one that nobody expected makes the engine prove that it still works."""

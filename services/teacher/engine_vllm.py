@@ -21,7 +21,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from concurrent.futures import InvalidStateError
 from contextlib import aclosing
 from typing import Any
 
@@ -147,9 +146,7 @@ class VllmScorer:
             async with asyncio.TaskGroup() as group:
                 for item in job.items():
                     group.create_task(self._score_sequence(item))
-            job.done.set_result(job.scores(self.info))
-        except InvalidStateError:
-            logger.debug("an answer came too late for its caller")
+            job.answer(self.info)
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             if isinstance(error, EngineDeadError):

@@ -6,11 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
 from services.errors import RequestError
-from services.schemas import TeacherInfo, TeacherRequest, TeacherSequence
+from services.schemas import BYTES_PER_CANDIDATE, TeacherInfo, TeacherRequest, TeacherSequence
 from services.teacher.jobs import EncodedSequence
 from services.text import TextError, check_is_text, render_messages
-
-_BYTES_PER_CANDIDATE = 8
 
 
 def encode_request(
@@ -38,7 +36,7 @@ def encode_request(
     for index, sequence in enumerate(encoded):
         _check_sequence(index, sequence, info)
     width = request.top_k + (next(iter(widths)) or 0)
-    answer_bytes = sum(s.num_rows for s in encoded) * width * _BYTES_PER_CANDIDATE
+    answer_bytes = sum(s.num_rows for s in encoded) * width * BYTES_PER_CANDIDATE
     if answer_bytes > config.max_answer_mib << 20:
         raise RequestError(
             413,

@@ -144,10 +144,10 @@ async def create_logprobs(
     with _watched(request, job):
         scores = await service.score(job)
     request.scope[SCORED] = {"sequences": len(body.sequences), "rows": len(scores.token_logprobs)}
-    if SAFETENSORS_MEDIA_TYPE not in request.headers.get("accept", ""):
-        content, media_type = await asyncio.to_thread(_encode_json, scores), "application/json"
-    else:
+    if SAFETENSORS_MEDIA_TYPE in request.headers.get("accept", ""):
         content, media_type = await _encode_safetensors(scores, body.logprob_dtype), SAFETENSORS_MEDIA_TYPE
+    else:
+        content, media_type = await asyncio.to_thread(_encode_json, scores), "application/json"
     return PacedResponse(content, media_type, service.config.transfer_timeout_s)
 
 
