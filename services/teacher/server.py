@@ -21,14 +21,12 @@ from functools import cache, partial
 from types import FrameType
 from typing import Annotated, Any
 
-import h11
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
@@ -38,6 +36,7 @@ from services.startup import bind, check_model_folder
 from services.teacher.answer import PacedResponse
 from services.teacher.answer_log import SCORED, AnswerLog
 from services.teacher.body import caller_gone, check_headers, read_body
+from services.teacher.connection import BoundedConnection
 from services.teacher.jobs import ScoreJob
 from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService
@@ -230,18 +229,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(request, RequestError(500, "Server error", detail))
 
 
-class OneAnswer(H11Protocol):
-    """uvicorn's, except that a request whose bytes stop being HTTP is answered once: twice would leave a traceback."""
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # its route has answered already
-            self.transport.close()
-            return
-        super().send_400_response(msg)
-        if self.cycle is not None:
-            self.cycle.disconnected = True  # its route shall not answer any more
-
-
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that the port stays open until accepted requests are answered."""
 
@@ -278,10 +265,9 @@ def run(config: RunConfig) -> None:
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service
-    # On h11 also where vLLM brings httptools, which takes headers without end.
     options = uvicorn.Config(
         guarded(app, reveal(key)),
-        http=OneAnswer,
+        http=BoundedConnection,
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -182,6 +182,7 @@ def main() -> None:
             f"{of_model['latency_to_alone']['p99']:.1f}",
         )
     Console().print(table)
+    gc.unfreeze()  # or libraries complain at the exit of what was not collected
 
 
 if __name__ == "__main__":
