@@ -1,4 +1,4 @@
-"""GPU tests run only where they are asked for: `make test ARGS="-m gpu"` on a machine with GPUs."""
+"""What holds for all tests."""
 
 import signal
 
@@ -11,6 +11,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests run only where they are asked for: `make test ARGS="-m gpu"` on a machine with GPUs."""
     if "gpu" in (config.getoption("-m") or ""):
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
