@@ -10,18 +10,22 @@ import torch
 _PAD_ID = 0
 
 
-def cut_by_padded_tokens(lengths: list[int], limit: int, most_padding: int | None = None) -> list[list[int]]:
+def cut_by_padded_tokens(
+    lengths: list[int], limit: int, most_padding: int | None = None, boundary: int | None = None
+) -> list[list[int]]:
     """Indices in groups of similar length whose size times longest length stays below `limit`.
 
     Args:
         most_padding: tokens of padding that a group may have; more cost more than a group of its own.
+        boundary: lengths up to here and longer ones are never in one group (`services.causal_lm.rope_switch`).
     """
     groups: list[list[int]] = []
     longest = padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         padding += longest - lengths[index]
         is_wasteful = most_padding is not None and padding > most_padding
-        if not groups or (len(groups[-1]) + 1) * longest > limit or is_wasteful:
+        is_apart = boundary is not None and lengths[index] <= boundary < longest
+        if not groups or (len(groups[-1]) + 1) * longest > limit or is_wasteful or is_apart:
             groups.append([])
             longest, padding = lengths[index], 0
         groups[-1].append(index)

@@ -4,6 +4,8 @@ Sequences run as padded rows (services/padding.py). Only positions that predict 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -47,6 +49,17 @@ def _disable_dropout(model: PreTrainedModel) -> None:
     for name in ("attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
         if hasattr(model.config, name):  # read by attention functions at every call
             setattr(model.config, name, 0.0)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, whatever was before afterwards: dropout that trains must not be in what is measured."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def student_logprobs(

@@ -311,6 +311,12 @@ def test_groups_with_much_padding_are_cut(most_padding: int, expected: list[list
     assert cut_by_padded_tokens([3, 9, 3, 8], 1000, most_padding) == expected
 
 
+def test_lengths_on_both_sides_of_a_boundary_are_never_in_one_group() -> None:
+    assert cut_by_padded_tokens([5, 9, 6, 4, 5], 1000, boundary=5) == [[1, 2], [0, 4, 3]]
+    assert cut_by_padded_tokens([5, 9, 6], 1000, boundary=4) == cut_by_padded_tokens([5, 9, 6], 1000, boundary=9)
+    assert cut_by_padded_tokens([5, 9, 6], 12, boundary=5) == [[1], [2], [0]]
+
+
 # ------------------------------------------------------------------------------------------ description
 
 

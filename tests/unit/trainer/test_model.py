@@ -6,7 +6,7 @@ from torch import nn
 
 from services.config import OptimizerConfig, RunConfig
 from tests.models import save_model
-from trainer.model import build_optimizer, build_schedule, load_student
+from trainer.model import build_optimizer, build_schedule, evaluating, load_student
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
@@ -49,3 +49,15 @@ def test_dropout_is_off_unless_asked_for(disable: bool, tmp_path) -> None:  # ty
     torch.manual_seed(0)
     first, second = model(ids).logits, model(ids).logits
     assert model.training and torch.equal(first, second) == disable
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_measured_is_measured_without_dropout(training: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    folder = save_model(tmp_path, "llama")
+    options = {"model": folder, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.5}}
+    model = load_student(RunConfig(student=options).student).train(training)
+    ids = torch.arange(40).unsqueeze(0)
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        raise ZeroDivisionError
+    assert all(module.training == training for module in model.modules())
