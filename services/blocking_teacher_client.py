@@ -8,10 +8,11 @@ from typing import Any, Self
 import httpx
 from anyio.from_thread import start_blocking_portal
 
+from services.errors import ClientClosedError
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer
 from services.teacher_answers import Sequence
-from services.teacher_client import LogprobDtype, OnMismatch, TeacherClient
+from services.teacher_client import LogprobDtype, OnMismatch, OnRefused, TeacherClient
 
 
 class BlockingTeacherClient:
@@ -42,6 +43,7 @@ class BlockingTeacherClient:
         self._client = TeacherClient(
             urls, key=key, timeout_s=timeout_s, outage_s=outage_s, attempts=attempts, transport=transport
         )
+        self._closed = False
         self._stack = ExitStack()
         self._portal = self._stack.enter_context(start_blocking_portal(name="teacher-client"))
         self._stack.callback(self._portal.call, self._client.close)
@@ -50,15 +52,28 @@ class BlockingTeacherClient:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._closed = True
         self._stack.__exit__(*error)
 
     def close(self) -> None:
         """Close the connections and end the thread; once more does nothing."""
+        self._closed = True
         self._stack.close()
 
     def _wait(self, work: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The result of `work`, which ends when the caller is interrupted."""
-        result = self._portal.start_task_soon(work)
+        """The result of `work`, which ends when the caller is interrupted.
+
+        Raises:
+            ClientClosedError: the thread has ended.
+        """
+        try:
+            result = self._portal.start_task_soon(work)
+        except RuntimeError as error:
+            if not self._closed:
+                raise
+            raise ClientClosedError(
+                f"the BlockingTeacherClient of {', '.join(self._client.urls)} is closed; make a new one, or ask before its close"
+            ) from error
         try:
             return result.result()
         except BaseException:
@@ -86,8 +101,9 @@ class BlockingTeacherClient:
         support_ids: list[list[list[int]]] | None = None,
         max_rows_per_request: int | None = None,
         on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
     ) -> TeacherScores:
-        """As TeacherClient.score."""
+        """As TeacherClient.score; `on_refused` is called in the client's own thread."""
         work = partial(
             self._client.score,
             sequences,
@@ -96,6 +112,7 @@ class BlockingTeacherClient:
             support_ids=support_ids,
             max_rows_per_request=max_rows_per_request,
             on_mismatch=on_mismatch,
+            on_refused=on_refused,
         )
         return self._wait(work)
 
@@ -112,6 +129,7 @@ class BlockingTeacherClient:
         logprob_dtype: LogprobDtype = "float32",
         max_rows_per_request: int | None = None,
         on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
     ) -> TeacherScores:
         """As TeacherClient.score_sequences."""
         work = partial(
@@ -122,5 +140,6 @@ class BlockingTeacherClient:
             logprob_dtype=logprob_dtype,
             max_rows_per_request=max_rows_per_request,
             on_mismatch=on_mismatch,
+            on_refused=on_refused,
         )
         return self._wait(work)

@@ -7,6 +7,8 @@
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   └── ProblemError         ... with an RFC 9457 problem document
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
+    ├── InputError               an argument of a Python client cannot be sent                     exit 2
+    ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
 
 Command-line entry points turn a DistillServeError into one line on stderr and its exit code; servers
@@ -65,6 +67,16 @@ class WeightSyncError(DistillServeError):
     """A weight push, or the canary that follows it, failed on a rollout server."""
 
     exit_code = 5
+
+
+class InputError(DistillServeError, ValueError):
+    """What a caller handed to a Python client cannot be sent; nothing was."""
+
+    exit_code = 2
+
+
+class ClientClosedError(DistillServeError, RuntimeError):
+    """A Python client was asked for something after its close."""
 
 
 class RequestError(DistillServeError, ValueError):

@@ -105,6 +105,8 @@ class RolloutInfo(WireModel):
     world_size: int
     """Processes that receive weights: tensor x pipeline x data parallel."""
     weight_transfer_backend: str
+    max_completions_per_request: int = Field(8192, ge=1)
+    """Largest prompts times samples of one request."""
 
 
 # ----------------------------------------------------------------------------------------------- teacher

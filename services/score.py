@@ -6,7 +6,6 @@ waits for  the teacher servers, a few requests at a time
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from services.score_rows import InputFile, ShardRows, read_shards_of_rows
 from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
 from services.score_table import describe_totals, render_scores
 from services.server_client import all_or_first_error
-from services.teacher_answers import concatenate_scores
+from services.teacher_answers import join_scores, without_sequences
 from services.teacher_client import LogprobDtype, RefusedSequenceError
 
 __all__ = ["FileOptions", "ScoredRow", "TeacherOptions", "read_shards", "score_file", "score_pair"]
@@ -35,8 +34,6 @@ _SEQUENCES_PER_REQUEST = 64
 _REQUESTS_IN_FLIGHT = 4
 # Rows of a request, more than there can be: the requests are cut here already.
 _UNCUT = 1 << 40
-# In a problem document, the place of a sequence in its request, which means nothing to the reader of a file.
-_PLACE = re.compile(r"sequences\.\d+\.?")
 
 
 @dataclass(frozen=True)
@@ -138,42 +135,36 @@ class _FileScorer:
         self._on_lines(shard.num_lines - len(shard.rows))
         starts = range(0, len(shard.rows), _SEQUENCES_PER_REQUEST)
         answers = await all_or_first_error([self._score_part(shard, start) for start in starts])
+        refused = [place for place, row in enumerate(shard.rows) if row in shard.bad_rows]
         kept = [row for row in shard.rows if row not in shard.bad_rows]
-        parts = [scores for scores in answers if scores is not None]
-        scores = concatenate_scores(parts) if parts else None
+        scores = without_sequences(join_scores(answers, len(shard.rows)), refused) if kept else None
         self._manifest.shards[shard.index] = await asyncio.to_thread(
             write_shard, self._options.output, shard.index, shard.first_row, kept, scores
         )
         self._manifest.bad_rows.update(shard.bad_rows)
         self._manifest.write(self._options.output)
 
-    async def _score_part(self, shard: ShardRows, start: int) -> TeacherScores | None:
-        """Scores of one request's worth of a shard, without what the teacher refuses; None when nothing is left."""
-        part = slice(start, start + _SEQUENCES_PER_REQUEST)
-        rows, sequences = shard.rows[part], shard.sequences[part]
+    async def _score_part(self, shard: ShardRows, start: int) -> tuple[list[int], TeacherScores]:
+        """Places in the shard of one request's worth of it, and their scores; what the teacher refuses has no rows."""
+        places = list(range(start, min(start + _SEQUENCES_PER_REQUEST, len(shard.rows))))
         settings = self._manifest.settings
+
+        def refuse(index: int, error: RefusedSequenceError) -> None:
+            row = shard.rows[places[index]]
+            self._refuse_bad_row(row, error.reason)
+            shard.bad_rows[row] = error.reason
+
         async with self._room:
-            while sequences:
-                try:
-                    scores = await self._client.score_sequences(
-                        sequences,
-                        top_k=settings.top_k,
-                        temperature=settings.temperature,
-                        logprob_dtype=self._options.logprob_dtype,
-                        max_rows_per_request=_UNCUT,
-                    )
-                except RefusedSequenceError as error:
-                    bad = rows[error.index]
-                    reason = _PLACE.sub("", str(error.problem.get("detail") or error))
-                    self._refuse_bad_row(bad, reason)
-                    shard.bad_rows[bad] = reason
-                    rows = [row for row in rows if row != bad]
-                    sequences = sequences[: error.index] + sequences[error.index + 1 :]
-                    self._on_lines(1)
-                else:
-                    self._on_lines(len(sequences))
-                    return scores
-        return None
+            scores = await self._client.score_sequences(
+                [shard.sequences[place] for place in places],
+                top_k=settings.top_k,
+                temperature=settings.temperature,
+                logprob_dtype=self._options.logprob_dtype,
+                max_rows_per_request=_UNCUT,
+                on_refused=refuse,
+            )
+        self._on_lines(len(places))
+        return places, scores
 
     def _refuse_bad_row(self, row: int, reason: str) -> None:
         if self._options.on_bad_row == "stop":

@@ -15,7 +15,7 @@ import httpx
 import stamina
 from pydantic import TypeAdapter, ValidationError
 
-from services.errors import PeerError, ProblemError
+from services.errors import ClientClosedError, PeerError, ProblemError
 
 Info = TypeVar("Info")
 Answer = TypeVar("Answer")
@@ -87,23 +87,28 @@ class ServerClient:
                 await asyncio.sleep(_POLL_S)
 
     async def _readiness_problem(self, url: str) -> str | None:
+        self._check_open()
         try:
             response = await self._http.get(f"{url}{self._READY_PATH}", timeout=_CONNECT_TIMEOUT_S)
         except httpx.TransportError as error:
             return describe_transport_error(error)
         return None if response.is_success else f"it answers {response.status_code}"
 
-    async def _get_info(self, path: str, kind: type[Info]) -> list[Info]:
-        async def one(url: str) -> Info:
-            response = await self._retrying(lambda: self._send("GET", f"{url}{path}"))
-            try:
-                return TypeAdapter(kind).validate_json(response.content)
-            except ValidationError as error:
-                raise PeerError(f"{url}{path} is not a {kind.__name__}: {error.errors()[0]['msg']}") from error
+    async def _get_info(self, url: str, kind: type[Info]) -> Info:
+        response = await self._retrying(lambda: self._send("GET", url))
+        try:
+            return TypeAdapter(kind).validate_json(response.content)
+        except ValidationError as error:
+            raise PeerError(f"{url} is not a {kind.__name__}: {error.errors()[0]['msg']}") from error
 
-        return list(await asyncio.gather(*(one(url) for url in self.urls)))
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise ClientClosedError(
+                f"the {type(self).__name__} of {', '.join(self.urls)} is closed; make a new one, or ask before its close"
+            )
 
     async def _send(self, method: str, url: str, **options: Any) -> httpx.Response:
+        self._check_open()
         response = await self._http.request(method, url, **options)
         raise_for_problem(response)
         return response

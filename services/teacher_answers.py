@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from services.errors import PeerError
-from services.schemas import TeacherScores
+from services.schemas import TeacherInfo, TeacherScores
 
 Sequence = tuple[list[int], int]
 """Token ids of prompt and completion, and the prompt's length."""
@@ -75,13 +75,55 @@ def mismatches(scores: TeacherScores, asked: Iterable[Sequence | None]) -> dict[
     return found
 
 
-def concatenate_scores(parts: list[TeacherScores]) -> TeacherScores:
-    """One answer from the answers to consecutive slices, which come from one model."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    lengths = np.concatenate([np.diff(part.row_offsets) for part in parts])
+def join_scores(parts: list[tuple[list[int], TeacherScores]], num_sequences: int) -> TeacherScores:
+    """One answer from the answers to parts of the work, which come from one model.
+
+    Args:
+        parts: the places of the sequences of each, rising from part to part; places that none of them has get no rows.
+    """
+    first = parts[0][1]
+    lengths = np.zeros(num_sequences, np.int64)
+    for places, part in parts:
+        lengths[places] = np.diff(part.row_offsets)
     columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in first.columns()
+        name: np.concatenate([getattr(part, name) for _, part in parts]) for name in first.columns()
     }
     return replace(first, row_offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)
+
+
+def without_sequences(scores: TeacherScores, places: Iterable[int]) -> TeacherScores:
+    """Scores of the other sequences; those at `places` have no rows."""
+    return replace(scores, row_offsets=np.delete(scores.row_offsets, [place + 1 for place in places]))
+
+
+def empty_scores(
+    source: TeacherInfo | TeacherScores,
+    temperature: float,
+    top_k: int,
+    *,
+    num_sequences: int,
+    support_width: int | None,
+    logprob_dtype: np.dtype[Any],
+) -> TeacherScores:
+    """The answer in which no sequence has rows.
+
+    Args:
+        source: says which model refused them all.
+        support_width: M of [R, M] support_logprobs; None: not asked for.
+    """
+    row, wide = np.zeros(0, logprob_dtype), np.zeros((0, top_k), logprob_dtype)
+    return TeacherScores(
+        model=source.model,
+        fingerprint=source.fingerprint,
+        temperature=temperature,
+        top_k=top_k,
+        row_offsets=np.zeros(num_sequences + 1, np.int64),
+        token_ids=np.zeros(0, np.int32),
+        token_logprobs=row,
+        topk_ids=wide.astype(np.int32),
+        topk_logprobs=wide,
+        tail_logprobs=row,
+        entropies=row.astype(np.float32),
+        support_logprobs=None if support_width is None else np.zeros((0, support_width), logprob_dtype),
+        support_tail_logprobs=None if support_width is None else row,
+    )

@@ -1,7 +1,6 @@
 """The client of the teacher servers: work cut to size, spread over replicas, asked again through an outage."""
 
 import asyncio
-import itertools
 import random
 import re
 import time
@@ -9,12 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import httpx
+import numpy as np
 
-from services.errors import PeerError, ProblemError
+from services.client_arguments import integer, real, teacher_sequences
+from services.errors import InputError, PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer, ServerClient, all_or_first_error, describe_transport_error, may_pass
-from services.teacher_answers import Sequence, check_answer, concatenate_scores, cut_by_rows, mismatches
+from services.teacher_answers import Sequence, check_answer, cut_by_rows, empty_scores, join_scores, mismatches
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 
 OnMismatch = Literal["raise", "keep"]
@@ -22,18 +23,31 @@ LogprobDtype = Literal["float32", "float16"]
 
 # Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
 _SCORES_IN_FLIGHT = 8
+# Ids and characters of one request: a body of some MiB, of which servers take 64.
+_IDS_PER_REQUEST = 1 << 21
 _TOO_LARGE = 413
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 
-_SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)")
+# In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
+_SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)\.?")
 
 
 class RefusedSequenceError(ProblemError):
-    """A teacher refused one of the sequences; `index` is its place among those that were asked."""
+    """A teacher refused one of the sequences.
+
+    Attributes:
+        index: its place among those that were asked.
+        reason: the teacher's words, without the place that it had in a request.
+    """
 
     def __init__(self, error: ProblemError, index: int) -> None:
         super().__init__(error.url, error.status, error.problem)
         self.index = index
+        self.reason = _SEQUENCE_FIELD.sub("", str(error.problem.get("detail") or error))
+
+
+OnRefused = Callable[[int, RefusedSequenceError], None]
+"""Told of each refused sequence: its place among those that were asked, and why."""
 
 
 class TeacherClient(ServerClient):
@@ -50,6 +64,8 @@ class TeacherClient(ServerClient):
         attempts: tries of the other requests, the first included.
         transport, clock: replace the network and the time in tests.
     """
+
+    _MOST_ROWS_PER_REQUEST = 1 << 40
 
     def __init__(
         self,
@@ -69,10 +85,13 @@ class TeacherClient(ServerClient):
 
     async def info(self) -> list[TeacherInfo]:
         """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
-        answers = await self._get_info("/v1/teacher/info", TeacherInfo)
+        answers = await all_or_first_error([self._info(url) for url in self.urls])
         if len({answer.fingerprint for answer in answers}) == 1:
             self._check_same_model(self.urls[0], answers[0])
         return answers
+
+    async def _info(self, url: str) -> TeacherInfo:
+        return await self._get_info(f"{url}/v1/teacher/info", TeacherInfo)
 
     async def vocabulary(self) -> dict[str, int]:
         """The first teacher's token-to-id map, for saying how two tokenizers differ."""
@@ -88,25 +107,34 @@ class TeacherClient(ServerClient):
         support_ids: list[list[list[int]]] | None = None,
         max_rows_per_request: int | None = None,
         on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
     ) -> TeacherScores:
         """Score completions, spread over the replicas; when one of them fails, the others take over.
 
         Args:
-            sequences: (token ids of prompt and completion, length of the prompt).
+            sequences: (token ids of prompt and completion, length of the prompt); ids here and below may be lists, numpy
+                arrays or torch tensors of integers.
             top_k: candidates per row.
             support_ids: of each sequence, [rows][M] further token ids to score.
             max_rows_per_request: cut the work into requests of about this many rows; default: one per replica.
                 What a server calls too large (413) is cut further.
             on_mismatch: "keep" leaves it to the caller to find sequences whose rows are not those that were asked
                 (`mismatches`).
+            on_refused: told of each sequence that a teacher refuses; it has no rows in the answer, whose `row_offsets` are
+                those of all that were asked, and the others are scored. Without it the first one ends the call.
 
         Raises:
+            InputError: there are no sequences, or ids are no whole numbers; nothing was sent.
             RefusedSequenceError: a teacher refused one of the sequences.
             PeerError: no replica answered for `outage_s`, an answer is not to the question, or the replicas do not
                 serve the same model.
         """
         asked: list[dict[str, Any]] = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
         if support_ids is not None:
+            if len(support_ids) != len(asked):
+                raise InputError(
+                    f"support_ids is of {len(support_ids)} sequences, sequences of {len(asked)}; pass one each"
+                )
             asked = [{**s, "support_ids": ids} for s, ids in zip(asked, support_ids, strict=True)]
         return await self.score_sequences(
             asked,
@@ -114,6 +142,7 @@ class TeacherClient(ServerClient):
             temperature=temperature,
             max_rows_per_request=max_rows_per_request,
             on_mismatch=on_mismatch,
+            on_refused=on_refused,
         )
 
     async def score_text(self, texts: list[tuple[str, str]], *, top_k: int, temperature: float = 1.0) -> TeacherScores:
@@ -134,6 +163,7 @@ class TeacherClient(ServerClient):
         logprob_dtype: LogprobDtype = "float32",
         max_rows_per_request: int | None = None,
         on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
     ) -> TeacherScores:
         """Score sequences in any of the forms of the API (services.schemas.TeacherSequence), mixed as you like.
 
@@ -145,33 +175,83 @@ class TeacherClient(ServerClient):
         Raises:
             As `score`.
         """
-        num_rows = [_estimated_rows(sequence) for sequence in sequences]
-        limit = max_rows_per_request or -(-sum(num_rows) // len(self.urls))
-        room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
-        settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
+        asked = teacher_sequences(sequences)
+        settings: dict[str, Any] = {
+            "top_k": integer("top_k", top_k, at_least=1),
+            "temperature": real("temperature", temperature),
+        }
         if logprob_dtype != "float32":
             settings["logprob_dtype"] = logprob_dtype
+        self._check_askable(asked, settings)
+        room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
 
-        async def one(part: slice) -> list[TeacherScores]:
-            asked = sequences[part]
-            try:
-                async with room:
-                    url, scores = await self._score_somewhere({"sequences": asked, **settings})
-            except ProblemError as error:
-                if error.status == _TOO_LARGE and len(asked) > 1:
-                    middle = (part.start + part.stop) // 2
-                    halves = slice(part.start, middle), slice(middle, part.stop)
-                    return [scores for half in halves for scores in await one(half)]
-                if (index := _refused_index(error, len(asked))) is not None:
-                    raise RefusedSequenceError(error, part.start + index) from error
-                raise
-            check_answer(url, scores, asked, top_k, temperature)
-            if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
-                raise PeerError(f"{url}: sequence {part.start + min(found)}: {found[min(found)]}")
-            return [scores]
+        async def one(places: list[int]) -> list[tuple[list[int], TeacherScores]]:
+            """The answers to the sequences at these places, without what is refused."""
+            while places:
+                part = [asked[place] for place in places]
+                try:
+                    async with room:
+                        url, scores = await self._score_somewhere({"sequences": part, **settings})
+                except ProblemError as error:
+                    if len(part) > 1 and self._may_be_cut(error):
+                        middle = len(places) // 2
+                        return [answer for half in (places[:middle], places[middle:]) for answer in await one(half)]
+                    if (index := self._refused_index(error, len(part))) is None:
+                        raise
+                    refusal = RefusedSequenceError(error, places[index])
+                    if on_refused is None:
+                        raise refusal from error
+                    on_refused(places[index], refusal)
+                    places = [*places[:index], *places[index + 1 :]]
+                else:
+                    check_answer(url, scores, part, settings["top_k"], settings["temperature"])
+                    if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in part])):
+                        raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
+                    return [(places, scores)]
+            return []
 
-        pieces = await all_or_first_error([one(part) for part in cut_by_rows(num_rows, limit)])
-        return concatenate_scores(list(itertools.chain.from_iterable(pieces)))
+        answers = await all_or_first_error([one(places) for places in self._cut(asked, max_rows_per_request)])
+        parts = [part for answer in answers for part in answer]
+        if parts:
+            return join_scores(parts, len(asked))
+        _, source = self._first_answer or ("", await self._ask_replicas(self._info))
+        support_ids = asked[0].get("support_ids")
+        return empty_scores(
+            source,
+            settings["temperature"],
+            settings["top_k"],
+            num_sequences=len(asked),
+            support_width=None if support_ids is None else len(support_ids[0]) if support_ids else 0,
+            logprob_dtype=np.dtype(logprob_dtype),
+        )
+
+    def _cut(self, asked: list[dict[str, Any]], max_rows: int | None) -> list[list[int]]:
+        """Places of the sequences of each request."""
+        num_rows = [_estimated_rows(sequence) for sequence in asked]
+        limit = -(-sum(num_rows) // len(self.urls))
+        if max_rows is not None:
+            limit = integer("max_rows_per_request", max_rows, at_least=1)
+        parts = cut_by_rows(num_rows, min(limit, self._MOST_ROWS_PER_REQUEST))
+        num_ids = [_num_ids(sequence) for sequence in asked]
+        return [
+            list(range(part.start + piece.start, part.start + piece.stop))
+            for part in parts
+            for piece in cut_by_rows(num_ids[part], _IDS_PER_REQUEST)
+        ]
+
+    def _check_askable(self, sequences: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+        """Refuse what servers of this kind do not do."""
+
+    def _may_be_cut(self, error: ProblemError) -> bool:
+        """Whether a part of a request that was refused for this reason may be answered."""
+        return error.status == _TOO_LARGE
+
+    def _refused_index(self, error: ProblemError, num_asked: int) -> int | None:
+        """Which sequence of a request was refused, where the problem is one of a sequence."""
+        named = _SEQUENCE_FIELD.match(str(error.problem.get("field")))
+        if named is not None and int(named[1]) < num_asked:
+            return int(named[1])
+        return 0 if num_asked == 1 and self._may_be_cut(error) else None
 
     async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
         """(URL, answer) of the replica that answered."""
@@ -258,22 +338,33 @@ class TeacherClient(ServerClient):
 
 
 def _estimated_rows(sequence: dict[str, Any]) -> int:
-    if "token_ids" in sequence:
-        return max(1, len(sequence["token_ids"]) - sequence.get("prompt_length", 0))
-    last_message = (sequence.get("messages") or [{}])[-1]
-    return max(1, len(sequence.get("completion") or last_message.get("content") or ""))
+    if (token_ids := sequence.get("token_ids")) is not None:
+        return max(1, len(token_ids) - (sequence.get("prompt_length") or 0))
+    return max(1, _num_characters(sequence.get("completion")) or _num_characters((_messages(sequence) or [None])[-1]))
+
+
+def _num_ids(sequence: dict[str, Any]) -> int:
+    """Ids that are sent of a sequence, support_ids among them; of a text its characters."""
+    ids = len(sequence.get("token_ids") or []) + sum(map(len, sequence.get("support_ids") or []))
+    texts = (sequence.get("prompt"), sequence.get("completion"), *_messages(sequence))
+    return ids + sum(map(_num_characters, texts))
+
+
+def _messages(sequence: dict[str, Any]) -> list[Any]:
+    messages = sequence.get("messages")
+    return messages if isinstance(messages, list) else []
+
+
+def _num_characters(part: Any) -> int:
+    """Of a text, or of a message."""
+    text = part.get("content") if isinstance(part, dict) else part
+    return len(text) if isinstance(text, str) else 0
 
 
 def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
-    return (sequence["token_ids"], sequence["prompt_length"]) if "token_ids" in sequence else None
-
-
-def _refused_index(error: ProblemError, num_asked: int) -> int | None:
-    """Which sequence of a request was refused, where the problem is one of a sequence."""
-    named = _SEQUENCE_FIELD.match(str(error.problem.get("field")))
-    if named is not None and int(named[1]) < num_asked:
-        return int(named[1])
-    return 0 if error.status == _TOO_LARGE and num_asked == 1 else None
+    if sequence.get("token_ids") is None:
+        return None
+    return sequence["token_ids"], sequence.get("prompt_length") or 0
 
 
 def _backoff_s(num_waits: int) -> float:

@@ -17,14 +17,13 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from services.clients import TeacherClient
-from services.errors import PeerError, ProblemError
+from services.errors import InputError, PeerError, ProblemError
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.tail import log_mass_left
 from services.teacher_answers import Sequence
-from services.teacher_client import OnMismatch
 
-# Rows of one request: some MiB of JSON with the usual top-k.
-_ROWS_PER_REQUEST = 2048
+# How vLLM refuses a request: a sequence that is too long, or an id that is none.
+_REFUSALS = (400, 413, 422)
 # vLLM writes this for minus infinity, which JSON has no word for.
 _MINUS_INFINITY = -9999.0
 # How vLLM refuses to report the whole vocabulary: how many tokens that is, and how many it would report.
@@ -57,19 +56,13 @@ class VllmTeacherClient(TeacherClient):
     """
 
     _READY_PATH = "/health"
+    # Some MiB of JSON with the usual top-k.
+    _MOST_ROWS_PER_REQUEST = 2048
 
     def __init__(self, urls: list[str], *, tokens: TeacherTokens | None = None, **options: Any) -> None:
         super().__init__(urls, **options)
         self._tokens = tokens
         self._infos: dict[str, TeacherInfo] = {}
-
-    async def info(self) -> list[TeacherInfo]:
-        """One answer per server, in the order of the URLs.
-
-        Raises:
-            PeerError: a server does not answer as vLLM does.
-        """
-        return list(await asyncio.gather(*(self._info(url) for url in self.urls)))
 
     async def vocabulary(self) -> dict[str, int]:
         """The teacher's token-to-id map.
@@ -81,31 +74,30 @@ class VllmTeacherClient(TeacherClient):
             raise PeerError(f"{self.urls[0]} does not tell its vocabulary")
         return self._tokens.vocabulary
 
-    async def score(
-        self,
-        sequences: list[Sequence],
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        support_ids: list[list[list[int]]] | None = None,
-        max_rows_per_request: int | None = None,
-        on_mismatch: OnMismatch = "raise",
-    ) -> TeacherScores:
-        """As TeacherClient.score, at temperature 1 and without support_ids.
+    def _check_askable(self, sequences: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+        """Refuse what a plain vLLM server does not do, and what it would answer without a row.
 
         Raises:
-            PeerError: asked for something else, or as TeacherClient.score.
+            PeerError: another temperature than 1, support_ids, text, or float16.
+            InputError: a sequence without a prompt or without a completion.
         """
-        if temperature != 1.0 or support_ids is not None:
-            asked = f"temperature = {temperature}" if temperature != 1.0 else "support_ids"
+        what = f"temperature = {settings['temperature']}" if settings["temperature"] != 1.0 else None
+        what = f"logprob_dtype = {settings['logprob_dtype']}" if "logprob_dtype" in settings else what
+        for index, sequence in enumerate(sequences):
+            if sequence.get("support_ids") is not None:
+                what = "support_ids"
+            elif sequence.get("token_ids") is None:
+                what = f"sequences.{index}, a text,"
+            else:
+                _check_completion(index, sequence)
+        if what is not None:
             raise PeerError(
-                f"{asked} cannot be asked of {self.urls[0]}: a plain vLLM server scores its top-k at 1 only"
+                f"{what} cannot be asked of {self.urls[0]}: a plain vLLM server scores its top-k for token ids at 1 only"
             )
-        num_rows = sum(len(ids) - prompt_length for ids, prompt_length in sequences)
-        limit = max_rows_per_request or -(-num_rows // len(self.urls))
-        return await super().score(
-            sequences, top_k=top_k, max_rows_per_request=min(limit, _ROWS_PER_REQUEST), on_mismatch=on_mismatch
-        )
+
+    def _may_be_cut(self, error: ProblemError) -> bool:
+        """vLLM refuses a request as a whole for one of its sequences, and does not say for which."""
+        return error.status in _REFUSALS and _TOO_MANY.search(str(error)) is None
 
     async def _info(self, url: str) -> TeacherInfo:
         if url not in self._infos:
@@ -158,7 +150,6 @@ class VllmTeacherClient(TeacherClient):
         return await self._send("POST", f"{url}/v1/completions", json=body)
 
     async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
-        """(URL, answer) of the replica that answered."""
         sequences = [(s["token_ids"], s["prompt_length"]) for s in body["sequences"]]
 
         async def send(url: str) -> tuple[str, TeacherScores]:
@@ -169,6 +160,14 @@ class VllmTeacherClient(TeacherClient):
             return url, scores
 
         return await self._ask_replicas(send)
+
+
+def _check_completion(index: int, sequence: dict[str, Any]) -> None:
+    length, total = sequence.get("prompt_length"), len(sequence["token_ids"])
+    if length is None or not 1 <= length < total:
+        raise InputError(
+            f"sequences.{index}: prompt_length = {length} of {total} token ids must leave one to score, and at least one before it"
+        )
 
 
 def read_scores(url: str, content: bytes, sequences: list[Sequence], top_k: int, info: TeacherInfo) -> TeacherScores:

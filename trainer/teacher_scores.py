@@ -8,7 +8,7 @@ waits for  the servers of all teachers that are asked; they answer when their qu
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from services.errors import PeerError
 from services.schemas import TeacherScores
 from services.server_client import all_or_first_error
 from services.teacher_answers import mismatches
+from services.teacher_client import RefusedSequenceError
 from trainer.rollouts import Rollout
 from trainer.teachers import Teacher, Teachers, option_prefix
 
@@ -89,17 +90,23 @@ async def _judge(
 ) -> list[ScoredSample | Quarantined]:
     """What becomes of each rollout, all of one teacher."""
     sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
+    refused: dict[int, str] = {}
+
+    def refuse(index: int, error: RefusedSequenceError) -> None:
+        refused[index] = f"the teacher refused it: {error.reason}"
+
+    options: dict[str, Any] = {"temperature": temperature, "on_mismatch": "keep", "on_refused": refuse}
     if support.kind == "teacher_topk":
-        scores = await teacher.score(sequences, top_k=support.size, temperature=temperature, on_mismatch="keep")
+        scores = await teacher.score(sequences, top_k=support.size, **options)
     else:
         # The server always ranks, so its own likeliest token comes along.
         ids = [_student_topk(r).tolist() for r in rollouts]
-        scores = await teacher.score(sequences, top_k=1, temperature=temperature, support_ids=ids, on_mismatch="keep")
+        scores = await teacher.score(sequences, top_k=1, support_ids=ids, **options)
     other_rows = mismatches(scores, sequences)
     judged: list[ScoredSample | Quarantined] = []
     for index, rollout in enumerate(rollouts):
         sample = _slice(rollout, scores, index, support)
-        reason = other_rows.get(index) or defect(sample, support)
+        reason = refused.get(index) or other_rows.get(index) or defect(sample, support)
         judged.append(Quarantined(rollout, option_prefix(teacher.name) + reason) if reason else sample)
     return judged
 

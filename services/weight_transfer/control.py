@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from services.errors import WeightSyncError
+from services.errors import ClientClosedError, WeightSyncError
 
 
 class WeightControlClient:
@@ -78,6 +78,7 @@ class WeightControlClient:
         may fail on layers that never got weights; on a healthy server finish is refused instead. So errors
         are expected; what counts is that the following init and push succeed.
         """
+        self._check_open()
         for stage in ("finish_weight_update", "finish_weight_update", "shutdown_weight_transfer_engine"):
             for url in self.urls:
                 try:
@@ -90,12 +91,17 @@ class WeightControlClient:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _all(self, stage: str, bodies: list[Any] | None = None) -> None:
+        self._check_open()
         calls = [
             self._executor.submit(self._call, url, stage, body)
             for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
         ]
         for call in calls:
             call.result()
+
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise ClientClosedError(f"the weight control client of {', '.join(self.urls)} is closed; make a new one")
 
     def _call(self, url: str, stage: str, body: Any) -> None:
         started = time.monotonic()

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services import server_client
+from services import rollout_client, server_client
 from services.clients import RolloutClient, TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import RolloutCompletion, RolloutSampling, TeacherScores, VersionSpan
@@ -472,6 +472,90 @@ async def test_a_refused_rollout_names_the_problem() -> None:
     with pytest.raises(ProblemError, match=r"answered 422: prompts\.0 holds id 99") as caught:
         await rollout(script).generate([[99]], SAMPLING)
     assert caught.value.problem["field"] == "prompts.0"
+
+
+class Server:
+    """A rollout server that takes so many completions and ids at once."""
+
+    def __init__(self, most: int, most_ids: int = 1 << 30) -> None:
+        self.most, self.most_ids = most, most_ids
+        self.asked: list[tuple[list[int], int, int | None]] = []
+        self.under_way = self.most_under_way = 0
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/rollouts/info":
+            return httpx.Response(200, json={**ROLLOUT, "max_completions_per_request": self.most})
+        body = json.loads(request.content)
+        prompts, samples, seed = body["prompts"], body["samples_per_prompt"], body["sampling"]["seed"]
+        self.asked.append(([p[0] for p in prompts], samples, seed))
+        if len(prompts) * samples > self.most or sum(map(len, prompts)) > self.most_ids:
+            return httpx.Response(413, json={"detail": "send several requests"})
+        self.under_way += 1
+        self.most_under_way = max(self.under_way, self.most_under_way)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.under_way -= 1
+        # Each completion is its prompt and its seed: the server adds its own sample index to it.
+        frames = [frame(i, s, p[0], (seed or 0) + s) for i, p in enumerate(prompts) for s in range(samples)]
+        return httpx.Response(200, content=b"".join([*reversed(frames), END_OF_STREAM]))
+
+
+@pytest.mark.parametrize("knows_the_limit", [True, False])
+@pytest.mark.parametrize(("num_prompts", "samples"), [(1, 1), (7, 1), (9, 2), (25, 3), (3, 11), (1, 17), (40, 1)])
+async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
+    num_prompts: int, samples: int, knows_the_limit: bool
+) -> None:
+    servers = {"a": Server(4), "b": Server(9)}
+    client = rollout(lambda request: servers[request.url.host](request), (A, B))  # type: ignore[arg-type,return-value]
+    if knows_the_limit:
+        await client.info()
+    got = await client.generate([[10 + i] for i in range(num_prompts)], SAMPLING, samples)
+    expected = [(p, s) for p in range(num_prompts) for s in range(samples)]
+    assert [(c.prompt_index, c.sample_index) for c in got] == expected
+    assert [c.token_ids.tolist() for c in got] == [[10 + p, 7 + s] for p, s in expected]
+    for server in servers.values():
+        sizes = [len(prompts) * num for prompts, num, _ in server.asked]
+        assert server.most_under_way <= 1
+        assert not knows_the_limit or max(sizes, default=0) <= server.most
+
+
+async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollout_client, "_IDS_PER_REQUEST", 6)
+    server = Server(100, most_ids=4)
+    client = rollout(server)  # type: ignore[arg-type]
+    got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)
+    assert [prompts for prompts, _, _ in server.asked] == [[1, 2, 3], [1], [2, 3], [4, 5], [4], [5]]
+    assert [c.token_ids[0] for c in got] == [1, 2, 3, 4, 5]
+    with pytest.raises(ProblemError, match="answered 413: send several requests"):
+        await client.generate([[1, 2, 3, 4, 5]], SAMPLING)
+
+
+async def test_eight_thousand_prompts_need_no_thought() -> None:
+    server = Server(1 << 20)
+    got = await rollout(server).generate([[i] for i in range(8200)], SAMPLING)  # type: ignore[arg-type]
+    assert [c.token_ids[0] for c in got] == list(range(8200))
+    assert [len(prompts) for prompts, _, _ in server.asked] == [4096, 4096, 8]
+
+
+async def test_the_first_error_of_a_server_ends_the_work_of_the_others() -> None:
+    under_way = 0
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal under_way
+        if request.url.host == "b":
+            return httpx.Response(422, json={"detail": "no"})
+        under_way += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            under_way -= 1
+        raise AssertionError
+
+    with pytest.raises(ProblemError, match=r"b:2.* answered 422: no"):
+        await rollout(handler, (A, B)).generate([[1], [2]], SAMPLING)  # type: ignore[arg-type]
+    assert under_way == 0
 
 
 async def test_a_canary_is_asked_once(waits: list[float]) -> None:

@@ -15,9 +15,10 @@ from services import teacher_client
 from services.clients import TeacherClient
 from services.errors import PeerError, ProblemError
 from services.schemas import TeacherScores
-from services.teacher_answers import mismatches
+from services.teacher_answers import mismatches, without_sequences
 from services.teacher_client import RefusedSequenceError
-from services.wire import encode_scores
+from services.wire import decode_scores, encode_scores
+from tests.unit.services.test_clients import INFO
 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
 Handler = Callable[[httpx.Request], Any]
@@ -200,6 +201,112 @@ async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.Mon
 
     scores = await teacher(slow).score(SEQUENCES, top_k=1, max_rows_per_request=1)
     assert len(scores.token_logprobs) == 7 and most == 2
+
+
+def refuse_some(*refused: int) -> Handler:
+    """Answers, unless an id is among `refused`: then the first such sequence is named, as our server does."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        last_ids = [s["token_ids"][-1] for s in json.loads(request.content)["sequences"]]
+        bad = next((index for index, token in enumerate(last_ids) if token in refused), None)
+        if bad is None:
+            return answer(request)
+        problem = {"detail": f"sequences.{bad}.token_ids holds {last_ids[bad]}", "field": f"sequences.{bad}.token_ids"}
+        return httpx.Response(422, json=problem)
+
+    return handler
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+@pytest.mark.parametrize("refused", [(), (1,), (7,), (2, 3), (1, 4, 7), (1, 2, 3, 5, 6, 7)])
+async def test_refused_sequences_have_no_rows_and_the_others_keep_theirs(refused: tuple[int, ...], limit: int) -> None:
+    told: dict[int, str] = {}
+    scores = await teacher(refuse_some(*refused), A, B).score(
+        SEQUENCES,
+        top_k=1,
+        max_rows_per_request=limit,
+        support_ids=[[[i, 10]] for i in range(1, 8)],
+        on_refused=lambda index, error: told.update({index: error.reason}),
+    )
+    assert told == {i - 1: f"token_ids holds {i}" for i in refused}
+    kept = [i for i in range(1, 8) if i not in refused]
+    assert np.diff(scores.row_offsets).tolist() == [int(i in kept) for i in range(1, 8)]
+    assert scores.token_ids.tolist() == kept and scores.token_logprobs.tolist() == [-i for i in kept]
+    assert scores.support_logprobs is not None and scores.support_logprobs.tolist() == [[-i, -10] for i in kept]
+    assert without_sequences(scores, told).row_offsets.tolist() == list(range(len(kept) + 1))
+
+
+@pytest.mark.parametrize("has_asked_before", [True, False])
+async def test_when_all_are_refused_the_answer_is_an_empty_one(has_asked_before: bool) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/teacher/info":
+            return httpx.Response(200, json={**INFO, "model": "m", "fingerprint": "f"})
+        return refuse_some(*range(8))(request)
+
+    client = teacher(handler, A, B)
+    if has_asked_before:
+        await client.info()
+    told: list[int] = []
+    options: dict[str, Any] = {"on_refused": lambda index, _: told.append(index), "temperature": 0.5}
+    scores = await client.score(SEQUENCES, top_k=3, support_ids=[[[1, 2]]] * 7, **options)
+    assert sorted(told) == list(range(7)) and scores.row_offsets.tolist() == [0] * 8
+    assert (scores.model, scores.fingerprint, scores.top_k, scores.temperature) == ("m", "f", 3, 0.5)
+    body = {"sequences": [{"token_ids": [9, 1], "prompt_length": 1, "support_ids": [[1, 2]]}]}
+    like = decode_scores(answer(httpx.Request("POST", A, json={**body, "top_k": 3, "temperature": 0.5})).content)
+    assert {n: (c.dtype, c.shape[1:]) for n, c in scores.columns().items()} == {
+        n: (c.dtype, c.shape[1:]) for n, c in like.columns().items()
+    }
+    assert mismatches(scores, SEQUENCES).keys() == set(range(7))
+
+
+async def test_very_many_refused_sequences_are_no_deep_recursion() -> None:
+    told: list[int] = []
+    sequences = [([9, 1 if i % 2 else 2], 1) for i in range(3000)]
+    handler = refuse_some(1)
+
+    def whole(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if len(body["sequences"]) > 1500:  # one by one, and nothing is cut
+            bad = next(i for i, s in enumerate(body["sequences"]) if s["token_ids"][-1] == 1)
+            return httpx.Response(422, json={"detail": "no", "field": f"sequences.{bad}"})
+        return handler(request)
+
+    scores = await teacher(whole).score(sequences, top_k=1, on_refused=lambda index, _: told.append(index))
+    assert told == list(range(1, 3000, 2)) and len(scores.token_ids) == 1500
+
+
+async def test_a_single_sequence_that_is_too_large_is_a_refused_one() -> None:
+    def at_most_20_ids(request: httpx.Request) -> httpx.Response:
+        ids = [s["token_ids"] for s in json.loads(request.content)["sequences"]]
+        return answer(request) if sum(map(len, ids)) <= 20 else TOO_LARGE
+
+    told: dict[int, str] = {}
+    sequences = [([9, 1], 1), ([9] * 30, 1), ([9, 3], 1)]
+    scores = await teacher(at_most_20_ids).score(
+        sequences, top_k=1, on_refused=lambda index, error: told.update({index: error.reason})
+    )
+    assert told == {1: "at most 2 are served"} and scores.row_offsets.tolist() == [0, 1, 1, 2]
+
+
+async def test_a_problem_of_the_whole_request_is_no_refused_sequence() -> None:
+    refusal = httpx.Response(422, json={"detail": "top_k is above 4", "field": "top_k"})
+    told: list[int] = []
+    with pytest.raises(ProblemError, match="top_k is above 4"):
+        await teacher(lambda _: refusal).score(SEQUENCES, top_k=9, on_refused=lambda index, _: told.append(index))
+    assert told == []
+
+
+async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_client, "_IDS_PER_REQUEST", 10)
+    sizes: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sequences = json.loads(request.content)["sequences"]
+        sizes.append(sum(len(s["token_ids"]) + sum(map(len, s["support_ids"])) for s in sequences))
+        return answer(request)
+
+    scores = await teacher(handler).score(SEQUENCES, top_k=1, support_ids=[[[i, 1, 2]] for i in range(7)])
+    assert sizes == [10, 10, 10, 5] and scores.token_ids.tolist() == list(range(1, 8))
 
 
 # ---------------------------------------------------------------------------------------------- outages

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from services.errors import PeerError, ProblemError
+from services.teacher_client import RefusedSequenceError
 from services.vllm_teacher_client import TeacherTokens, VllmTeacherClient
 
 VOCAB = 5
@@ -23,6 +25,7 @@ class Vllm:
         self.max_logprobs = max_logprobs
         self.asked: list[dict[str, Any]] = []
         self.change = lambda answer: answer
+        self.refuse: Callable[[list[list[int]]], str | None] = lambda prompts: None
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/health":
@@ -32,6 +35,8 @@ class Vllm:
         assert request.url.path == "/v1/completions"
         body = json.loads(request.content)
         self.asked.append(body)
+        if (message := self.refuse(body["prompt"])) is not None:
+            return httpx.Response(400, json={"error": {"message": message, "code": 400}})
         width = VOCAB if body["prompt_logprobs"] == -1 else body["prompt_logprobs"]
         if width > self.max_logprobs:
             message = f"Requested prompt logprobs of {width}, which is greater than max allowed: {self.max_logprobs}"
@@ -112,6 +117,47 @@ async def test_what_it_cannot_do_is_not_asked(options: dict[str, Any], message: 
     server = Vllm()
     with pytest.raises(PeerError, match=f"{message} cannot be asked of http://server-0"):
         await client(server).score([([0, 1], 1)], top_k=1, **options)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (5,), (1, 2), (0, 3, 6), tuple(range(7))])
+async def test_a_sequence_that_vllm_refuses_is_found_by_cutting_in_halves(bad: tuple[int, ...]) -> None:
+    """vLLM refuses the whole request and names nothing."""
+    server = Vllm()
+    server.refuse = lambda prompts: "Token id 99 is out of vocabulary" if any(99 in p for p in prompts) else None
+    sequences = [([0, 99 if i in bad else i % 4], 1) for i in range(7)]
+    told: dict[int, str] = {}
+    scores = await client(server).score(
+        sequences, top_k=1, on_refused=lambda index, error: told.update({index: error.reason})
+    )
+    assert told.keys() == set(bad) and all("out of vocabulary" in reason for reason in told.values())
+    assert scores.token_ids.tolist() == [i % 4 for i in range(7) if i not in bad]
+    assert np.diff(scores.row_offsets).tolist() == [int(i not in bad) for i in range(7)]
+    if bad:
+        with pytest.raises(RefusedSequenceError) as caught:
+            await client(server).score(sequences, top_k=1)
+        assert caught.value.index == min(bad)
+
+
+async def test_a_top_k_that_is_too_large_is_no_refused_sequence() -> None:
+    server = Vllm(3)
+    told: list[int] = []
+    with pytest.raises(ProblemError, match="greater than max allowed: 3"):
+        await client(server).score([([0, 1], 1)] * 4, top_k=4, on_refused=lambda index, _: told.append(index))
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("sequence", "options", "message"),
+    [
+        ({"prompt": "a", "completion": "b"}, {}, "sequences.0, a text,"),
+        ({"token_ids": [0, 1], "prompt_length": 1}, {"logprob_dtype": "float16"}, "logprob_dtype = float16"),
+    ],
+)
+async def test_texts_and_half_precision_are_not_asked(sequence: Any, options: Any, message: str) -> None:
+    server = Vllm()
+    with pytest.raises(PeerError, match=f"{message} cannot be asked of http://server-0"):
+        await client(server).score_sequences([sequence], top_k=1, **options)
     assert server.asked == []
 
 

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from services.clients import TeacherClient
 from services.errors import PeerError
 from services.schemas import TeacherScores
+from tests.scripted_teacher import ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
 from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample
 from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
@@ -138,6 +140,7 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
         temperature=0.5,
     )
     sequences, options = teacher.asked
+    assert callable(options.pop("on_refused"))
     assert options == {"top_k": 4, "temperature": 0.5, "on_mismatch": "keep"}
     assert [(len(ids), prompt) for ids, prompt in sequences] == [(5, 2), (5, 2), (9, 4)]
     assert sequences[2][0] == [*other.rollout.prompt.token_ids, *other.rollout.completion.token_ids]
@@ -146,6 +149,49 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
         for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
     assert [(q.rollout, "not finite" in q.reason) for q in quarantined] == [(teacher.samples[1].rollout, True)]
+
+
+@pytest.mark.parametrize("kind", ["teacher_topk", "student_topk"])
+@pytest.mark.parametrize("refused", [(1,), (0, 1, 2)])
+async def test_a_sequence_that_the_teacher_refuses_is_set_aside_with_its_reason(
+    refused: tuple[int, ...], kind: Literal["teacher_topk", "student_topk"]
+) -> None:
+    """Against the real client: the server names one refused sequence at a time by its place in the request."""
+    samples = []
+    for seed in range(3):
+        original = sample(seed, 2, 3)
+        topk = np.tile(np.arange(2, dtype=np.int32), (3, 1))
+        rollout = replace(original.rollout, completion=replace(original.rollout.completion, student_topk_ids=topk))
+        samples.append(replace(original, rollout=rollout))
+    bad_tokens = [samples[index].rollout.completion.token_ids[0] for index in refused]
+    teacher = ScriptedTeacher()
+
+    def refuse(body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        for index, sequence in enumerate(body["sequences"]):
+            if sequence["token_ids"][2] in bad_tokens:
+                field = f"sequences.{index}.token_ids"
+                return 422, {"detail": f"{field} holds id 151900, the model has 151669", "field": field}
+        return None
+
+    def add_support(scores: TeacherScores) -> TeacherScores:
+        if kind == "teacher_topk":
+            return scores
+        rows, asked = len(scores.token_ids), teacher.bodies[-1]["sequences"]
+        dense = np.concatenate([logprobs_of(s["token_ids"], s["prompt_length"], 1.0) for s in asked])
+        tails = np.log1p(-np.exp(dense[:, :2]).sum(1))
+        assert len(dense) == rows
+        return replace(scores, support_logprobs=dense[:, :2], support_tail_logprobs=tails)
+
+    teacher.refuse, teacher.spoil = refuse, add_support
+    with teacher.serving():
+        async with TeacherClient([teacher.url]) as client:
+            kept, quarantined = await score_rollouts(
+                alone(client), [s.rollout for s in samples], support=Support(kind, 2, VOCAB), temperature=1.0
+            )
+    assert [s.rollout for s in kept] == [s.rollout for i, s in enumerate(samples) if i not in refused]
+    assert [q.rollout for q in quarantined] == [samples[i].rollout for i in refused]
+    reason = "the teacher refused it: token_ids holds id 151900, the model has 151669"
+    assert {q.reason for q in quarantined} == {reason}
 
 
 def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
@@ -198,6 +244,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
     support = Support("student_topk", 2, VOCAB)
     assert support.student_top_k == 2
     samples, quarantined = await score_rollouts(alone(teacher), rollouts, support=support, temperature=0.5)
+    assert callable(teacher.options.pop("on_refused"))
     assert teacher.options == {
         "top_k": 1,
         "temperature": 0.5,
