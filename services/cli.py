@@ -25,6 +25,7 @@ from pydantic_settings import (
 )
 
 from services.config import RunConfig
+from services.dict_options import with_tables_as_json
 from services.errors import ConfigError, DistillServeError, describe_validation_error
 from services.logs import set_up_logging
 
@@ -157,6 +158,7 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
     if run_file is not None and not Path(run_file).is_file():
         raise ConfigError(f"the run file {run_file!r} does not exist; see deploy/runs for examples")
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run_file", "dry_run")}
+    options = with_tables_as_json(RunConfig, options)
 
     class Settings(_RunSettings):
         @classmethod

@@ -35,7 +35,7 @@ class StudentConfig(Section):
     model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     dtype: Dtype = "float32"
-    """Dtype of the trainer's master weights and optimizer state."""
+    """Dtype of the trainer's master weights and optimizer state; float16 cannot be trained, bfloat16 loses small steps."""
     disable_dropout: bool = True
     """Set every dropout probability of the student to zero."""
     gradient_checkpointing: bool = False
@@ -216,7 +216,7 @@ class LossConfig(Section):
     single_step_divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """Divergence of the single-step term; reverse_kl is MiniLLM's, the others are GKD's."""
     jsd_beta: float = Field(0.5, ge=0, le=1)
-    """The teacher's share in the mixture of "jsd"; 0 is forward KL, 1 reverse KL."""
+    """The teacher's share in the mixture of "jsd"; 0 is forward KL, 1 reverse KL, and near them the gradient almost vanishes."""
     single_step_estimator: Literal["hybrid", "truncated", "full"] = "hybrid"
     """truncated: top_k tokens and a bucket for the rest; hybrid adds sampled tokens for what is inside it; full: every token."""
     support: Literal["teacher_topk", "student_topk"] = "teacher_topk"

@@ -3,7 +3,10 @@
 Every message names the keys, their values, the constraint and the fix.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+from services import passed_on
 
 if TYPE_CHECKING:
     from services.config import RunConfig, TeacherConfig
@@ -12,22 +15,6 @@ if TYPE_CHECKING:
 _ENGINE_OPTIONS = {
     "transformers": ["teacher_model_init_kwargs", "device", "tokens_per_forward", "rows_per_head_chunk"],
     "vllm": ["tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization", "engine_args"],
-}
-# Fields of vLLM's AsyncEngineArgs that scoring depends on, or that have an option of their own, and which that is.
-_RESERVED_ENGINE_ARGS = {
-    **{
-        name: f"teacher.{name}"
-        for name in (
-            "model",
-            "dtype",
-            "trust_remote_code",
-            "max_model_len",
-            "tensor_parallel_size",
-            "gpu_memory_utilization",
-        )
-    },
-    "max_logprobs": "teacher.max_top_k",
-    "logprobs_mode": None,
 }
 
 
@@ -39,6 +26,9 @@ def check(config: "RunConfig") -> None:
     """
     _check_something_to_learn(config)
     _check_work(config)
+    _check_master_weights(config)
+    _check_urls(config)
+    _check_passed_on(config)
     _check_servers(config)
     _check_sampled_policy(config)
     _check_student_support(config)
@@ -46,6 +36,7 @@ def check(config: "RunConfig") -> None:
     _check_named_teachers(config)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
+    _refuse_ignored_run_options(config)
 
 
 def _check_something_to_learn(config: "RunConfig") -> None:
@@ -73,6 +64,36 @@ def _check_work(config: "RunConfig") -> None:
             f"optimizer.warmup_steps = {optimizer.warmup_steps} is above pipeline.steps = {pipeline.steps}; "
             "warm up for fewer steps"
         )
+
+
+def _check_master_weights(config: "RunConfig") -> None:
+    if config.student.dtype == "float16":
+        raise ValueError(
+            "student.dtype = float16 cannot be trained: AdamW's squared gradients underflow and within some steps the logits are "
+            "not finite; use float32 (rollout.dtype and teacher.dtype may be float16)"
+        )
+
+
+def _check_urls(config: "RunConfig") -> None:
+    """A URL is that of one server, and has a scheme: without, it looks like a server that never comes up."""
+    groups = {"rollout.urls": config.rollout.urls, "teacher.urls": config.teacher.urls}
+    groups |= {f"teacher.named.{name}": urls for name, urls in config.teacher.named.items()}
+    for option, urls in groups.items():
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{option}: {url!r} must begin with http:// or https://, e.g. http://10.0.0.5:8100")
+        twice = [url for url, count in Counter(url.rstrip("/") for url in urls).items() if count > 1]
+        if twice:
+            raise ValueError(f"{option} names {twice[0]} twice; give each server once")
+
+
+def _check_passed_on(config: "RunConfig") -> None:
+    student, teacher = config.student, config.teacher
+    passed_on.check_init_kwargs("student", "student.model_init_kwargs", student.model_init_kwargs)
+    passed_on.check_init_kwargs("teacher", "teacher.teacher_model_init_kwargs", teacher.teacher_model_init_kwargs)
+    passed_on.check_teacher_engine_args(teacher.engine_args)
+    passed_on.check_rollout_engine_args(config.rollout.engine_args)
+    passed_on.check_template_kwargs("data.chat_template_kwargs", config.data.chat_template_kwargs)
 
 
 def _check_servers(config: "RunConfig") -> None:
@@ -103,15 +124,6 @@ def _check_teacher_engine(teacher: "TeacherConfig") -> None:
     for engine, names in _ENGINE_OPTIONS.items():
         if engine != teacher.engine:
             _refuse_changed(teacher, "teacher", names, f"teacher.engine = {teacher.engine}")
-    for name, value in teacher.engine_args.items():
-        if name in _RESERVED_ENGINE_ARGS:
-            option = _RESERVED_ENGINE_ARGS[name]
-            reason = (
-                f"{option} says that; set it instead"
-                if option
-                else "scores must be raw log-probabilities; leave it out"
-            )
-            raise ValueError(f"teacher.engine_args.{name} = {value!r} is refused: {reason}")
 
 
 def _check_named_teachers(config: "RunConfig") -> None:
@@ -249,9 +261,20 @@ def _refuse_ignored_text_options(config: "RunConfig") -> None:
         _refuse_changed(config.pipeline, "pipeline", ["texts_per_step"], reason)
 
 
+def _refuse_ignored_run_options(config: "RunConfig") -> None:
+    if config.optimizer.schedule == "constant":
+        _refuse_changed(
+            config.optimizer, "optimizer", ["min_lr_ratio"], "optimizer.schedule = constant stays at the peak"
+        )
+    if config.data.eval_path is None:
+        names = list(type(config.evaluation).model_fields)
+        _refuse_changed(config.evaluation, "evaluation", names, "there is no data.eval_path")
+
+
 def _refuse_changed(section: Any, prefix: str, names: list[str], reason: str) -> None:
     """Refuse options that differ from their default although they have no effect."""
     for name in names:
         value = getattr(section, name)
         if value != type(section).model_fields[name].default:
-            raise ValueError(f"{prefix}.{name} = {value} would be ignored: {reason}; leave it out")
+            shown = list(value) if isinstance(value, dict) else value  # a table may hold a secret
+            raise ValueError(f"{prefix}.{name} = {shown} would be ignored: {reason}; leave it out")

@@ -22,6 +22,7 @@ from services.vllm_teacher_client import VllmTeacherClient
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
+from trainer.option_warnings import warn_of_options
 from trainer.prompts import Prompt, PromptRows, read_prompts
 from trainer.report import RunRecord, Summary
 from trainer.staleness_buffer import StalenessBuffer
@@ -136,6 +137,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
             f"launched with {accelerator.num_processes} processes, but this version trains in one; start it without torchrun"
         )
     set_seed(config.seed)
+    warn_of_options(config)
     student = config.student
     tokenizer = load_tokenizer(student.model or "", trust_remote_code=student.trust_remote_code, key="student.model")
     record = RunRecord(config, accelerator, tokenizer)
@@ -235,8 +237,18 @@ def _teacher_client(teacher: TeacherConfig, name: str | None, urls: list[str], s
 
 
 def count_steps(config: RunConfig, num_prompts: int) -> int:
-    """pipeline.steps, or what pipeline.epochs comes to (at least one)."""
+    """pipeline.steps, or what pipeline.epochs comes to (at least one).
+
+    Raises:
+        ConfigError: the warm-up would be longer than the run.
+    """
     if config.pipeline.steps is not None:
         return config.pipeline.steps
     assert config.pipeline.epochs is not None
-    return max(1, round(config.pipeline.epochs * num_prompts / config.pipeline.prompts_per_step))
+    steps = max(1, round(config.pipeline.epochs * num_prompts / config.pipeline.prompts_per_step))
+    if config.optimizer.warmup_steps > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above the {steps} steps that pipeline.epochs = "
+            f"{config.pipeline.epochs} comes to with {num_prompts} prompts; warm up for fewer steps"
+        )
+    return steps

@@ -18,6 +18,7 @@ from services.config import (
     check_output_dir,
     require_key_beyond_loopback,
 )
+from services.dict_options import names_of_tables
 from services.errors import ConfigError
 
 RUNS = Path(__file__).parents[3] / "deploy" / "runs"
@@ -159,6 +160,58 @@ BAD_OPTIONS = [
     (["--data.shuffle", "maybe"], ["data.shuffle", "'maybe'", "boolean"]),
     (["--loss", "3"], ["loss", "3", "dictionary"]),
     (["--output.trackers", '["mlflow"]'], ["output.trackers", "'mlflow'", "'wandb'"]),
+    (["--student.dtype", "float16"], ["student.dtype = float16", "underflow", "use float32"]),
+    (
+        ["--optimizer.schedule", "constant", "--optimizer.min_lr_ratio", "0.1"],
+        ["optimizer.min_lr_ratio = 0.1 would be ignored", "optimizer.schedule = constant"],
+    ),
+    (["--evaluation.every_steps", "5"], ["evaluation.every_steps = 5 would be ignored", "no data.eval_path"]),
+    (["--evaluation.num_prompts", "5"], ["evaluation.num_prompts = 5 would be ignored", "no data.eval_path"]),
+    (["--teacher.urls", '["10.0.0.5:8101"]'], ["teacher.urls: '10.0.0.5:8101' must begin with http://"]),
+    (["--rollout.urls", '["https://a", "b:1"]'], ["rollout.urls: 'b:1' must begin with http://"]),
+    (["--teacher.named", 'maths=["a:1"]'], ["teacher.named.maths: 'a:1' must begin with http://"]),
+    (["--rollout.urls", '["http://a:1/", "http://a:1"]'], ["rollout.urls names http://a:1 twice", "once"]),
+    (
+        ["--student.model_init_kwargs", '{"dtype": "bfloat16"}'],
+        ["model_init_kwargs.dtype = 'bfloat16'", "student.dtype"],
+    ),
+    (
+        ["--student.model_init_kwargs", 'torch_dtype="auto"'],
+        ["model_init_kwargs.torch_dtype = 'auto'", "student.dtype"],
+    ),
+    (
+        ["--teacher.teacher_model_init_kwargs", 'dtype="bfloat16"'],
+        ["teacher.teacher_model_init_kwargs.dtype = 'bfloat16' is refused", "teacher.dtype says that"],
+    ),
+    (
+        ["--teacher.teacher_model_init_kwargs", "trust_remote_code=true"],
+        ["trust_remote_code = True is refused", "teacher.trust_remote_code says that"],
+    ),
+    (["--student.model_init_kwargs", "use_safetensors=false"], ["use_safetensors = False", "leave it out"]),
+    (["--student.model_init_kwargs", 'revision="v1"'], ["revision = 'v1' is refused", "name its folder"]),
+    (["--student.model_init_kwargs", 'device_map="auto"'], ["device_map = 'auto' is refused", "student.cuda_devices"]),
+    (
+        ["--teacher.teacher_model_init_kwargs", 'device_map="auto"'],
+        ["device_map = 'auto' is refused", "teacher.device", "teacher.engine = vllm", "teacher.tensor_parallel_size"],
+    ),
+    (["--rollout.engine_args", '["--dtype", "half"]'], ["rollout.engine_args: --dtype is refused", "rollout.dtype"]),
+    (["--rollout.engine_args", '["--max_model_len=9"]'], ["--max_model_len is refused", "rollout.max_model_len"]),
+    (["--rollout.engine_args", '["--max-model", "9"]'], ["--max-model is refused", "rollout.max_model_len"]),
+    (["--rollout.engine_args", '["-tp=2"]'], ["-tp is refused", "rollout.tensor_parallel_size says that"]),
+    (["--rollout.engine_args", '["--no-trust-remote-code"]'], ["refused", "student.trust_remote_code says that"]),
+    (["--data.chat_template_kwargs", "enable_thinking=no"], ["data.chat_template_kwargs.enable_thinking = 'no' is no"]),
+    (["--data.chat_template_kwargs", "style=short"], ["'style=\"short\"'", "a text in quotes"]),
+    (["--data.chat_template_kwargs", "x=NaN"], ["data.chat_template_kwargs.x = 'NaN' is no JSON"]),
+    (["--data.chat_template_kwargs", "x=1 2"], ["data.chat_template_kwargs.x", "is no JSON"]),
+    (["--data.chat_template_kwargs", "x="], ["data.chat_template_kwargs.x", "is no JSON"]),
+    (["--data.chat_template_kwargs", "thinking"], ["data.chat_template_kwargs takes a JSON object or KEY=VALUE"]),
+    (["--data.chat_template_kwargs", '{"a": 1'], ["data.chat_template_kwargs is no JSON object"]),
+    (["--data.chat_template_kwargs", "a=1,a=2"], ["data.chat_template_kwargs.a is given twice"]),
+    (["--data.chat_template_kwargs", '{"a": 1, "a": 2}'], ["data.chat_template_kwargs.a is given twice"]),
+    (["--data.chat_template_kwargs", 'a="false"'], ["a = 'false' is a text", "write false without quotes"]),
+    (["--data.chat_template_kwargs", '{"a": {"b": ["None"]}}'], ["chat_template_kwargs.a.b.0 = 'None'", "write null"]),
+    (["--data.chat_template_kwargs", "tokenize=true"], ["chat_template_kwargs.tokenize = True is refused"]),
+    (["--data.chat_template_kwargs", "add_generation_prompt=false"], ["add_generation_prompt = False is refused"]),
     (["--loss.top_k"], ["--loss.top_k", "expected one argument", "distillserve up --help"]),
     (["--loss.gama", "0.5"], ["--loss.gama is not an option", "did you mean --loss.gamma?"]),
     (["--los.gamma=0.5"], ["--los.gamma=0.5 is not an option", "did you mean --loss.gamma?"]),
@@ -184,9 +237,90 @@ def test_a_bad_option_is_refused_in_one_line(
         assert text in line
 
 
+SECRET = "hf_abcdefgh"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--student.model_init_kwargs", f'token="{SECRET}"'], "student.model_init_kwargs.token is refused"),
+        (["--student.model_init_kwargs", f"token={SECRET}"], "student.model_init_kwargs.token is no JSON"),
+        (["--student.model_init_kwargs", f'{{"use_auth_token": "{SECRET}"}}'], "use_auth_token is refused"),
+        (["--teacher.teacher_model_init_kwargs", f'token="{SECRET}"'], "teacher_model_init_kwargs.token is refused"),
+        (["--teacher.engine_args", f'hf_token="{SECRET}"'], "teacher.engine_args.hf_token is refused"),
+        (["--teacher.engine", "vllm", "--teacher.engine_args", f'hf_token="{SECRET}"'], "hf_token is refused"),
+        (["--teacher.engine_args", f'proxy="{SECRET}"'], "teacher.engine_args = ['proxy'] would be ignored"),
+        (["--rollout.engine_args", f'["--api-key", "{SECRET}"]'], "rollout.engine_args: --api-key is refused"),
+        (["--rollout.engine_args", f'["--api_key={SECRET}"]'], "set DISTILLSERVE_ROLLOUT_KEY in the environment"),
+        (["--rollout.engine_args", f'["--hf-token={SECRET}"]'], "set HF_TOKEN in the environment"),
+    ],
+)
+def test_a_secret_is_refused_and_not_shown(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "up", *COMPLETE, *options, "--dry-run")
+    assert expected in line and SECRET not in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["enable_thinking=false"], {"enable_thinking": False}),
+        (["a=1", 'b="x,y=z"', "c=null"], {"a": 1, "b": "x,y=z", "c": None}),
+        (['a=[1, {"b": "]"}], "c" = 2.5 ,d={"e": {}}'], {"a": [1, {"b": "]"}], "c": 2.5, "d": {"e": {}}}),
+        (['{"a": "x\\\\", "b": {"c": "é"}}', "d=true"], {"a": "x\\", "b": {"c": "é"}, "d": True}),
+        (['a="False alarm"'], {"a": "False alarm"}),
+        (["{}"], {}),
+    ],
+)
+def test_tables_on_the_command_line_hold_json(
+    given: list[str], expected: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [text for one in given for text in ("--data.chat_template_kwargs", one)]
+    with pytest.raises(SystemExit):
+        main(["train", *options, "--dry-run"])
+    found = json.loads(capsys.readouterr().out)["data"]["chat_template_kwargs"]
+    assert found == expected and [type(v) for v in found.values()] == [type(v) for v in expected.values()]
+
+
+def test_every_table_holds_json(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = names_of_tables(RunConfig)
+    assert tables == {
+        "student.model_init_kwargs",
+        "teacher.named",
+        "teacher.teacher_model_init_kwargs",
+        "teacher.engine_args",
+        "data.chat_template_kwargs",
+    }
+    for name in tables - {"teacher.named"}:
+        engine = ["--teacher.engine", "vllm"] if name == "teacher.engine_args" else []
+        with pytest.raises(SystemExit):
+            main(["train", *engine, f"--{name}", "output_attentions=false,n=2", "--dry-run"])
+        section, option = name.split(".")
+        assert json.loads(capsys.readouterr().out)[section][option] == {"output_attentions": False, "n": 2}
+
+
+def test_a_text_for_true_or_false_is_refused_in_a_run_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[data.chat_template_kwargs]\nenable_thinking = 'False'\n")
+    assert "data.chat_template_kwargs.enable_thinking = 'False' is a text" in refused(capsys, "train", str(run_file))
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ["--optimizer.schedule", "linear", "--optimizer.min_lr_ratio", "0.1"],
+        ["--evaluation.every_steps", "5", "--data.eval_path", "e.jsonl"],
+        ["--student.dtype", "bfloat16"],
+        ["--rollout.dtype", "float16", "--teacher.dtype", "float16"],
+        ["--student.model_init_kwargs", 'attn_implementation="eager"'],
+        [
+            "--rollout.engine_args",
+            '["--enable-prefix-caching", "--enforce-eager", "--compilation-config", "{}", "-q=fp8"]',
+        ],
+        ["--teacher.engine", "vllm", "--teacher.engine_args", "pipeline_parallel_size=2"],
         [],  # gamma = 0 beside the single-step term: the silent advantage is documented, not refused
         [*NO_SINGLE_STEP, "--loss.top_k", "1"],  # metrics and the size of the teacher's answers still follow top_k
         ["--loss.single_step_divergence", "jsd", "--loss.jsd_beta", "0"],

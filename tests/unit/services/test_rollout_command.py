@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from services.config import RunConfig
+from services.config import RunConfig, StudentConfig
 from services.errors import StartupError
+from services.passed_on import _RESERVED_ROLLOUT_ARGS, check_rollout_engine_args
 from services.rollout import server
 from services.rollout.settings import RolloutSettings
 
@@ -29,6 +32,31 @@ def test_the_command_line_says_what_the_run_says() -> None:
     assert option(command, "--logprobs-mode") == "processed_logprobs"
     assert "--max-model-len" not in command and "--trust-remote-code" not in command
     assert command[-2:] == ["--swap-space", "2"]
+
+
+def test_every_flag_that_the_command_line_sets_is_refused_among_the_users_own() -> None:
+    config = CONFIG.model_copy(update={"student": StudentConfig(model="m", trust_remote_code=True)})
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_model_len": 9})})
+    flags = {word for word in server.vllm_command(config)[:-2] if word.startswith("--")}
+    assert {"--model", "--max-model-len", "--trust-remote-code", "--logprobs-mode"} < flags
+    for flag in flags - {"--enforce-eager"}:  # which does what it says, on a GPU
+        with pytest.raises(ValueError, match=f"rollout.engine_args: {flag} is refused"):
+            check_rollout_engine_args(["--swap-space", "2", flag])
+
+
+def test_no_flag_of_vllm_is_refused_for_being_short() -> None:
+    """A flag's beginning is refused as what vLLM completes it to, unless vLLM knows it as it is."""
+    flags = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    refused = set()
+    for flag in flags:
+        try:
+            check_rollout_engine_args([flag])
+        except ValueError:
+            refused.add(flag)
+    own = {"--model", "--config", "--host", "--port", "--dtype", "--seed", "--middleware", "--api-key", "--hf-token"}
+    assert own <= refused
+    fields = {name.removeprefix("--").removeprefix("no-") for name in refused - {"-tp"}}
+    assert fields <= set(_RESERVED_ROLLOUT_ARGS)
 
 
 def test_the_environment_carries_the_settings_of_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:

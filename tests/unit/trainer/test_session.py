@@ -3,9 +3,10 @@
 import pytest
 
 from services.clients import TeacherClient
-from services.config import Secrets, TeacherConfig
+from services.config import RunConfig, Secrets, TeacherConfig
+from services.errors import ConfigError
 from services.vllm_teacher_client import VllmTeacherClient
-from trainer.session import _teacher_client
+from trainer.session import _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
@@ -32,3 +33,16 @@ async def test_all_teachers_share_key_and_times_of_the_section(monkeypatch: pyte
     assert client._http.headers["Authorization"] == "Bearer k"
     assert (client._outage_s, client._http.timeout.read) == (7, 5)
     await client.close()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "fits"), [(1.0, 4, True), (1.0, 5, False), (2.0, 8, True), (0.01, 2, False)]
+)
+def test_a_warm_up_is_no_longer_than_the_run_that_epochs_come_to(epochs: float, warmup: int, fits: bool) -> None:
+    config = RunConfig(pipeline={"epochs": epochs, "prompts_per_step": 10}, optimizer={"warmup_steps": warmup})
+    if fits:
+        assert count_steps(config, 40) == epochs * 4
+    else:
+        message = rf"optimizer\.warmup_steps = {warmup} is above the \d+ steps that pipeline\.epochs = {epochs} comes to with 40"
+        with pytest.raises(ConfigError, match=message):
+            count_steps(config, 40)
