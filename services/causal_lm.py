@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from services.errors import StartupError
-from services.startup import check_model_folder
+from services.startup import check_model_folder, hub_hint
 from services.text import TextError, render_messages
 
 # Rows of a half-precision output embedding that are widened to float32 at once.
@@ -87,10 +87,11 @@ def load_causal_lm(
 
     Args:
         model: folder or hub id.
+        init_kwargs: further keyword arguments of from_pretrained.
         key: the option that names it, for errors.
 
     Raises:
-        StartupError: the folder does not exist or holds no loadable model.
+        StartupError: the folder does not exist or holds no loadable model, or the model takes no such arguments.
     """
     check_model_folder(key, model)
     try:
@@ -102,7 +103,13 @@ def load_causal_lm(
             **(init_kwargs or {}),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise StartupError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+        raise StartupError(f"cannot load the model {model!r}: {_first_line(error)}{hub_hint(model)}") from error
+    except (TypeError, AttributeError, ImportError) as error:
+        if not init_kwargs:
+            raise
+        raise StartupError(
+            f"cannot load the model {model!r} with the further arguments {', '.join(init_kwargs)}: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False, key: str = "model") -> PreTrainedTokenizerBase:
@@ -119,7 +126,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False, key: str = "m
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise StartupError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from error
+        raise StartupError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}{hub_hint(model)}") from error
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -196,16 +203,23 @@ def eos_token_ids_on_disk(
     return _ids_that_end(generation, config.get_text_config(), tokenizer)
 
 
-def load_model_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_model_config(model: str, *, trust_remote_code: bool = False, key: str = "model") -> PreTrainedConfig:
     """The configuration of a folder or hub id.
+
+    Args:
+        model: folder or hub id.
+        key: the option that names it, for errors.
 
     Raises:
         StartupError: there is none, or one that transformers does not know.
     """
+    check_model_folder(key, model)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise StartupError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+        raise StartupError(
+            f"cannot read the configuration of {model!r}: {_first_line(error)}{hub_hint(model)}"
+        ) from error
 
 
 def _ids_that_end(*holders: object) -> list[int]:

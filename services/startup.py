@@ -7,6 +7,9 @@ import shutil
 import socket
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from services.errors import StartupError
 
 _MIN_FREE_BYTES = 1 << 30
@@ -63,12 +66,27 @@ def check_model_folder(key: str, model: str) -> None:
         StartupError: names the option and the path.
     """
     path = Path(model)
-    is_hub_id = not path.exists() and not model.startswith((".", "/", "~")) and model.count("/") <= 1
-    if not is_hub_id and not (path / "config.json").is_file():
-        reason = "no config.json there" if path.exists() else "it does not exist"
-        raise StartupError(
-            f"{key} = {model!r} is no model folder ({reason}); give a folder saved with save_pretrained, or a hub id"
-        )
+    if (path / "config.json").is_file() or (not path.exists() and _may_be_hub_id(model)):
+        return
+    reason = "no config.json there" if path.exists() else "it does not exist"
+    raise StartupError(
+        f"{key} = {model!r} is no model folder ({reason}); give a folder saved with save_pretrained, or a hub id"
+    )
+
+
+def _may_be_hub_id(model: str) -> bool:
+    """Whether somebody can have meant a model of the hub: "outputs/student" is a path where there is a folder "outputs"."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    owner, slash, _ = model.partition("/")
+    return model[0] not in ".~" and not (slash and Path(owner).exists())
+
+
+def hub_hint(model: str) -> str:
+    """What to add to an error about a model that could not be loaded: that it was looked for at the hub, if it was."""
+    return "" if Path(model).exists() else f"; there is no folder {model!r} here, so it was taken for a hub id"
 
 
 def check_output_room(path: Path) -> None:

@@ -7,9 +7,11 @@ memory are vLLM's own and no wrapper stays behind.
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
+from services.causal_lm import load_model_config
 from services.config import RunConfig, Secrets, require_key_beyond_loopback
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
@@ -30,7 +32,10 @@ def run(config: RunConfig) -> None:
     config.require("rollout")
     require_key_beyond_loopback("rollout", config.rollout.host, Secrets().rollout_key)
     check_port("rollout", config.rollout.host, config.rollout.port)
-    check_model_folder("student.model", config.student.model or "")
+    model = config.student.model or ""
+    check_model_folder("student.model", model)
+    if not Path(model).exists():  # a hub id; vLLM would end with pages of traceback
+        load_model_config(model, trust_remote_code=config.student.trust_remote_code, key="student.model")
     check_libnuma()
     command = vllm_command(config)
     sys.stdout.flush()

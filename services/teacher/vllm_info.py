@@ -28,7 +28,7 @@ def longest_sequence(config: TeacherConfig) -> int:
 
 
 def _architecture(config: TeacherConfig) -> PreTrainedConfig:
-    return load_model_config(config.model or "", trust_remote_code=config.trust_remote_code)
+    return load_model_config(config.model or "", trust_remote_code=config.trust_remote_code, key="teacher.model")
 
 
 def describe(

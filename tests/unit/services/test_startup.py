@@ -2,16 +2,22 @@
 
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 from services import startup
+from services.causal_lm import load_causal_lm, load_model_config, load_tokenizer
 from services.cli import main
+from services.config import RunConfig
 from services.errors import StartupError
+from services.rollout import server
 from services.startup import bind, check_model_folder, check_output_room, check_port, free_port
+from tests.models import save_model
 
 LOOPBACK = "127.0.0.1"
 
@@ -45,8 +51,38 @@ def test_the_preferred_port_is_taken_when_free(taken_port: int) -> None:
     assert free_port(LOOPBACK, 0) > 0
 
 
-@pytest.mark.parametrize("path", ["./no-such", "/no/such/folder", "a/b/c"])
-def test_a_missing_model_folder_is_named(path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "./no-such",
+            "/no/such/folder",
+            "a/b/c",
+            "~/student",
+            "no-such/",
+            "a/b/",
+            "outputs/x",
+            "outputs",
+            "outputs/a b",
+        ),
+        *(
+            "..",
+            "a//b",
+            "a--b",
+            "a..b",
+            "models\\student",
+            "a/b.git",
+            "my model",
+            "-x",
+            "a/" + "b" * 97,
+            "s3://bucket/m",
+        ),
+        "",
+    ],
+)
+def test_a_missing_model_folder_is_named(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
     with pytest.raises(StartupError) as error:
         check_model_folder("student.model", path)
     assert f"student.model = {path!r}" in str(error.value) and "save_pretrained" in str(error.value)
@@ -62,6 +98,46 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "gpt2"])
 def test_a_hub_id_is_left_to_the_loader(name: str) -> None:
     check_model_folder("student.model", name)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [load_tokenizer, load_model_config, partial(load_causal_lm, dtype="float32")],
+    ids=["tokens", "config", "lm"],
+)
+def test_a_hub_id_that_cannot_be_loaded_may_have_been_meant_as_a_folder(
+    load: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        StartupError, match=r"'ours/studnet'.*; there is no folder 'ours/studnet' here, so it was taken"
+    ):
+        load("ours/studnet", key="student.model")
+
+
+def test_a_folder_that_cannot_be_loaded_is_not_called_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StartupError) as error:
+        load_causal_lm(str(tmp_path), dtype="float32")
+    assert "hub id" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_model_config, partial(load_causal_lm, dtype="float32")])
+def test_every_loader_names_the_option_of_a_missing_folder(load: Callable[..., object]) -> None:
+    with pytest.raises(StartupError, match=r"teacher\.model = '\./none' is no model folder \(it does not exist\)"):
+        load("./none", key="teacher.model")
+
+
+def test_arguments_that_a_model_does_not_take_are_named(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "llama")
+    with pytest.raises(StartupError, match="with the further arguments atn_implementation: "):
+        load_causal_lm(folder, dtype="float32", init_kwargs={"atn_implementation": "eager"})
+
+
+def test_the_rollout_command_looks_for_a_hub_id_before_vllm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StartupError, match="there is no folder 'ours/studnet' here"):
+        server.run(RunConfig(student={"model": "ours/studnet"}))
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
