@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.tiny_pair import build_tokenizer
 
@@ -19,11 +19,18 @@ _SHAPE = {
 }
 
 
+LONGROPE_SWITCH = 8
+"""Tokens up to which "phi3" has one set of rotary frequencies, and another beyond."""
+
+
 def save_model(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> str:
-    """A random "qwen3" (tied embeddings) or "llama" (untied) with the byte-level tokenizer; returns the folder.
+    """A random "qwen3" (tied embeddings), "llama" (untied) or "phi3" (longrope) with the byte-level tokenizer.
 
     Args:
         changes: to the model's configuration.
+
+    Returns:
+        The folder.
     """
     tokenizer = build_tokenizer()
     shape = {
@@ -36,6 +43,12 @@ def save_model(folder: Path, architecture: str, *, seed: int = 0, **changes: Any
     torch.manual_seed(seed)
     if architecture == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
+    elif architecture == "phi3":
+        shape.pop("head_dim")
+        factors = {"short_factor": [1.0] * 16, "long_factor": [40.0] * 16}
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": LONGROPE_SWITCH}
+        options = {"original_max_position_embeddings": LONGROPE_SWITCH, "rope_parameters": rope | factors}
+        model = Phi3ForCausalLM(Phi3Config(**shape, **options, num_key_value_heads=2))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=False))
     model.save_pretrained(folder)

@@ -46,9 +46,9 @@ class TextBatch:
         return TextBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
-def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int) -> list[TextBatch]:
+def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int, boundary: int | None = None) -> list[TextBatch]:
     """Cut windows of at least two tokens into micro-batches, as `pack` does."""
-    groups = cut_by_padded_tokens([len(w) for w in windows], tokens_per_micro_batch)
+    groups = cut_by_padded_tokens([len(w) for w in windows], tokens_per_micro_batch, boundary=boundary)
     return [_pack_texts([windows[index] for index in group]) for group in groups]
 
 
@@ -58,16 +58,19 @@ def _pack_texts(windows: list[list[int]]) -> TextBatch:
     return TextBatch(input_ids, positions, torch.tensor([t for w in windows for t in w[1:]]))
 
 
-def pack(samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch: int) -> list[MicroBatch]:
+def pack(
+    samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch: int, boundary: int | None = None
+) -> list[MicroBatch]:
     """Cut a batch into micro-batches of rows of similar length.
 
     Args:
         samples: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
             ones have no part in the loss either, and need no forward pass.
         tokens_per_micro_batch: bound on B * T; a longer sample stands alone.
+        boundary: samples up to this length and longer ones are never in one micro-batch (`rope_switch`).
     """
     used = [s for s in samples if config.truncated == "train" or not s.rollout.completion.truncated]
-    groups = cut_by_padded_tokens([len(s.rollout.sequence) for s in used], tokens_per_micro_batch)
+    groups = cut_by_padded_tokens([len(s.rollout.sequence) for s in used], tokens_per_micro_batch, boundary=boundary)
     return [_pack_group([used[index] for index in group]) for group in groups]
 
 

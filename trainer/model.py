@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from services.causal_lm import OutputHead, hidden_states, load_causal_lm, output_head
 from services.config import OptimizerConfig, StudentConfig
+from trainer.dropout import disable_dropout
 from trainer.lm_head import HeadOutput, support_logprobs
 
 
@@ -21,7 +21,7 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
     """The student with master weights in `config.dtype`, ready to train.
 
     Raises:
-        StartupError: the model cannot be loaded or computes its logits in an unknown way.
+        StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
     model = load_causal_lm(
@@ -32,23 +32,11 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         key="student.model",
     )
     if config.disable_dropout:
-        _disable_dropout(model)
+        disable_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     output_head(model)  # refuse an unknown head now, not at the first step
     return model.train()
-
-
-def _disable_dropout(model: PreTrainedModel) -> None:
-    """Probability 0 wherever one is kept: dropout layers, attention layers, and what these read in the config."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    for name in ("attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
-        if hasattr(model.config, name):  # read by attention functions at every call
-            setattr(model.config, name, 0.0)
 
 
 @contextmanager

@@ -152,6 +152,26 @@ def max_model_len(config: RunConfig, rollouts: list[RolloutInfo], teachers: Teac
     return shortest
 
 
+def check_rope_switch(switch: int | None, urls: list[str], rollouts: list[RolloutInfo]) -> None:
+    """Refuse rollout servers that give a longrope student the frequencies of long sequences for short ones too.
+
+    vLLM decides once, by the longest sequence that it takes (its `Phi3LongRoPEScaledRotaryEmbedding`); the trainer, as
+    transformers, by each sequence.
+
+    Args:
+        switch: `services.causal_lm.rope_switch` of the student.
+
+    Raises:
+        StartupError: names the server and the option.
+    """
+    for url, info in zip(urls, rollouts, strict=True):
+        if switch is not None and info.max_model_len > switch:
+            raise StartupError(
+                f"{url} takes {info.max_model_len} tokens, more than the {switch} at which this student's rotary frequencies "
+                f"switch (longrope): vLLM then uses those of long sequences for all; start it with --rollout.max_model_len {switch}"
+            )
+
+
 def check_temperature(loss: LossConfig, teacher: TeacherInfo) -> None:
     """Refuse a kd_temperature that the teacher cannot apply where its logits are.
 

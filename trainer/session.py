@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from services.causal_lm import eos_token_ids, load_tokenizer
+from services.causal_lm import eos_token_ids, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
 from services.errors import ConfigError
@@ -145,6 +145,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     model = load_student(student)
     check_windows_fit(files.texts, model.config.get_text_config())
     servers = await _attach(config, files, stack)
+    preflight.check_rope_switch(rope_switch(model), servers.rollout_client.urls, servers.rollouts)
     eos = eos_token_ids(model, tokenizer)
     await preflight.check_teachers(config, tokenizer, eos, servers.teachers)
     support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teachers)

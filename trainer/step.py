@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from services.causal_lm import rope_switch
 from services.errors import DistillServeError
 from trainer.batch import MicroBatch, TextBatch, pack, pack_texts
 from trainer.lm_head import HeadOutput
@@ -25,11 +26,12 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
         DistillServeError: the gradient is not finite; the weights are those of the update before.
     """
     config = run.config
-    micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch)
+    switch = rope_switch(run.model)
+    micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch, switch)
     longest = config.sampling.max_new_tokens
     totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
     texts = [] if run.texts is None else run.texts.take(config.pipeline.texts_per_step)
-    text_batches = pack_texts(texts, config.pipeline.tokens_per_micro_batch)
+    text_batches = pack_texts(texts, config.pipeline.tokens_per_micro_batch, switch)
     learning_rate = run.schedule.get_last_lr()[0]
     if totals.num_valid_tokens == 0 and not texts:
         run.schedule.step()

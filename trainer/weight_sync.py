@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from services.causal_lm import rope_switch
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import DistillServeError, StartupError, WeightSyncError
-from services.padding import pad_rows, predicting_positions
+from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.weight_transfer import trainer_engine
 from services.weight_transfer.control import WeightControlClient
-from trainer.model import student_logprobs
+from trainer.model import evaluating, student_logprobs
 from trainer.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -136,12 +137,11 @@ class WeightSync:
         )
 
     async def _run_canary(self, version: int) -> float:
-        sampling = RolloutSampling(max_new_tokens=_CANARY_NEW_TOKENS)
         residuals = []
         for url, info in zip(self._client.urls, self._infos, strict=True):
-            room = info.max_model_len - _CANARY_NEW_TOKENS
-            prompts = [ids[-room:] for ids in self._prompts]
-            completions = await self._client.generate_on(url, prompts, sampling)
+            num_new = min(_CANARY_NEW_TOKENS, info.max_model_len // 2)
+            prompts = [ids[num_new - info.max_model_len :] for ids in self._prompts]
+            completions = await self._client.generate_on(url, prompts, RolloutSampling(max_new_tokens=num_new))
             check_version(url, completions, version)
             differences = await asyncio.to_thread(self._differences, prompts, completions)
             residuals.append(self._check_residual(url, version, differences))
@@ -161,21 +161,25 @@ class WeightSync:
     def _differences(self, prompts: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
         """[N] absolute differences between the server's and the trainer's logprobs of the sampled tokens."""
         sequences = [[*prompt, *c.token_ids.tolist()] for prompt, c in zip(prompts, completions, strict=True)]
-        input_ids = pad_rows(sequences)
+        limit, switch = self._config.pipeline.tokens_per_micro_batch, rope_switch(self._model)
+        found = []
+        with evaluating(self._model):
+            for group in cut_by_padded_tokens(list(map(len, sequences)), limit, boundary=switch):
+                answered = [completions[index] for index in group]
+                ours = self._token_logprobs([sequences[index] for index in group], answered)
+                found.append(np.abs(ours - np.concatenate([c.rollout_logprobs for c in answered])))
+        return np.concatenate(found)
+
+    def _token_logprobs(self, sequences: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
+        """[N] the trainer's logprobs of the tokens of completions, which `sequences` end with."""
+        input_ids, device = pad_rows(sequences), self._model.device
         lengths = [len(c.token_ids) for c in completions]
-        positions = predicting_positions(list(map(len, prompts)), lengths, input_ids.shape[1])
-        token_ids = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long()
-        device = self._model.device
-        output = student_logprobs(
-            self._model,
-            input_ids.to(device),
-            positions.to(device),
-            token_ids.to(device),
-            token_ids.unsqueeze(-1).to(device),
-            temperature=1.0,
-        )
-        theirs = np.concatenate([c.rollout_logprobs for c in completions])
-        return np.abs(output.token_logprobs.float().cpu().numpy() - theirs)
+        prompt_lengths = [len(s) - length for s, length in zip(sequences, lengths, strict=True)]
+        positions = predicting_positions(prompt_lengths, lengths, input_ids.shape[1])
+        token_ids = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long().to(device)
+        ids, where = input_ids.to(device), positions.to(device)
+        output = student_logprobs(self._model, ids, where, token_ids, token_ids.unsqueeze(-1), temperature=1.0)
+        return output.token_logprobs.float().cpu().numpy()
 
     def _disconnect(self) -> None:
         if self._engine is not None:

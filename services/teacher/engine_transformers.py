@@ -5,6 +5,7 @@ all sequences), C rows of a chunk, V vocabulary, K candidates, M support ids.
 """
 
 import hashlib
+import sys
 
 import numpy as np
 import torch
@@ -134,12 +135,9 @@ class TransformersEngine:
         """
         if self.parallel_forwards > 1:
             torch.set_num_threads(self._threads_per_forward)  # of the thread that calls
-        if self._rope_switch is None:
-            self._forward(items)
-            return
-        long = [len(item.sequence.token_ids) > self._rope_switch for item in items]
-        for which in set(long):
-            self._forward([item for item, is_long in zip(items, long, strict=True) if is_long == which])
+        lengths = [len(item.sequence.token_ids) for item in items]
+        for group in cut_by_padded_tokens(lengths, sys.maxsize, boundary=self._rope_switch):
+            self._forward([items[index] for index in group])
 
     @torch.inference_mode()
     def _forward(self, items: list[ScoreItem]) -> None:

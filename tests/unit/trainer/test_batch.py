@@ -1,15 +1,18 @@
 """Tokens, positions and logprobs line up: against each sequence run alone through the model's own head."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from services.causal_lm import rope_switch
 from services.config import LossConfig, RunConfig
 from services.padding import cut_by_padded_tokens
 from services.schemas import RolloutCompletion, VersionSpan
-from tests.models import save_model
-from trainer.batch import MicroBatch, pack
+from tests.models import LONGROPE_SWITCH, save_model
+from trainer.batch import MicroBatch, pack, pack_texts
 from trainer.loss import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
 from trainer.prompts import Prompt
@@ -135,3 +138,24 @@ def test_truncated_completions_are_trained_on_or_not(truncated: str, expected: l
 
 def test_dropping_everything_leaves_no_batch() -> None:
     assert pack([sample(0, 2, 3, "length")], LossConfig(truncated="drop"), 1000) == []
+
+
+def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> None:
+    """Beside a longer row, a short one would get the rotary frequencies of long sequences."""
+    model = load_student(RunConfig(student={"model": save_model(tmp_path, "phi3")}).student)
+    samples = [sample(i, 2, length) for i, length in enumerate([2, 30, 6, 7, 1, 20])]
+    assert rope_switch(model) == LONGROPE_SWITCH == len(samples[2].rollout.sequence)
+    batches = pack(samples, LossConfig(), 10_000, rope_switch(model))
+    assert [len(batch.input_ids) for batch in batches] == [3, 3]
+    for batch in batches:
+        logprobs = forward(model, batch).token_logprobs
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            owner = next(
+                s for s in samples if s.rollout.completion.token_ids.tolist() == batch.token_ids[start:end].tolist()
+            )
+            alone = model(torch.tensor([owner.rollout.sequence])).logits[0, 1:-1].log_softmax(-1)
+            expected = alone.gather(1, batch.token_ids[start:end, None]).squeeze(1)
+            torch.testing.assert_close(logprobs[start:end], expected, atol=1e-5, rtol=0)
+    windows = [s.rollout.sequence for s in samples]
+    assert sorted(len(batch.input_ids) for batch in pack_texts(windows, 10_000, rope_switch(model))) == [3, 3]
+    assert [len(batch.input_ids) for batch in pack_texts(windows, 10_000)] == [6]

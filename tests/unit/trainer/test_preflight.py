@@ -358,3 +358,14 @@ def test_a_support_that_the_servers_do_not_return_is_refused(
         preflight.choose_support(
             LossConfig(**loss), student, rollouts, teachers(teacher_info(build_tokenizer(), **limits))
         )
+
+
+@pytest.mark.parametrize(("switch", "fits"), [(None, True), (64, True), (63, False)])
+def test_vllm_must_not_give_short_sequences_the_frequencies_of_long_ones(switch: int | None, fits: bool) -> None:
+    infos = [rollout_info(max_model_len=10), rollout_info(max_model_len=64)]
+    if fits:
+        preflight.check_rope_switch(switch, ["http://a", "http://b"], infos)
+    else:
+        message = r"http://b takes 64 tokens, more than the 63 .* --rollout\.max_model_len 63"
+        with pytest.raises(StartupError, match=message):
+            preflight.check_rope_switch(switch, ["http://a", "http://b"], infos)

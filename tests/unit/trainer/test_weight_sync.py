@@ -1,13 +1,15 @@
 """A push is repeated once in full, then the run stops; nothing wrong passes the canary."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from services.config import RunConfig
 from services.errors import PeerError, StartupError, WeightSyncError
-from services.schemas import RolloutCompletion, VersionSpan
+from services.schemas import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.models import save_model
 from tests.unit.trainer.test_preflight import rollout_info
 from trainer.model import load_student
@@ -27,6 +29,7 @@ class Server:
     version: str = "default"
     events: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=lambda: [URL])
+    asked: list[tuple[list[int], int]] = field(default_factory=list)
 
     def connect(self, sync: WeightSync) -> "Server":
         self.connections += 1
@@ -45,7 +48,10 @@ class Server:
     def shutdown(self) -> None:
         self.events.append("shutdown")
 
-    async def generate_on(self, url: str, prompts: list[list[int]], _: object) -> list[RolloutCompletion]:
+    async def generate_on(
+        self, url: str, prompts: list[list[int]], sampling: RolloutSampling
+    ) -> list[RolloutCompletion]:
+        self.asked += [(prompt, sampling.max_new_tokens) for prompt in prompts]
         if self.trouble == "is silent":
             raise PeerError("no answer")
         shift = 0.01 if self.trouble == "garbles" else 0.0
@@ -158,3 +164,43 @@ def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
 def test_both_ends_must_mean_the_same_backend(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"over nccl, this trainer would send over gloo.*weight_sync\.backend"):
         attach(Server([]), folder, monkeypatch, weight_transfer_backend="nccl")
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_new", "kept"), [(2, 1, 1), (3, 1, 2), (5, 2, 3), (16, 8, 8), (17, 8, 9), (32, 16, 16), (64, 16, 40)]
+)
+async def test_a_canary_fits_into_the_shortest_server(
+    limit: int, num_new: int, kept: int, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(["works"])
+    sync = attach(server, folder, monkeypatch, max_model_len=limit)
+    sync._prompts = [list(range(40))]
+    await sync.push(0)
+    assert server.asked == [(list(range(40))[-kept:], num_new)]
+
+
+def completion_of(tokens: list[int], logprobs: torch.Tensor) -> RolloutCompletion:
+    ids, spans = np.array(tokens, np.int32), [VersionSpan("0", 0, len(tokens))]
+    return RolloutCompletion(0, 0, ids, logprobs.detach().numpy(), "stop", spans)
+
+
+def test_a_canary_of_a_longrope_student_is_compared_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = attach(Server([]), save_model(tmp_path, "phi3"), monkeypatch)
+    prompts, answers = [[1, 2], [3], [4, 5, 6]], [[7, 8], list(range(20)), [9] * 5]
+    completions = []
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        alone = sync._model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        completions.append(completion_of(tokens, alone.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)))
+    differences = sync._differences(prompts, completions)
+    assert differences.shape == (27,) and differences.max() < 1e-5
+    sync._config = RunConfig(pipeline={"tokens_per_micro_batch": 1})  # and it takes no more memory than training
+    assert sync._differences(prompts, completions).max() < 1e-5
+
+
+def test_a_canary_is_compared_without_the_students_dropout(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = attach(Server([]), folder, monkeypatch)
+    options = {"model": folder, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.9}}
+    sync._model = load_student(RunConfig(student=options).student)
+    completion = completion_of([60, 61, 62], torch.zeros(3))
+    first, second = (sync._differences([PROMPT], [completion]) for _ in range(2))
+    assert first.tolist() == second.tolist() and sync._model.training
