@@ -8,6 +8,7 @@ not fit. Left out: generation (vLLM does it) and training (trainer/model.py).
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -28,7 +29,20 @@ from services.text import TextError, render_messages
 # Rows of a half-precision output embedding that are widened to float32 at once.
 _WEIGHT_BLOCK_ROWS = 8192
 
-_PROBE_TEXT = "The 3 quick foxes: jump(over) {lazy} dogs, naïvely; 12+34=46 — 你好\n\tend"
+# Texts that tokenizers with one vocabulary cut differently: spaces, case, digits, normalisation, scripts, code.
+_PROBE_TEXTS = (
+    "The 3 quick foxes: jump(over) {lazy} dogs, naïvely; 12+34=46 — 你好\n\tend",
+    "  two  spaces, a trailing one ",
+    "DON'T don't I'LL we've",
+    "1234567890 3.14159 1,000,000 0x1F",
+    "caf\u00e9 cafe\u0301 \ufb01 \u2460 \u00a0\u3000 \u0130",
+    "\U0001f469\u200d\U0001f680 \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627 \uc548\ub155",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "def f(x):\r\n\n\n    return x  # https://example.org/a_b?c=d&e=f%20g",
+    "internationalisation Donaudampfschifffahrt antidisestablishmentarianism",
+)
+# A template that writes today's date must not make of two models two more every day.
+_PROBE_TIME = datetime(2024, 7, 26, 12)
 
 
 @dataclass(frozen=True)
@@ -232,13 +246,14 @@ def _ids_that_end(*holders: object) -> list[int]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the token-to-id map and of one probe's encoding; equal for equal tokenizers, whatever the padding."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]]
+    """Hash of the token-to-id map and of some probes' encodings; equal for equal tokenizers, whatever the padding."""
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE_TEXTS]
+    content = [sorted(tokenizer.get_vocab().items()), encoded]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A fixed conversation as the tokenizer's chat template renders it, or None without a template.
+    """A fixed conversation as the tokenizer's chat template renders it on a fixed day, or None without a template.
 
     Raises:
         StartupError: the template fails on it.
@@ -247,9 +262,19 @@ def chat_template_probe(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     messages = [{"role": "user", "content": "2+2="}]
     try:
-        return render_messages("a user's message", messages, tokenizer, add_generation_prompt=True)
+        return render_messages(
+            "a user's message", messages, tokenizer, add_generation_prompt=True, strftime_now=_PROBE_TIME.strftime
+        )
     except TextError as error:
         raise StartupError(f"the tokenizer of {tokenizer.name_or_path!r} cannot be used: {error}") from error
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of the chat template's source and of the special tokens that it may use, or None without a template."""
+    if tokenizer.chat_template is None:
+        return None
+    source = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _first_line(error: BaseException) -> str:

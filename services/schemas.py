@@ -11,6 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 PROTOCOL_VERSION = 1
+MODEL_DIGITS = 10
+"""Of a fingerprint: those that say which model it is; the rest says how its logits are computed."""
 BYTES_PER_CANDIDATE = 8
 """Of an answer of the teacher: an int32 id and a float32 logprob."""
 
@@ -164,7 +166,8 @@ class TeacherInfo(WireModel):
     protocol: int
     model: str
     fingerprint: str
-    """Hash of model id, config and tokenizer: two servers with the same fingerprint are replicas."""
+    """Hash of configuration, weights and tokenizer, then of engine, dtype and options: servers with the same fingerprint are
+    replicas, wherever their copies lie."""
     vocab_size: int
     """Token ids the tokenizer can produce."""
     padded_vocab_size: int
@@ -173,7 +176,7 @@ class TeacherInfo(WireModel):
     """Hash of the token-to-id map and of the encoding of a probe text, padding of the embedding left out; null: unknown."""
     eos_token_ids: list[int]
     chat_template_probe: str | None
-    """A fixed conversation as the chat template renders it; null without a template."""
+    """A fixed conversation as the chat template renders it on a fixed day; null without a template."""
     dtype: str
     max_model_len: int
     max_top_k: int
@@ -188,6 +191,8 @@ class TeacherInfo(WireModel):
     """Whether this engine scores further tokens, support_ids."""
     computes_entropies: bool = True
     """Whether entropies are numbers; else they are NaN, in JSON null."""
+    chat_template_hash: str | None = None
+    """Of the chat template's source and the special tokens that it may use; null: unknown, or none."""
 
 
 SCORE_COLUMNS = (

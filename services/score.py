@@ -23,7 +23,7 @@ from services.score_rows import InputFile, ShardRows, read_shards_of_rows
 from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
 from services.score_table import describe_totals, render_scores
 from services.server_client import all_or_first_error
-from services.teacher_answers import join_scores, without_sequences
+from services.teacher_answers import first_replica_problem, join_scores, without_sequences
 from services.teacher_client import LogprobDtype, RefusedSequenceError
 
 __all__ = ["FileOptions", "ScoredRow", "TeacherOptions", "read_shards", "score_file", "score_pair"]
@@ -180,8 +180,8 @@ async def _client(teacher: TeacherOptions) -> AsyncIterator[TeacherClient]:
 
 async def _agreed_info(client: TeacherClient) -> TeacherInfo:
     infos = await client.info()
-    if len({info.fingerprint for info in infos}) > 1:
-        raise ConfigError(f"the teachers at {', '.join(client.urls)} do not serve the same model; give replicas of one")
+    if (problem := first_replica_problem(client.urls, infos)) is not None:
+        raise ConfigError(f"{problem}; give replicas of one")
     return infos[0]
 
 

@@ -7,10 +7,40 @@ from typing import Any
 import numpy as np
 
 from services.errors import PeerError
-from services.schemas import TeacherInfo, TeacherScores
+from services.schemas import MODEL_DIGITS, TeacherInfo, TeacherScores
 
 Sequence = tuple[list[int], int]
 """Token ids of prompt and completion, and the prompt's length."""
+
+
+Origin = TeacherInfo | TeacherScores
+"""What says which model it is of."""
+
+
+def replica_problem(first: tuple[str, Origin], other: tuple[str, Origin]) -> str | None:
+    """What teachers do that are no replicas of one model, "do not ..."; None if they are.
+
+    Args:
+        first, other: the URL of a server and an answer of it.
+    """
+    (url, ours), (other_url, theirs) = first, other
+    if ours.fingerprint == theirs.fingerprint:
+        return None
+    both = (
+        f"{ours.model} ({ours.fingerprint}) answered from {url}, {theirs.model} ({theirs.fingerprint}) from {other_url}"
+    )
+    if ours.fingerprint[:MODEL_DIGITS] == theirs.fingerprint[:MODEL_DIGITS]:
+        return f"do not compute their one model in the same way (engine, dtype or options): {both}"
+    if isinstance(ours, TeacherInfo) and ours.engine == "vllm serve":
+        both += "; a plain vLLM server tells no more than a name: start replicas with the same --served-model-name"
+    return f"do not serve the same model: {both}"
+
+
+def first_replica_problem(urls: list[str], infos: list[TeacherInfo]) -> str | None:
+    """Which teachers are no replicas of one model, and how; None if all are."""
+    first, *others = zip(urls, infos, strict=True)
+    found = next((problem for other in others if (problem := replica_problem(first, other))), None)
+    return None if found is None else f"the teachers at {', '.join(urls)} {found}"
 
 
 def cut_by_rows(num_rows: list[int], limit: int) -> list[slice]:

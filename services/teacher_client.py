@@ -15,7 +15,16 @@ from services.errors import InputError, PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
 from services.server_client import Answer, ServerClient, all_or_first_error, describe_transport_error, may_pass
-from services.teacher_answers import Sequence, check_answer, cut_by_rows, empty_scores, join_scores, mismatches
+from services.teacher_answers import (
+    Sequence,
+    check_answer,
+    cut_by_rows,
+    empty_scores,
+    first_replica_problem,
+    join_scores,
+    mismatches,
+    replica_problem,
+)
 from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
 
 OnMismatch = Literal["raise", "keep"]
@@ -86,7 +95,7 @@ class TeacherClient(ServerClient):
     async def info(self) -> list[TeacherInfo]:
         """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
         answers = await all_or_first_error([self._info(url) for url in self.urls])
-        if len({answer.fingerprint for answer in answers}) == 1:
+        if first_replica_problem(self.urls, answers) is None:
             self._check_same_model(self.urls[0], answers[0])
         return answers
 
@@ -274,12 +283,9 @@ class TeacherClient(ServerClient):
         Raises:
             PeerError: names both servers and models.
         """
-        first_url, first = self._first_answer = self._first_answer or (url, answer)
-        if answer.fingerprint != first.fingerprint:
-            raise PeerError(
-                f"the teachers do not serve the same model: {first.model} ({first.fingerprint}) answered from {first_url}, "
-                f"{answer.model} ({answer.fingerprint}) from {url}"
-            )
+        self._first_answer = self._first_answer or (url, answer)
+        if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
+            raise PeerError(f"the teachers {problem}")
 
     async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
         """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.

@@ -39,6 +39,7 @@ class TeacherTokens:
     eos_token_ids: list[int]
     chat_template_probe: str | None
     vocabulary: dict[str, int]
+    chat_template_hash: str | None = None
 
 
 class _Model(BaseModel):
@@ -121,6 +122,7 @@ class VllmTeacherClient(TeacherClient):
             tokenizer_fingerprint=tokens.tokenizer_fingerprint if tokens else None,
             eos_token_ids=tokens.eos_token_ids if tokens else [],
             chat_template_probe=tokens.chat_template_probe if tokens else None,
+            chat_template_hash=tokens.chat_template_hash if tokens else None,
             dtype="unknown",
             max_model_len=model.max_model_len - 1,  # vLLM samples a token, which needs room
             max_top_k=max_top_k,

@@ -10,11 +10,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from services.causal_lm import chat_template_probe, eos_token_ids_on_disk, load_tokenizer, tokenizer_fingerprint
+from services.causal_lm import (
+    chat_template_hash,
+    chat_template_probe,
+    eos_token_ids_on_disk,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from services.clients import RolloutClient, TeacherClient
 from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+from services.teacher_answers import first_replica_problem
 from services.vllm_teacher_client import TeacherTokens
 from trainer.teacher_scores import Support
 from trainer.teachers import Teacher, Teachers, naming, option_prefix
@@ -45,8 +52,8 @@ async def _attach_teacher(config: RunConfig, name: str | None, client: TeacherCl
         await client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
         infos = await client.info()
         _check_protocol(client.urls, infos)
-        if len({info.fingerprint for info in infos}) > 1:
-            raise StartupError(f"the teachers at {', '.join(client.urls)} do not serve the same model")
+        if (problem := first_replica_problem(client.urls, infos)) is not None:
+            raise StartupError(f"{problem}; give the URLs of replicas of one")
     limits = {limit: min(getattr(info, limit) for info in infos) for limit in ("max_model_len", "max_top_k")}
     return Teacher(name, client, infos[0].model_copy(update=limits))  # replicas may be configured differently
 
@@ -103,7 +110,9 @@ async def check_same_tokens(
             "meant, pass --teacher.accept_different '[\"eos\"]'"
         )
     ours = chat_template_probe(tokenizer)
-    if info.chat_template_probe != ours and "chat_template" not in accepted:
+    # One source is one template, should two hosts render it differently.
+    same_source = info.chat_template_hash is not None and info.chat_template_hash == chat_template_hash(tokenizer)
+    if info.chat_template_probe != ours and not same_source and "chat_template" not in accepted:
         raise StartupError(
             f"the chat templates differ: the teacher renders a probe as {info.chat_template_probe!r}, the student as "
             f"{ours!r}; if that is meant, pass --teacher.accept_different '[\"chat_template\"]'"
@@ -121,6 +130,7 @@ def teacher_tokens(teacher: TeacherConfig) -> TeacherTokens | None:
         eos_token_ids_on_disk(teacher.model, tokenizer, trust_remote_code=trust),
         chat_template_probe(tokenizer),
         tokenizer.get_vocab(),
+        chat_template_hash(tokenizer),
     )
 
 

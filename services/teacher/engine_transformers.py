@@ -4,7 +4,6 @@ Never holds [positions, vocabulary] logits for more than one chunk. Shapes: R ro
 all sequences), C rows of a chunk, V vocabulary, K candidates, M support ids.
 """
 
-import hashlib
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import (
+    chat_template_hash,
     chat_template_probe,
     eos_token_ids,
     hidden_states,
@@ -23,6 +23,7 @@ from services.causal_lm import (
 )
 from services.config import TeacherConfig
 from services.errors import RequestError, StartupError
+from services.model_fingerprint import model_fingerprint
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.teacher.head import ScoringHead
@@ -91,12 +92,19 @@ class TransformersEngine:
         return TeacherInfo(
             protocol=PROTOCOL_VERSION,
             model=str(config.model),
-            fingerprint=_fingerprint(self._model, tokens, config.dtype),
+            fingerprint=model_fingerprint(
+                str(config.model),
+                self._model.config,
+                tokens,
+                {"engine": "transformers", "dtype": config.dtype},
+                config.teacher_model_init_kwargs.get("cache_dir"),
+            ),
             vocab_size=min(len(self.tokenizer), vocab),
             padded_vocab_size=vocab,
             tokenizer_fingerprint=tokens,
             eos_token_ids=eos_token_ids(self._model, self.tokenizer),
             chat_template_probe=chat_template_probe(self.tokenizer),
+            chat_template_hash=chat_template_hash(self.tokenizer),
             dtype=config.dtype,
             max_model_len=min(config.max_model_len or limit, limit),
             max_top_k=min(config.max_top_k or vocab, vocab),
@@ -165,15 +173,6 @@ class TransformersEngine:
         for item in items:
             item.job.columns.write(item.rows, columns, slice(start, start + item.sequence.num_rows))
             start += item.sequence.num_rows
-
-
-def _fingerprint(model: PreTrainedModel, tokenizer: str, dtype: str) -> str:
-    """Hash of the architecture, a probe of the weights, the tokenizer and the dtype; equal for replicas."""
-    probe = next(model.parameters()).detach().flatten()[:256].float().cpu().numpy().tobytes()
-    architecture = model.config.to_json_string(use_diff=False).encode()
-    # The folder's name is in the configuration, and replicas may keep their copies anywhere.
-    architecture = architecture.replace(str(model.config.name_or_path).encode(), b"")
-    return hashlib.sha256(b"|".join([architecture, probe, tokenizer.encode(), dtype.encode()])).hexdigest()[:16]
 
 
 def _device(name: str) -> torch.device:

@@ -1,21 +1,42 @@
 """What a teacher with vLLM's engine says of itself, from the model's files: its weights are in other processes."""
 
-import hashlib
-from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from services.causal_lm import (
+    chat_template_hash,
     chat_template_probe,
     eos_token_ids_on_disk,
     load_model_config,
     tokenizer_fingerprint,
 )
 from services.config import TeacherConfig
+from services.model_fingerprint import model_fingerprint
 from services.schemas import PROTOCOL_VERSION, TeacherInfo
 
-# Bytes at the end of each file of weights that tell two models with the same configuration apart.
-_PROBE_BYTES = 1 << 16
+# Fields of AsyncEngineArgs that say where and how fast vLLM works; replicas may differ in them.
+_WITHOUT_EFFECT = {
+    "block_size",
+    "cpu_offload_gb",
+    "data_parallel_size",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "download_dir",
+    "enable_chunked_prefill",
+    "enable_expert_parallel",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "seed",
+    "served_model_name",
+    "shutdown_timeout",
+}
 
 
 def longest_sequence(config: TeacherConfig) -> int:
@@ -50,12 +71,15 @@ def describe(
     return TeacherInfo(
         protocol=PROTOCOL_VERSION,
         model=str(config.model),
-        fingerprint=_fingerprint(config, _architecture(config), tokens),
+        fingerprint=model_fingerprint(
+            str(config.model), _architecture(config), tokens, _serving(config), config.engine_args.get("download_dir")
+        ),
         vocab_size=min(len(tokenizer), vocab_size),
         padded_vocab_size=vocab_size,
         tokenizer_fingerprint=tokens,
         eos_token_ids=eos_token_ids_on_disk(config.model or "", tokenizer, trust_remote_code=config.trust_remote_code),
         chat_template_probe=chat_template_probe(tokenizer),
+        chat_template_hash=chat_template_hash(tokenizer),
         dtype=config.dtype,
         max_model_len=max_model_len,
         max_top_k=min(config.max_top_k or vocab_size, vocab_size),
@@ -69,15 +93,7 @@ def describe(
     )
 
 
-def _fingerprint(config: TeacherConfig, architecture: PreTrainedConfig, tokenizer: str) -> str:
-    """Hash of the architecture, a probe of the files of weights, the tokenizer, dtype and vLLM's options."""
-    described = architecture.to_json_string(use_diff=False).encode()
-    # The folder's name is in the configuration, and replicas may keep their copies anywhere.
-    described = described.replace(str(architecture.name_or_path).encode(), b"")
-    options = repr(sorted(config.engine_args.items())).encode()
-    digest = hashlib.sha256(b"|".join([b"vllm", described, tokenizer.encode(), config.dtype.encode(), options]))
-    for path in sorted(Path(config.model or "").glob("*.safetensors")):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _PROBE_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+def _serving(config: TeacherConfig) -> dict[str, Any]:
+    """How the logits are computed, as far as it changes them."""
+    options = {name: value for name, value in config.engine_args.items() if name not in _WITHOUT_EFFECT}
+    return {"engine": "vllm", "dtype": config.dtype, **options}

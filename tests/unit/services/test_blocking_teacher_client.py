@@ -58,6 +58,14 @@ def test_texts_are_scored_as_the_token_ids_they_become(client: BlockingTeacherCl
     assert_equal(texts, ids)
 
 
+def test_a_refused_sequence_is_told_and_the_others_are_scored(client: BlockingTeacherClient) -> None:
+    told: dict[int, str] = {}
+    asked = [(list(b"2+2=4"), 4), ([5, 1 << 20], 1), (list(b"abcd"), 1)]
+    scores = client.score(asked, top_k=3, on_refused=lambda index, error: told.update({index: error.reason}))
+    assert told.keys() == {1} and str(1 << 20) in told[1] and "sequences" not in told[1]
+    assert scores.token_ids.tolist() == list(b"4bcd") and scores.row_offsets.tolist() == [0, 1, 1, 4]
+
+
 def test_all_forms_of_a_sequence_may_be_mixed(client: BlockingTeacherClient) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     asked = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.causal_lm import chat_template_probe, tokenizer_fingerprint
+from services.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
 from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import PeerError, StartupError
 from services.schemas import RolloutInfo, TeacherInfo
@@ -369,3 +369,15 @@ def test_vllm_must_not_give_short_sequences_the_frequencies_of_long_ones(switch:
         message = r"http://b takes 64 tokens, more than the 63 .* --rollout\.max_model_len 63"
         with pytest.raises(StartupError, match=message):
             preflight.check_rope_switch(switch, ["http://a", "http://b"], infos)
+
+
+async def test_a_template_of_the_same_source_is_the_same_template_however_a_host_renders_it() -> None:
+    tokenizer = build_tokenizer()
+    info = teacher_info(tokenizer, chat_template_probe="rendered elsewhere")
+    with pytest.raises(StartupError, match="the chat templates differ"):
+        await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(Servers(info), info))
+    info = info.model_copy(update={"chat_template_hash": chat_template_hash(tokenizer)})
+    await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(Servers(info), info))
+    info = info.model_copy(update={"chat_template_hash": "other"})
+    with pytest.raises(StartupError, match="the chat templates differ"):
+        await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(Servers(info), info))

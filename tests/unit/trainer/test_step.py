@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 from services.config import RunConfig
 from services.errors import DistillServeError
+from tests.models import save_model
 from tests.unit.trainer.test_batch import SAMPLES
 from trainer.batch import pack, pack_texts
 from trainer.loss import LossTotals, minillm_loss
@@ -19,6 +21,7 @@ from trainer.step import loss_inputs, optimize
 from trainer.stream import RowStream
 
 WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}
 
 
 def session(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Any:
@@ -47,6 +50,17 @@ def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # t
     ]
     metrics = [optimize(run, SAMPLES) for run in runs]
     assert len(pack(SAMPLES, runs[1].config.loss, 12)) > 2
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
+
+
+def test_a_longrope_student_learns_the_same_from_any_micro_batches(tmp_path: Path) -> None:
+    """Samples and texts are shorter and longer than the length at which its rotary frequencies switch."""
+    folder = save_model(tmp_path, "phi3")
+    runs = [session(folder, texts=True, pipeline={"tokens_per_micro_batch": limit}, **TEXTS) for limit in (10_000, 1)]
+    for run in runs:
+        run.texts = RowStream([list(range(20)), *WINDOWS], seed=0, shuffle=False)
+    metrics = [optimize(run, SAMPLES) for run in runs]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
 
