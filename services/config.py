@@ -416,10 +416,10 @@ class RunConfig(Section):
         return "nccl" if ours and theirs and not ours & theirs else "gloo"
 
     def require(self, role: Role) -> None:
-        """Refuse a config that lacks what `role` cannot do without.
+        """Refuse a config that lacks what `role` cannot do without, or holds options of what it does not do.
 
         Raises:
-            ConfigError: names the first missing option and how to give it.
+            ConfigError: names the first missing option and how to give it, or the first that would be ignored.
         """
         for key in _REQUIRED[role]:
             section, name = key.split(".")
@@ -427,10 +427,16 @@ class RunConfig(Section):
                 raise ConfigError(
                     f"{key} is required by `distillserve {role}`; set it in the run file or pass --{key} VALUE"
                 )
-        if role in ("train", "up") and self.pipeline.steps is None and self.pipeline.epochs is None:
+        if role not in ("train", "up"):
+            return
+        if self.pipeline.steps is None and self.pipeline.epochs is None:
             raise ConfigError(
                 f"pipeline.steps is required by `distillserve {role}`; pass --pipeline.steps N or --pipeline.epochs N"
             )
+        try:
+            config_checks.check_evaluation_is_used(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 _REQUIRED: dict[str, list[str]] = {

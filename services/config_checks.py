@@ -36,7 +36,10 @@ def check(config: "RunConfig") -> None:
     _check_named_teachers(config)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
-    _refuse_ignored_run_options(config)
+    if config.optimizer.schedule == "constant":
+        _refuse_changed(
+            config.optimizer, "optimizer", ["min_lr_ratio"], "optimizer.schedule = constant stays at the peak"
+        )
 
 
 def _check_something_to_learn(config: "RunConfig") -> None:
@@ -261,11 +264,12 @@ def _refuse_ignored_text_options(config: "RunConfig") -> None:
         _refuse_changed(config.pipeline, "pipeline", ["texts_per_step"], reason)
 
 
-def _refuse_ignored_run_options(config: "RunConfig") -> None:
-    if config.optimizer.schedule == "constant":
-        _refuse_changed(
-            config.optimizer, "optimizer", ["min_lr_ratio"], "optimizer.schedule = constant stays at the peak"
-        )
+def check_evaluation_is_used(config: "RunConfig") -> None:
+    """Refuse options of an evaluation that a run does not have.
+
+    Raises:
+        ValueError: names the first of them.
+    """
     if config.data.eval_path is None:
         names = list(type(config.evaluation).model_fields)
         _refuse_changed(config.evaluation, "evaluation", names, "there is no data.eval_path")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -165,8 +166,6 @@ BAD_OPTIONS = [
         ["--optimizer.schedule", "constant", "--optimizer.min_lr_ratio", "0.1"],
         ["optimizer.min_lr_ratio = 0.1 would be ignored", "optimizer.schedule = constant"],
     ),
-    (["--evaluation.every_steps", "5"], ["evaluation.every_steps = 5 would be ignored", "no data.eval_path"]),
-    (["--evaluation.num_prompts", "5"], ["evaluation.num_prompts = 5 would be ignored", "no data.eval_path"]),
     (["--teacher.urls", '["10.0.0.5:8101"]'], ["teacher.urls: '10.0.0.5:8101' must begin with http://"]),
     (["--rollout.urls", '["https://a", "b:1"]'], ["rollout.urls: 'b:1' must begin with http://"]),
     (["--teacher.named", 'maths=["a:1"]'], ["teacher.named.maths: 'a:1' must begin with http://"]),
@@ -413,6 +412,23 @@ def test_what_a_role_needs_is_asked_for_by_name(role: str, left_out: str, capsys
     pairs = zip(COMPLETE[::2], COMPLETE[1::2], strict=True)
     line = refused(capsys, role, *(text for pair in pairs if pair[0] != f"--{left_out}" for text in pair))
     assert f"{left_out} is required by `distillserve {role}`" in line and f"--{left_out}" in line
+
+
+@pytest.mark.parametrize("role", ["train", "up"])
+@pytest.mark.parametrize("option", ["every_steps", "num_prompts", "max_new_tokens"])
+def test_options_of_an_evaluation_that_there_is_not_are_refused(
+    role: Literal["train", "up"], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, role, *COMPLETE, f"--evaluation.{option}", "5")
+    assert f"evaluation.{option} = 5 would be ignored: there is no data.eval_path" in line
+    config = RunConfig(
+        student={"model": "m"},
+        teacher={"model": "t"},
+        data={"path": "d", "eval_path": "e"},
+        pipeline={"steps": 1},
+        evaluation={option: 5},
+    )
+    config.require(role)
 
 
 def test_the_command_line_wins_over_the_run_file_and_the_file_over_defaults(
