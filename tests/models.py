@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.tiny_pair import build_tokenizer
 
@@ -19,13 +19,21 @@ _SHAPE = {
 }
 
 
-def save_model(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> str:
-    """A random "qwen3" (tied embeddings) or "llama" (untied) with the byte-level tokenizer; returns the folder.
+def save_model(
+    folder: Path,
+    architecture: str,
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
+) -> str:
+    """A random "qwen3" (tied embeddings) or "llama" (untied); returns the folder.
 
     Args:
+        tokenizer: default: the tiny pair's, a token a byte.
         changes: to the model's configuration.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     shape = {
         **_SHAPE,
         "vocab_size": len(tokenizer),
