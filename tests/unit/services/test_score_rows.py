@@ -46,7 +46,7 @@ def test_a_prompt_beside_messages_is_a_column_like_others() -> None:
         (json.dumps({"token_ids": [1, 2.5], "prompt_length": 1}).encode(), r"`token_ids\.1`: .*\(got 2\.5\)"),
         (json.dumps({"token_ids": [1, True], "prompt_length": 1}).encode(), r"`token_ids\.1`"),
         (json.dumps({"token_ids": [1, 2], "prompt_length": 0}).encode(), r"`prompt_length`: .*\(got 0\)"),
-        (json.dumps({"messages": [{"role": "user"}]}).encode(), r"`messages\.0\.content`"),
+        (json.dumps({"messages": [{"role": "user"}]}).encode(), "`messages.0`: content must be text"),
         (rb'{"prompt": "a\ud800", "completion": "b"}', "half a surrogate pair"),
     ],
 )
