@@ -205,13 +205,14 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, text: str, behind_prompt: li
     """What the text's ids may be, the likeliest first."""
     if behind_prompt:
         yield behind_prompt
-    alone = _encode(tokenizer, text)
-    yield alone
-    for anchor in _ANCHORS if behind_prompt else (*_ANCHORS, *_ANCHORS_IN_WORDS):
-        front, whole = _encode(tokenizer, anchor), _encode(tokenizer, anchor + text)
-        ids = whole[len(front) :]
-        if whole[: len(front)] == front and (ids or not alone):
-            yield ids
+    for written in dict.fromkeys((text, text.lstrip())):  # a tokenizer may make one space of these and the prompt's
+        alone = _encode(tokenizer, written)
+        yield alone
+        for anchor in _ANCHORS if behind_prompt else (*_ANCHORS, *_ANCHORS_IN_WORDS):
+            front, whole = _encode(tokenizer, anchor), _encode(tokenizer, anchor + written)
+            ids = whole[len(front) :]
+            if whole[: len(front)] == front and (ids or not alone):
+                yield ids
 
 
 def _sections(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
