@@ -100,6 +100,7 @@ def test_what_is_lost_of_every_text_is_lost_of_a_completion_too_and_no_more(fami
         alone = tokenizer(completion, add_special_tokens=False)["input_ids"]
         assume(prompt_ids and (unknown is None or unknown not in [*prompt_ids, *whole, *alone]))
         assume(completion.isspace() or not nothing_but_accents(completion))
+        assume(not (prompt[-1].isspace() and completion[0] in "´¨¯¸"))  # a space and an accent to NFKC
         ids = encode_completion(tokenizer, prompt, prompt_ids, completion, special=True)
         decoded = decode(tokenizer, [*prompt_ids, *ids])
         assert nfkc(decoded) in map(nfkc, (decode(tokenizer, whole), decode(tokenizer, prompt_ids) + completion))
