@@ -185,7 +185,8 @@ class DataConfig(Section):
     max_prompt_tokens: int | None = Field(None, ge=1)
     """Longest prompt, tokens; default: what leaves room for max_new_tokens in max_model_len."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What a row without prompt, with invalid JSON or with too long a prompt does; skipped rows are counted and named."""
+    """What a bad row of any of the files does (no prompt, invalid JSON, too long, unknown ids); skipped rows are counted and
+    named."""
     shuffle: bool = True
     """Seeded new order in every epoch."""
 

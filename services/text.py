@@ -128,8 +128,7 @@ def _encode_section(
             if _equal(decoded, target) and (may_be_marked or not _is_marked(tokenizer, ids)):
                 return ids
     raise TextError(
-        f"the tokenizer cannot tell {reprlib.repr(text)} from the prompt in front of it, or does not know its characters; "
-        "send token_ids"
+        f"the tokenizer cannot tell {reprlib.repr(text)} from the prompt in front of it, or does not know its characters"
     )
 
 
@@ -197,7 +196,7 @@ def _marks_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     start = next(starts, None)
     if start is None:
-        raise TextError("the tokenizer encodes a text otherwise with its special tokens than without; send token_ids")
+        raise TextError("the tokenizer encodes a text otherwise with its special tokens than without")
     return whole[:start]
 
 

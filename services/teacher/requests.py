@@ -162,7 +162,7 @@ def _encode_texts(
         prompt_ids = encode_prompt(tokenizer, prompt, special=special)
         scored = encode_completion(tokenizer, prompt, prompt_ids, completion, special=special)
     except TextError as error:
-        raise RequestError(422, "Invalid text", f"{fields[1]}: {error}", field=fields[1]) from error
+        raise RequestError(422, "Invalid text", f"{fields[1]}: {error}; send token_ids", field=fields[1]) from error
     scored = cut_behind_end(scored, info.eos_token_ids)
     return EncodedSequence([*prompt_ids, *scored], len(prompt_ids), sequence.support_ids)
 

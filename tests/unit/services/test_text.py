@@ -160,7 +160,7 @@ def test_an_empty_completion_has_no_tokens() -> None:
 
 def test_unknown_characters_that_become_one_token_with_the_prompts_are_refused() -> None:
     tokenizer = FAMILIES["t5"]()
-    with pytest.raises(TextError, match=r"the tokenizer cannot tell '文' .*; send token_ids"):
+    with pytest.raises(TextError, match=r"the tokenizer cannot tell '文' from the prompt"):
         encode_completion(tokenizer, "中", encode_prompt(tokenizer, "中", special=True), "文", special=True)
     ids = encode_completion(tokenizer, "x", encode_prompt(tokenizer, "x", special=True), "文", special=True)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<unk>"]

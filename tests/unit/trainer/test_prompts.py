@@ -326,7 +326,7 @@ def test_an_id_beyond_the_students_embedding_is_a_bad_row(row: dict[str, object]
 
 def test_an_answer_that_cannot_be_told_from_its_prompt_is_a_bad_row(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", {"prompt": "what is 中", "answer": "文"})  # one <unk> for both
-    with pytest.raises(DataError, match=r"row 1: the tokenizer cannot tell '文' from the prompt.*; send token_ids"):
+    with pytest.raises(DataError, match=r"row 1: the tokenizer cannot tell '文' from the prompt.*; fix the row"):
         read_prompts(path, DataConfig(), FAMILIES["t5"]())
 
 
