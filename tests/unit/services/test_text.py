@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from services.text import (
@@ -145,6 +145,8 @@ def test_a_prompt_has_its_own_tokens_and_one_bos_at_most(family: str) -> None:
         ("bert", "2+2=", "the", ["the"]),  # behind punctuation a word is no piece of one
         ("bert", "x ", "the", ["the"]),
         ("bert", "th", "e", ["##e"]),  # inside of a word it is
+        ("bert", "th", "[SEP]e", ["[SEP]", "e"]),  # behind a special token nothing of what is before it counts
+        ("xlnet", "<|im_start|>", "ﬁve", ["f", "i", "v", "e"]),  # not given back as written, and no "▁" all the same
     ],
 )
 def test_known_cases(family: str, prompt: str, completion: str, tokens: list[str]) -> None:
@@ -174,6 +176,31 @@ def test_a_token_that_swallows_the_space_behind_it_swallows_none_of_the_completi
     for completion, tokens in (("the", ["the"]), (" the", ["▁the"])):
         ids = encode_completion(tokenizer, "<|user|>\n", prompt_ids, completion, special=False)
         assert tokenizer.convert_ids_to_tokens(ids) == tokens
+
+
+def test_an_accent_that_joins_the_prompts_letter_is_encoded_beside_others_that_are_normalised() -> None:
+    tokenizer = FAMILIES["qwen"]()
+    prompt_ids = encode_prompt(tokenizer, "a", special=True)
+    ids = encode_completion(tokenizer, "a", prompt_ids, "\u0301 e\u0301", special=True)
+    assert decode(tokenizer, ids) == "\u0301 é"
+
+
+def test_a_space_that_the_tokenizer_drops_from_the_prompts_end_comes_with_the_completion() -> None:
+    tokenizer = FAMILIES["t5"].__wrapped__()  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    prompt_ids = encode_prompt(tokenizer, "x= ", special=True)
+    assert prompt_ids == encode_prompt(tokenizer, "x=", special=True)
+    whole = tokenizer("x= the", add_special_tokens=False)["input_ids"]
+    assert [*prompt_ids, *encode_completion(tokenizer, "x= ", prompt_ids, "the", special=True)] == whole
+
+
+def test_a_token_for_whole_words_is_not_cut_out_of_a_longer_one() -> None:
+    tokenizer = FAMILIES["gpt2"].__wrapped__()  # type: ignore[attr-defined]
+    tokenizer.add_tokens([AddedToken("dog", single_word=True)])
+    prompt_ids = encode_prompt(tokenizer, "a ", special=True)
+    for completion in ("dogs", "dog"):
+        expected = tokenizer(completion)["input_ids"]
+        assert encode_completion(tokenizer, "a ", prompt_ids, completion, special=True) == expected
 
 
 @pytest.mark.parametrize(
