@@ -17,17 +17,16 @@ from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
-    JsonConfigSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from services.config import RunConfig
 from services.dict_options import with_tables_as_json
 from services.errors import ConfigError, DistillServeError, describe_validation_error
 from services.logs import set_up_logging
+from services.run_file import run_file_source
 
 _EXAMPLES = {
     "up": """examples:
@@ -50,7 +49,8 @@ _EXAMPLES = {
   distillserve score --input data.jsonl --output scores/ --top-k 32 --temperature 1.0
   distillserve score --input data.jsonl --output scores/ --url http://10.0.0.5:8101 --url http://10.0.0.6:8101
 
-A row of the input is {"prompt", "completion"}, {"messages"} or {"token_ids", "prompt_length"}. A run that ended early is
+A row of the input is {"prompt", "completion"} (texts or lists of messages), {"messages"} (maybe with "tools") or
+{"token_ids", "prompt_length"}. A run that ended early is
 finished by the same command; services.score.read_shards reads the folder. The key is DISTILLSERVE_TEACHER_KEY.""",
 }
 _SUMMARIES = {
@@ -166,9 +166,7 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
             cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             command_line = source(parsed_args=options)
-            if run_file is not None and run_file.endswith(".json"):
-                return (command_line, JsonConfigSettingsSource(settings_cls, json_file=run_file))
-            return (command_line, TomlConfigSettingsSource(settings_cls, toml_file=run_file))
+            return (command_line,) if run_file is None else (command_line, run_file_source(settings_cls, run_file))
 
     try:
         return RunConfig.model_validate(Settings().model_dump())

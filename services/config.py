@@ -169,7 +169,12 @@ class DataConfig(Section):
     max_text_tokens: int = Field(512, ge=2)
     """Longer texts of data.lm_path are cut into windows of this many tokens."""
     prompt_column: str = "prompt"
-    """Column that holds a text prompt; a row with `messages` is rendered by the tokenizer's chat template instead."""
+    """Column that holds a text prompt, or a list of messages."""
+    messages_column: str = "messages"
+    """Column that holds a conversation, rendered by the tokenizer's chat template with the row's `tools`; a row has this or
+    a prompt."""
+    last_assistant_turn: Literal["refuse", "drop"] = "refuse"
+    """What is done with messages of the assistant at the end of a conversation, where the student is to answer."""
     answer_column: str = "answer"
     """Column that holds the reference answer, where there is one; used by the evaluation alone."""
     teacher_column: str = "teacher"
@@ -180,9 +185,15 @@ class DataConfig(Section):
     max_prompt_tokens: int | None = Field(None, ge=1)
     """Longest prompt, tokens; default: what leaves room for max_new_tokens in max_model_len."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What a row without prompt, with invalid JSON or with too long a prompt does; skipped rows are counted and named."""
+    """What a bad row of any of the files does (no prompt, invalid JSON, too long, unknown ids); skipped rows are counted and
+    named."""
     shuffle: bool = True
     """Seeded new order in every epoch."""
+
+    @property
+    def continues_final_message(self) -> bool:
+        """Whether the student goes on with a conversation's last message instead of opening a turn."""
+        return bool(self.chat_template_kwargs.get("continue_final_message"))
 
 
 class SamplingConfig(Section):

@@ -34,8 +34,10 @@ def check(config: "RunConfig") -> None:
     _check_student_support(config)
     _check_teacher_engine(config.teacher)
     _check_named_teachers(config)
+    _check_columns(config)
     _refuse_ignored_loss_options(config)
     _refuse_ignored_text_options(config)
+    _refuse_ignored_chat_options(config)
     if config.optimizer.schedule == "constant":
         _refuse_changed(
             config.optimizer, "optimizer", ["min_lr_ratio"], "optimizer.schedule = constant stays at the peak"
@@ -130,7 +132,7 @@ def _check_teacher_engine(teacher: "TeacherConfig") -> None:
 
 
 def _check_named_teachers(config: "RunConfig") -> None:
-    """A name stands for one model, so a server has one name, and the column that says it nothing else to say."""
+    """A name stands for one model, so a server has one name."""
     teacher, data = config.teacher, config.data
     if not teacher.named:
         _refuse_changed(data, "data", ["teacher_column"], "teacher.named names no teachers")
@@ -147,15 +149,27 @@ def _check_named_teachers(config: "RunConfig") -> None:
                 raise ValueError(
                     f"teacher.named.{name} and {owner} both name {url}; a server has one model: give each teacher its own"
                 )
-    columns = {
-        data.prompt_column: "data.prompt_column",
-        data.answer_column: "data.answer_column",
-        "messages": "the chat",
-    }
-    if (other := columns.get(data.teacher_column)) is not None:
-        raise ValueError(
-            f"data.teacher_column = {data.teacher_column} is also the column of {other}; name the teacher in one of its own"
-        )
+
+
+def _check_columns(config: "RunConfig") -> None:
+    """A column says one thing."""
+    data = config.data
+    options = ["prompt_column", "messages_column", "answer_column"]
+    options += ["teacher_column"] if config.teacher.named else []
+    owners = {"tools": "a conversation's tools"}
+    for option in options:
+        column = getattr(data, option)
+        if column in owners:
+            raise ValueError(
+                f"data.{option} = {column} is also the column of {owners[column]}; give each a column of its own"
+            )
+        owners[column] = f"data.{option}"
+
+
+def _refuse_ignored_chat_options(config: "RunConfig") -> None:
+    if config.data.continues_final_message:
+        reason = "data.chat_template_kwargs has continue_final_message"
+        _refuse_changed(config.data, "data", ["last_assistant_turn"], reason)
 
 
 def _check_sampled_policy(config: "RunConfig") -> None:

@@ -90,7 +90,6 @@ _RESERVED_TEMPLATE_KWARGS = {
         (
             "tokenize",
             "add_generation_prompt",
-            "continue_final_message",
             "return_dict",
             "return_tensors",
             "return_assistant_tokens_mask",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+
+from services.strict_json import parse_json
 
 PROTOCOL_VERSION = 1
 MODEL_DIGITS = 10
@@ -114,10 +116,47 @@ class RolloutInfo(WireModel):
 # ----------------------------------------------------------------------------------------------- teacher
 
 
-class ChatMessage(WireModel):
+class ChatMessage(BaseModel):
+    """One message of a conversation. Further fields (reasoning_content, name, ...) are the chat template's to read."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=())
+
     role: str
-    """What the chat template knows: mostly system, user, assistant."""
-    content: str
+    """What the chat template knows: mostly system, user, assistant, tool."""
+    content: str | None = None
+    """Text; null or absent beside tool_calls."""
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    """What the assistant calls, as the chat template takes it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content must be text; it may be absent beside tool_calls alone")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """Its fields; null, with which datasets fill up what a message does not have, is absent."""
+        return {name: value for name, value in self if value is not None}
+
+
+def _parse_tools(tools: Any) -> Any:
+    """A list as JSON text is that list: columns of datasets have one type each, the parameters of tools have not."""
+    tools = parse_json(tools) if isinstance(tools, str) else tools
+    return None if tools == [] else tools
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True)]
+Tools = Annotated[
+    Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None,
+    BeforeValidator(_parse_tools, json_schema_input_type=list[dict[str, Any]] | str | None),
+]
+
+
+class Conversation(WireModel):
+    """What a chat template renders."""
+
+    messages: Messages = Field(min_length=1)
+    tools: Tools = None
 
 
 class TeacherSequence(WireModel):
@@ -134,16 +173,20 @@ class TeacherSequence(WireModel):
     support_ids: Annotated[list[TokenIds], Field(fail_fast=True)] | None = None
     """[rows][M] further token ids to score at each row."""
     prompt: str | None = None
-    """Text that is not scored, tokenized with the tokenizer's special tokens."""
+    """Text that is not scored, tokenized with the tokenizer's BOS, if it has one."""
     completion: str | None = None
-    """Text that is scored."""
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
-    """A conversation, rendered by the chat template; the assistant's last message is scored, the end of turn included."""
+    """Text that is scored, tokenized behind the prompt, up to its first end token."""
+    messages: Messages | None = None
+    """A conversation, rendered by the chat template; the assistant's last message is scored, up to its end token."""
+    tools: Tools = None
+    """What the assistant of messages may call: a list of objects, or one as JSON text; rendered by the chat template."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.prompt_length is not None and self.token_ids is None:
             raise ValueError("prompt_length belongs to token_ids; of text, the prompt is what is not scored")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools belong to messages: the chat template renders them")
         return self
 
 

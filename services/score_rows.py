@@ -1,6 +1,7 @@
 """Rows of a JSONL file to score, as the teacher API takes them.
 
-    consumes   lines: {"prompt", "completion"}, {"messages"} or {"token_ids", "prompt_length"}; other columns are ignored
+    consumes   lines: {"prompt", "completion"}, texts or lists of messages; {"messages"}; {"token_ids", "prompt_length"};
+               "tools" beside messages. null is "absent"; other columns are ignored
     produces   shards: a fixed number of lines each, bad ones apart with their reasons
 
 Read as a stream: one shard is in memory at a time.
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from services.errors import DataError, describe_validation_error
 from services.schemas import TeacherSequence
+from services.strict_json import JsonError, parse_json, without_bom
 
 _FORMS = {
     "token_ids": ("token_ids", "prompt_length"),
@@ -85,6 +87,7 @@ def read_shards_of_rows(path: Path, shard_rows: int, skip: frozenset[int]) -> It
                 shard = ShardRows(index, first_row=index * shard_rows + 1)
                 for row, line in enumerate(itertools.islice(file, shard_rows), start=shard.first_row):
                     shard.num_lines += 1
+                    line = without_bom(line) if row == 1 else line
                     if index not in skip and line.strip():
                         _add(shard, row, line)
                 if shard.num_lines == 0:
@@ -112,19 +115,12 @@ def parse_row(line: bytes) -> dict[str, Any]:
         DataError: it is no JSON object, or has none or several of the forms of a sequence.
     """
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one; too many brackets are not
+        content = parse_json(line)
+    except JsonError as error:
         raise DataError(f"invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"expected a JSON object, got {type(content).__name__}")
-    forms = [columns for shown_by, columns in _FORMS.items() if shown_by in content]
-    if len(forms) != 1:
-        wanted = "`prompt` and `completion`, `messages`, or `token_ids` and `prompt_length`"
-        raise DataError(f"expected either {wanted}, found {sorted(content)}")
-    sequence = {name: content[name] for name in forms[0] if name in content}
-    missing = [name for name in forms[0] if sequence.get(name) is None]
-    if missing:
-        raise DataError(f"`{missing[0]}` is missing")
+    sequence = _sequence({name: value for name, value in content.items() if value is not None})
     try:
         TeacherSequence.model_validate(sequence)
     except ValidationError as error:
@@ -135,3 +131,40 @@ def parse_row(line: bytes) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise DataError("it holds half a surrogate pair, which is no text") from error
     return sequence
+
+
+def _sequence(content: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the one form that a row without its nulls has."""
+    forms = [columns for shown_by, columns in _FORMS.items() if shown_by in content]
+    if len(forms) != 1:
+        wanted = "`prompt` and `completion`, `messages`, or `token_ids` and `prompt_length`"
+        raise DataError(f"expected either {wanted}, found {sorted(content)}")
+    (columns,) = forms
+    missing = [name for name in columns if name not in content]
+    if missing:
+        raise DataError(f"`{missing[0]}` is missing")
+    sequence = {name: content[name] for name in columns}
+    if "completion" in sequence and any(isinstance(text, list) for text in sequence.values()):
+        sequence = {"messages": _as_messages(**sequence)}
+    if "messages" in sequence and "tools" in content:
+        sequence["tools"] = content["tools"]
+    return sequence
+
+
+def _as_messages(prompt: Any, completion: Any) -> list[Any]:
+    """A prompt and a completion of which at least one is a list of messages, as one conversation.
+
+    Raises:
+        DataError: the completion is more than one turn of the assistant's, of which the API scores the last one alone.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise DataError("`prompt` and `completion` must be texts or lists of messages")
+    if len(completion) != 1:
+        raise DataError(
+            f"`completion` has {len(completion)} messages, but one is scored; put those before it into `prompt`"
+        )
+    return [*prompt, *completion]

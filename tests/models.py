@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from trainer.tiny_pair import build_tokenizer
 
@@ -23,16 +31,24 @@ LONGROPE_SWITCH = 8
 """Tokens up to which "phi3" has one set of rotary frequencies, and another beyond."""
 
 
-def save_model(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> str:
-    """A random "qwen3" (tied embeddings), "llama" (untied) or "phi3" (longrope) with the byte-level tokenizer.
+def save_model(
+    folder: Path,
+    architecture: str,
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
+) -> str:
+    """A random "qwen3" (tied embeddings), "llama" (untied) or "phi3" (longrope).
 
     Args:
+        tokenizer: default: the tiny pair's, a token a byte.
         changes: to the model's configuration.
 
     Returns:
         The folder.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     shape = {
         **_SHAPE,
         "vocab_size": len(tokenizer),

@@ -29,6 +29,7 @@ from trainer.staleness_buffer import StalenessBuffer
 from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
 from trainer.teachers import Teachers, teacher_urls
+from trainer.text_limits import TextLimits
 from trainer.texts import check_windows_fit, load_texts
 from trainer.weight_sync import WeightSync
 
@@ -199,11 +200,12 @@ class _Files:
 
 
 def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Files:
-    data, teachers = config.data, config.teacher.named
+    data, limits = config.data, TextLimits.of(config)
+    read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher.named, limits=limits)
     return _Files(
-        read_prompts(data.path or "", data, tokenizer, "data.path", teachers),
-        None if data.eval_path is None else read_prompts(data.eval_path, data, tokenizer, "data.eval_path", teachers),
-        [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer),
+        read(data.path or "", option="data.path"),
+        None if data.eval_path is None else read(data.eval_path, option="data.eval_path"),
+        [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer, limits),
     )
 
 

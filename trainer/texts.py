@@ -4,42 +4,66 @@ consumes   a JSONL file, a row an object with `text`
 produces   windows of token ids, of which every token but the first is predicted
 """
 
+import reprlib
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
-from services.text import TextError, check_is_text
-from trainer.prompts import parse_object, read_lines
+from services.text import TextError, check_is_text, encode_prompt
+from trainer.prompts import parse_object, read_lines, stop_or_skip, warn_of_skipped
+from trainer.text_limits import NO_LIMITS, TextLimits, check_characters
 
 
-def load_texts(path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenise every text, end it with the end token, and cut it into windows of `config.max_text_tokens`.
+def load_texts(
+    path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: TextLimits = NO_LIMITS
+) -> list[list[int]]:
+    """Tokenise every text, end it with one end token, and cut it into windows of `config.max_text_tokens`.
+
+    Args:
+        limits: what the student can take.
 
     Raises:
-        DataError: the file cannot be read, a row has no text, or there is no window of two tokens.
+        DataError: the file cannot be read, a row is bad (unless `config.on_bad_row` is "skip"), or there is no window of
+            two tokens.
     """
     size = config.max_text_tokens
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     windows: list[list[int]] = []
+    skipped: dict[int, str] = {}
+    num_rows = 0
     for row, line in read_lines(path, "data.lm_path"):
+        num_rows += 1
         try:
-            ids = [*tokenizer(_text(line, config.text_column))["input_ids"], *end]
+            ids = _encode(_text(line, config.text_column), tokenizer)
+            limits.check_ids(f"`{config.text_column}`", ids, tokenizer)
         except (DataError, TextError) as error:
-            raise DataError(f"{path}, row {row}: {error}; fix the row") from error
+            stop_or_skip(path, row, str(error), config, skipped)
+            continue
         windows += [ids[i : i + size] for i in range(0, len(ids), size)]
+    warn_of_skipped(path, skipped, num_rows)
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise DataError(f"{path} holds no text of two tokens; a row is a JSON object with `{config.text_column}`")
     return windows
 
 
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """With one BOS in front, where the tokenizer adds one, and one end token behind, whoever wrote it."""
+    ids, end = encode_prompt(tokenizer, text, special=True), tokenizer.eos_token_id
+    if end is None:
+        return ids
+    while ids and ids[-1] == end:
+        ids.pop()
+    return [*ids, end]
+
+
 def _text(line: str, column: str) -> str:
     text = parse_object(line).get(column)
     if not isinstance(text, str) or not text:
-        raise DataError(f"`{column}` must be non-empty text, got {text!r}")
+        raise DataError(f"`{column}` must be non-empty text, got {reprlib.repr(text)}")
     check_is_text(f"`{column}`", text)
+    check_characters(f"`{column}`", text)
     return text
 
 

@@ -1,11 +1,6 @@
-"""The body of a score request, from the wire to a TeacherRequest: in time, in UTF-8, and JSON of one meaning only.
-
-Stricter than Python's own reader, which takes NaN, lets the last of two equal keys win and guesses at UTF-16: what a
-caller did not mean must not be scored.
-"""
+"""The body of a score request, from the wire to a TeacherRequest: in time, in UTF-8, and JSON of one meaning only."""
 
 import asyncio
-import json
 from email.message import Message
 from typing import Any
 
@@ -16,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.schemas import TeacherRequest
+from services.strict_json import DuplicateKeyError, JsonError, parse_json
 
 # Of a wrong value, what its problem document repeats.
 _SHOWN_CHARACTERS = 80
@@ -87,27 +83,11 @@ def _parse_json(body: bytes, config: TeacherConfig) -> Any:
         detail = f"the body holds {lists} lists and objects, no request within the limits has more than {most}"
         raise RequestError(413, "Over a limit", detail, field="body")
     try:
-        return json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except RequestError:
-        raise
-    except RecursionError as error:
-        raise _not_json("it is nested too deeply") from error
-    except ValueError as error:
+        return parse_json(body)
+    except DuplicateKeyError as error:
+        raise RequestError(422, "Invalid request", str(error), field=error.key) from error
+    except JsonError as error:
         raise _not_json(str(error)) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        name = twice[:_SHOWN_CHARACTERS]
-        raise RequestError(422, "Invalid request", f"{name} is given twice in one object; give it once", field=name)
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _not_json(reason: str) -> RequestError:

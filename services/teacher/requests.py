@@ -1,14 +1,22 @@
 """What a score request may ask, checked in full before anything is allocated; text becomes token ids here."""
 
-from functools import lru_cache
-
 from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.schemas import BYTES_PER_CANDIDATE, TeacherInfo, TeacherRequest, TeacherSequence
 from services.teacher.jobs import EncodedSequence
-from services.text import TextError, check_is_text, render_messages
+from services.text import (
+    TextError,
+    TooLongError,
+    check_can_fit,
+    check_is_text,
+    cut_behind_end,
+    cut_behind_turn,
+    encode_completion,
+    encode_prompt,
+    render_messages,
+)
 
 
 def encode_request(
@@ -105,9 +113,9 @@ def _encode(
         return _encode_messages(field, sequence, info, tokenizer)
     if sequence.prompt is None or sequence.completion is None:
         raise RequestError(422, "Missing field", f"{field} needs both prompt and completion", field=field)
-    prompt = _tokenize(f"{field}.prompt", sequence.prompt, info, tokenizer, special=True)
-    completion = _tokenize(f"{field}.completion", sequence.completion, info, tokenizer)
-    return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
+    texts = sequence.prompt, sequence.completion
+    names = f"{field}.prompt", f"{field}.completion"
+    return _encode_texts(names, texts, sequence, info, tokenizer, special=True)
 
 
 def _encode_messages(
@@ -115,15 +123,15 @@ def _encode_messages(
 ) -> EncodedSequence:
     if tokenizer.chat_template is None:
         raise RequestError(422, "No chat template", "this teacher's tokenizer has no chat template", field=field)
-    messages = [m.model_dump() for m in sequence.messages or []]
+    messages = [message.for_template() for message in sequence.messages or []]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise RequestError(
             422, "Nothing to score", f"{field}.messages must end with an assistant message after a prompt", field=field
         )
     name = f"{field}.messages"
     try:
-        before = render_messages(name, messages[:-1], tokenizer, add_generation_prompt=True)
-        whole = render_messages(name, messages, tokenizer)
+        before = render_messages(name, messages[:-1], tokenizer, tools=sequence.tools, add_generation_prompt=True)
+        whole = render_messages(name, messages, tokenizer, tools=sequence.tools)
     except TextError as error:
         raise RequestError(422, "Chat template", str(error), field=name) from error
     if not whole.startswith(before):
@@ -133,29 +141,40 @@ def _encode_messages(
             f"{field}: the template rewrites earlier messages; send token_ids instead",
             field=field,
         )
-    prompt = _tokenize(name, before, info, tokenizer)
-    completion = _tokenize(name, whole[len(before) :], info, tokenizer)
-    return EncodedSequence([*prompt, *completion], len(prompt), sequence.support_ids)
+    turn = cut_behind_turn(tokenizer, whole[len(before) :])
+    return _encode_texts((name, name), (before, turn), sequence, info, tokenizer, special=False)
 
 
-def _tokenize(
-    field: str, text: str, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, *, special: bool = False
-) -> list[int]:
-    # Tokenizing takes hundreds of bytes a token, for a text that is refused for its length afterwards.
-    most = info.max_model_len * _longest_token(tokenizer)
-    if len(text) > most:
-        raise _refusal(field, f"{len(text)} characters", most)
+def _encode_texts(
+    fields: tuple[str, str],
+    texts: tuple[str, str],
+    sequence: TeacherSequence,
+    info: TeacherInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    special: bool,
+) -> EncodedSequence:
+    """Prompt and completion, whose names are `fields`, as token ids; nothing behind an end token is scored."""
+    for field, text in zip(fields, texts, strict=True):
+        _check_text(field, text, info, tokenizer)
+    prompt, completion = texts
+    try:
+        prompt_ids = encode_prompt(tokenizer, prompt, special=special)
+        scored = encode_completion(tokenizer, prompt, prompt_ids, completion, special=special)
+    except TextError as error:
+        raise RequestError(422, "Invalid text", f"{fields[1]}: {error}; send token_ids", field=fields[1]) from error
+    scored = cut_behind_end(scored, info.eos_token_ids)
+    return EncodedSequence([*prompt_ids, *scored], len(prompt_ids), sequence.support_ids)
+
+
+def _check_text(field: str, text: str, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         check_is_text(field, text)
+        check_can_fit(field, text, info.max_model_len, tokenizer)
+    except TooLongError as error:
+        raise RequestError(422, "Over a limit", str(error), field=field) from error
     except TextError as error:
         raise RequestError(422, "Invalid text", str(error), field=field) from error
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-
-@lru_cache(maxsize=1)
-def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token."""
-    return max(map(len, tokenizer.get_vocab()))
 
 
 def _check_sequence(index: int, sequence: EncodedSequence, info: TeacherInfo) -> None:

@@ -121,10 +121,21 @@ BAD_OPTIONS = [
     (["--data.teacher_column", "tutor"], ["data.teacher_column = tutor would be ignored", "teacher.named names no"]),
     (
         ["--teacher.named", MATHS, "--data.teacher_column", "answer"],
-        ["data.teacher_column = answer is also the column of data.answer_column", "one of its own"],
+        ["data.teacher_column = answer is also the column of data.answer_column", "a column of its own"],
     ),
     (["--teacher.named", MATHS, "--data.prompt_column", "teacher"], ["teacher_column = teacher", "data.prompt_column"]),
-    (["--teacher.named", MATHS, "--data.teacher_column", "messages"], ["teacher_column = messages", "the chat"]),
+    (
+        ["--teacher.named", MATHS, "--data.teacher_column", "messages"],
+        ["teacher_column = messages", "data.messages_column"],
+    ),
+    (["--data.answer_column", "prompt"], ["data.answer_column = prompt is also the column of data.prompt_column"]),
+    (["--data.messages_column", "prompt"], ["data.messages_column = prompt", "data.prompt_column"]),
+    (["--data.prompt_column", "tools"], ["data.prompt_column = tools is also the column of a conversation's tools"]),
+    (["--data.answer_column", "tools"], ["data.answer_column = tools", "a column of its own"]),
+    (
+        ["--data.last_assistant_turn", "drop", "--data.chat_template_kwargs", '{"continue_final_message": true}'],
+        ["data.last_assistant_turn = drop would be ignored", "continue_final_message"],
+    ),
     (["--teacher.tensor_parallel_size", "2"], ["tensor_parallel_size = 2 would be ignored", "engine = transformers"]),
     (["--teacher.engine_args", '{"seed": 1}'], ["teacher.engine_args", "would be ignored", "engine = transformers"]),
     (
@@ -389,6 +400,9 @@ def test_a_bad_run_file_is_refused_in_one_line(
         (b"[1]", "run.json"),
         (b"null", "run.json"),
         (b"\xff\xfe", "run.json"),
+        (b'{"seed": 1, "seed": 2}', "run.json: seed is given twice"),
+        (b'{"loss": {"gamma": 0.5, "gamma": 0.9}}', "run.json: gamma is given twice"),
+        (b'{"loss": {"gamma": NaN}}', "run.json: NaN is no JSON number"),
     ],
 )
 def test_a_bad_json_run_file_is_refused_in_one_line(
@@ -398,6 +412,19 @@ def test_a_bad_json_run_file_is_refused_in_one_line(
     run_file.write_bytes(content)
     line = refused(capsys, "train", str(run_file))
     assert line.count("\n") == 1 and expected in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("run.toml", "[loss]\r\ngamma = 0.25\r\n"), ("run.json", '{"loss": {"gamma": 0.25}}')]
+)
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_a_run_file_may_begin_with_a_bom(
+    bom: bytes, name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(bom + content.encode())
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / name), "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["loss"]["gamma"] == 0.25
 
 
 def test_a_missing_run_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,38 @@ def test_each_form_is_sent_as_it_is_without_the_other_columns(row: dict[str, Any
     assert parse({**row, "answer": 7, "source": "x"}) == row
 
 
+USER, ASSISTANT = MESSAGES["messages"]
+
+
+@pytest.mark.parametrize("row", [TEXT, IDS, MESSAGES])
+def test_null_is_absent_in_every_column(row: dict[str, Any]) -> None:
+    nulls = dict.fromkeys(("prompt", "completion", "messages", "tools", "token_ids", "prompt_length", "source"))
+    assert parse({**nulls, **row}) == row
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "b"},
+        {"prompt": "a", "completion": [ASSISTANT]},
+    ],
+)
+def test_a_prompt_and_completion_of_messages_are_a_conversation(row: dict[str, Any]) -> None:
+    assert parse({**row, "messages": None}) == MESSAGES
+
+
+@pytest.mark.parametrize("row", [MESSAGES, {"prompt": [USER], "completion": [ASSISTANT]}])
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_go_with_messages(tools: Any, row: dict[str, Any]) -> None:
+    assert parse({**row, "tools": tools}) == {**MESSAGES, "tools": tools}
+
+
+@pytest.mark.parametrize("row", [TEXT, IDS])
+def test_tools_beside_anything_else_are_a_column_like_others(row: dict[str, Any]) -> None:
+    assert parse({**row, "tools": "hammer"}) == row
+
+
 def test_a_prompt_beside_messages_is_a_column_like_others() -> None:
     assert parse({**MESSAGES, "prompt": "a"}) == MESSAGES
 
@@ -46,8 +78,15 @@ def test_a_prompt_beside_messages_is_a_column_like_others() -> None:
         (json.dumps({"token_ids": [1, 2.5], "prompt_length": 1}).encode(), r"`token_ids\.1`: .*\(got 2\.5\)"),
         (json.dumps({"token_ids": [1, True], "prompt_length": 1}).encode(), r"`token_ids\.1`"),
         (json.dumps({"token_ids": [1, 2], "prompt_length": 0}).encode(), r"`prompt_length`: .*\(got 0\)"),
-        (json.dumps({"messages": [{"role": "user"}]}).encode(), r"`messages\.0\.content`"),
+        (json.dumps({"messages": [{"role": "user"}]}).encode(), "`messages.0`: content must be text"),
         (rb'{"prompt": "a\ud800", "completion": "b"}', "half a surrogate pair"),
+        (b'{"prompt": "a", "completion": "b", "completion": "c"}', "invalid JSON .completion is given twice"),
+        (b'{"prompt": "a", "completion": "b", "weight": NaN}', "invalid JSON .NaN is no JSON number"),
+        (json.dumps({"prompt": [USER], "completion": [ASSISTANT, USER]}).encode(), "`completion` has 2 messages"),
+        (json.dumps({"prompt": [USER], "completion": []}).encode(), "`completion` has 0 messages"),
+        (json.dumps({"prompt": [USER], "completion": 3}).encode(), "must be texts or lists of messages"),
+        (json.dumps({"prompt": ["a"], "completion": "b"}).encode(), r"`messages\.0`: "),
+        (json.dumps({**MESSAGES, "tools": 3}).encode(), r"`tools`: .*\(got 3\)"),
     ],
 )
 def test_a_bad_line_is_explained(line: bytes, reason: str) -> None:
@@ -99,3 +138,11 @@ def test_bad_and_blank_lines_keep_the_numbers_of_the_others(tmp_path: Path) -> N
     path.write_bytes(b"".join([lines[0], b"broken\n", b" \n", lines[3]]))
     (shard,) = read_shards_of_rows(path, 10, frozenset())
     assert (shard.rows, list(shard.bad_rows), shard.num_lines) == ([1, 4], [2], 4)
+
+
+def test_a_bom_is_no_part_of_the_first_row_and_only_a_line_feed_ends_one(tmp_path: Path) -> None:
+    row = b'{"prompt":\r"a", "completion": "b"}\r\n'
+    (tmp_path / "d").write_bytes(b"\xef\xbb\xbf" + row + row)
+    assert InputFile.of(tmp_path / "d")[1] == 2
+    (shard,) = read_shards_of_rows(tmp_path / "d", 10, frozenset())
+    assert (shard.sequences, shard.bad_rows) == ([TEXT, TEXT], {})

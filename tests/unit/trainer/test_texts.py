@@ -1,6 +1,8 @@
 """Texts to windows, bad rows named."""
 
 import json
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,8 @@ import pytest
 
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
+from tests.tokenizers import FAMILIES
+from trainer.text_limits import TextLimits
 from trainer.texts import check_windows_fit, load_texts
 from trainer.tiny_pair import build_tokenizer
 
@@ -35,11 +39,38 @@ def test_texts_end_with_the_end_token_and_are_cut_into_windows(tmp_path: Path) -
         ('{"body": "x"}', "row 1: `text` must be non-empty text, got None"),
         ('{"text": 3}', "row 1: `text` must be non-empty text, got 3"),
         ('{"text": "\\ud800"}', "half a surrogate pair"),
+        ('{"text": null}', "row 1: `text` must be non-empty text, got None"),
+        ('{"text": "a", "text": "b"}', "row 1: invalid JSON (text is given twice"),
+        ('{"text": "a", "n": NaN}', "row 1: invalid JSON (NaN is no JSON number"),
+        (json.dumps({"text": "x" * 4_000_001}), "row 1: `text` has 4000001 characters, more than 4000000; cut it into"),
+        ('{"text": "<|user|>"}', "row 1: `text` holds '<|user|>', token id 259, beyond the 259 rows"),
     ],
 )
-def test_a_bad_row_is_named(line: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=reason.replace("[", "\\[")):
-        load_texts(write(tmp_path / "t.jsonl", line), DataConfig(), build_tokenizer())
+def test_a_bad_row_is_named_or_skipped(
+    line: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, limits = write(tmp_path / "t.jsonl", line, '{"text": "ok"}'), TextLimits(vocab_size=259)
+    with pytest.raises(DataError, match=f"{re.escape(reason)}.*pass --data.on_bad_row skip"):
+        load_texts(path, DataConfig(), build_tokenizer(), limits)
+    with caplog.at_level(logging.WARNING):
+        windows = load_texts(path, DataConfig(on_bad_row="skip"), build_tokenizer(), limits)
+    assert windows == [[*b"ok", build_tokenizer().eos_token_id]]
+    assert "skipped 1 of 2 rows (" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("written", ["", "{bos}", "{eos}", "{bos} and {eos}"])
+def test_a_text_has_one_bos_and_one_end_whoever_writes_them(family: str, written: str, tmp_path: Path) -> None:
+    tokenizer = FAMILIES[family]()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    text = (bos if "{bos}" in written and bos else "") + "the fox" + (eos if "{eos}" in written and eos else "")
+    (ids,) = load_texts(write(tmp_path / "t.jsonl", json.dumps({"text": text})), DataConfig(), tokenizer)
+    opening = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None][:1]
+    has_opening = tokenizer("a")["input_ids"][:1] == opening or (bos is not None and text.startswith(bos))
+    front = opening if has_opening else []
+    marks = [i for i in ids if i in tokenizer.all_special_ids]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    assert marks == [*front, *end] and ids[: len(front)] == front and ids[len(ids) - len(end) :] == end
 
 
 def test_a_file_without_texts_or_none_at_all_is_named(tmp_path: Path) -> None:

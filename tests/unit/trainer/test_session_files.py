@@ -1,0 +1,41 @@
+"""The files of a run are read within what its student takes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.config import RunConfig
+from services.errors import DataError
+from tests.models import save_model
+from trainer.session import _read_files
+from trainer.tiny_pair import build_tokenizer
+
+
+@pytest.mark.parametrize("option", ["path", "eval_path", "lm_path"])
+def test_an_id_beyond_the_students_embedding_is_found_in_every_file(option: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(json.dumps({"prompt": "p", "text": "t"}))
+    bad.write_text(json.dumps({"prompt": "p<|user|>", "text": "t<|user|>"}))  # token id 259
+    student = {"model": save_model(tmp_path / "small", "qwen3", vocab_size=259)}
+    data = {"path": str(good), "eval_path": str(good), "lm_path": str(good)}
+    assert _read_files(config_of(student, data), build_tokenizer()).prompts.prompts
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 1: .*token id 259, beyond the 259 rows"):
+        _read_files(config_of(student, {**data, option: str(bad)}), build_tokenizer())
+
+
+@pytest.mark.parametrize("option", ["path", "eval_path"])
+def test_a_prompt_is_bounded_by_the_students_positions(
+    option: str, tmp_path: Path, tiny_model_folder: Callable[[str], str]
+) -> None:
+    good, long = tmp_path / "good.jsonl", tmp_path / "long.jsonl"
+    good.write_text(json.dumps({"prompt": "p", "text": "t"}))
+    long.write_text(json.dumps({"prompt": "p" * 3329}))  # 256 positions, tokens of 13 characters
+    data = {"path": str(good), "eval_path": str(good), "lm_path": str(good), option: str(long)}
+    with pytest.raises(DataError, match=r"long\.jsonl, row 1: the prompt has 3329 characters, at most 3328"):
+        _read_files(config_of({"model": tiny_model_folder("qwen3")}, data), build_tokenizer())
+
+
+def config_of(student: dict[str, str], data: dict[str, str]) -> RunConfig:
+    return RunConfig(student=student, data=data, loss={"alpha_lm": 0.1})  # type: ignore[arg-type]
