@@ -12,10 +12,10 @@ ARGS   ?=
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check bench lock clean up down images
+.PHONY: help setup train test test-long check bench lock clean up down images
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## install everything into .venv (other targets do it by themselves)
 
@@ -31,6 +31,9 @@ train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student 
 
 test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(STAMP)  ## the tests that take many minutes
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/ruff check .

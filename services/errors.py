@@ -7,6 +7,8 @@
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   └── ProblemError         ... with an RFC 9457 problem document
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
+    ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
+    ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
@@ -67,6 +69,18 @@ class WeightSyncError(DistillServeError):
     """A weight push, or the canary that follows it, failed on a rollout server."""
 
     exit_code = 5
+
+
+class EvaluationError(DistillServeError):
+    """A run is complete and its student saved, but an evaluation of it failed."""
+
+    exit_code = 6
+
+
+class OutputError(DistillServeError):
+    """A file of the run cannot be written; what was written before is whole."""
+
+    exit_code = 7
 
 
 class InputError(DistillServeError, ValueError):

@@ -5,7 +5,6 @@ program, every listed shard is whole, and one that is not listed is written anew
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from services.errors import ConfigError, DataError, PeerError
+from services.files import write_by_rename
 from services.schemas import SCORE_COLUMNS, TeacherScores
 from services.score_rows import InputFile
 from services.wire import decode_document, encode_document
@@ -158,23 +158,6 @@ def write_shard(folder: Path, index: int, first_row: int, rows: list[int], score
     write_by_rename(folder / name, document)
     num_rows = int(arrays["row_offsets"][-1])  # type: ignore[index]
     return Shard(name, first_row, len(rows), num_rows, len(document))
-
-
-def write_by_rename(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step; half of it is never there, also after a power cut.
-
-    Raises:
-        DataError: the folder cannot be written to.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

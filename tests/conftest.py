@@ -11,9 +11,8 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run only where they are asked for: `make test ARGS="-m gpu"` on a machine with GPUs."""
-    if "gpu" in (config.getoption("-m") or ""):
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if item not in gpu]
+    """What needs a GPU or many minutes runs only where it is asked for: `make test ARGS="-m gpu"`, `make test-long`."""
+    asked = config.getoption("-m") or ""
+    left_out = [i for i in items if any(i.get_closest_marker(name) and name not in asked for name in ("gpu", "long"))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

@@ -19,7 +19,6 @@ prompt (all prompts are equally long), devices other than the CPU, and distillat
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from services.files import write_by_rename
 
 # Raise it when the code changes what a recipe and a seed produce, so that cached pairs are rebuilt.
 FORMAT_VERSION = 1
@@ -148,7 +149,7 @@ def build_tiny_pair(
         # The old record goes first: a build that dies half-way must not leave it beside new weights.
         record_path.unlink(missing_ok=True)
         record = _build(output_dir, recipe, seed, on_progress)
-        _write_atomically(record_path, json.dumps(record, indent=2) + "\n")
+        write_by_rename(record_path, (json.dumps(record, indent=2) + "\n").encode())
     return TinyPair(
         teacher=output_dir / "teacher",
         student=output_dir / "student",
@@ -349,9 +350,3 @@ def _matching_record(path: Path, recipe: PairRecipe, seed: int) -> dict | None:
         return None
     record = json.loads(path.read_text())
     return record if (record["fingerprint"], record["seed"]) == (recipe.fingerprint(), seed) else None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary_path = path.with_suffix(".tmp")
-    temporary_path.write_text(text)
-    os.replace(temporary_path, path)

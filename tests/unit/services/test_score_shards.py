@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services import score_shards
 from services.errors import ConfigError, DataError
 from services.score import read_shards
 from services.score_rows import InputFile
-from services.score_shards import Manifest, ScoreSettings, resume, write_by_rename, write_shard
+from services.score_shards import Manifest, ScoreSettings, resume, write_shard
 from tests.scripted_teacher import scores_of
 
 SETTINGS = ScoreSettings(
@@ -128,16 +127,3 @@ def test_a_folder_of_other_safetensors_is_refused(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"holds safetensors files but no manifest\.json"):
         resume(folder, SETTINGS, 5)
-
-
-def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "f"
-    write_by_rename(path, b"before")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(score_shards.os, "fsync", full)
-    with pytest.raises(DataError, match="f cannot be written: No space left on device"):
-        write_by_rename(path, b"after")
-    assert path.read_bytes() == b"before"
