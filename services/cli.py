@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from services.dict_options import with_tables_as_json
 from services.errors import ConfigError, DistillServeError, describe_validation_error
 from services.logs import set_up_logging
 from services.run_file import run_file_source
+from services.signals import Interrupted, handling, raise_interrupted, run_until_signalled
 
 _EXAMPLES = {
     "up": """examples:
@@ -70,13 +72,17 @@ class _RunSettings(RunConfig, BaseSettings):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the console script; exits with 0, a DistillServeError's code, or 130 on Ctrl-C."""
+    """Entry point of the console script; exits with 0, a DistillServeError's code, or 128 + the signal that ended it."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _dispatch(argv)
+        with handling(raise_interrupted, signal.SIGTERM):
+            code = _dispatch(argv)
     except DistillServeError as error:
         print(f"distillserve: {error}", file=sys.stderr)
         code = error.exit_code
+    except Interrupted as error:
+        print(f"distillserve: {error}", file=sys.stderr)
+        code = 128 + error.number
     except KeyboardInterrupt:
         print("distillserve: interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -233,7 +239,7 @@ def _teacher(config: RunConfig) -> int:
 def _train(config: RunConfig) -> int:
     from trainer.train import train
 
-    asyncio.run(train(config))
+    run_until_signalled(partial(train, config))
     return 0
 
 

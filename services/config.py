@@ -359,7 +359,7 @@ class WeightSyncConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured before and after (and during) training, greedy, on data.eval_path."""
+    """What is measured before and after (and during) training on data.eval_path: exact match greedily, reverse KL on samples."""
 
     num_prompts: int | None = Field(None, ge=1)
     """Held-out prompts to use; default: all rows of data.eval_path."""
@@ -367,8 +367,9 @@ class EvaluationConfig(Section):
     """Steps between evaluations during training; 0: only before and after."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest completion, tokens; default: sampling.max_new_tokens."""
-    kl_budget_mib: int = Field(256, ge=1)
-    """Teacher logprobs fetched for the full-vocabulary reverse KL, MiB; past it a seeded subset of completions is scored."""
+    top_k: int | None = Field(None, ge=1)
+    """Teacher logprobs per position for the reverse KL, which is unbiased with any number of them; default: 64, or a whole
+    vocabulary of up to 1024 tokens."""
 
 
 class OutputConfig(Section):
@@ -377,13 +378,17 @@ class OutputConfig(Section):
     dir: str = "outputs/run"
     """Folder of the run."""
     overwrite: bool = False
-    """Write into a folder that already holds a finished run."""
+    """Write into a folder that already holds a run, whose files are then replaced."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """accelerate trackers that receive the metrics."""
     project: str = "distillserve"
     """Project name at the trackers."""
+    save_every_steps: int = Field(100, ge=0)
+    """Steps between students in checkpoints/; 0: none. The student of the last finished step is saved however a run ends."""
+    save_total_limit: int = Field(2, ge=1)
+    """How many students checkpoints/ keeps, the newest ones."""
     samples_every_steps: int = Field(10, ge=1)
-    """Steps between rows in samples.jsonl."""
+    """Steps between rows in samples.jsonl, from the first step on."""
     samples_per_record: int = Field(2, ge=1)
     """Completions written to samples.jsonl each time."""
 
@@ -491,15 +496,26 @@ def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) 
         )
 
 
-def check_output_dir(output: OutputConfig) -> Path:
-    """Return the run's folder, refusing one that holds a finished run.
+# Folders of output.dir that hold students.
+_REPLACED = ("student", "checkpoints")
+
+
+def check_output_dir(config: RunConfig) -> Path:
+    """Return the run's folder, refusing one that holds what an earlier run has learned.
 
     Raises:
-        ConfigError: the folder has a summary.json and output.overwrite is off.
+        ConfigError: the folder has a summary or a student and output.overwrite is off, or the run starts from that student.
     """
-    path = Path(output.dir)
-    if (path / "summary.json").exists() and not output.overwrite:
+    output, path = config.output, Path(config.output.dir)
+    found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
+    if found and not output.overwrite:
         raise ConfigError(
-            f"output.dir = {str(path)!r} holds a finished run; choose another folder or pass --output.overwrite true"
+            f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
+            "--output.overwrite true, which replaces it"
         )
+    for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+        if model and any(Path(model).resolve().is_relative_to((path / name).resolve()) for name in _REPLACED):
+            raise ConfigError(
+                f"{key} = {model!r} lies in output.dir = {str(path)!r}, where this run replaces it; choose another output.dir"
+            )
     return path

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -51,10 +52,22 @@ def render(row: dict[str, Any], status: dict[str, str], elapsed_s: float) -> Tab
         "staleness": _number(row, "staleness", ".0f"),
     }
     table.add_row("  ".join(f"[bold]{name}[/] {value}" for name, value in numbers.items()))
+    table.add_row("  ".join(f"[bold]{name}[/] {escape(value)}" for name, value in _completions(row).items()))
     speeds = {role: _number(row, f"{role}_tokens_per_s", ",.0f") for role in ("rollout", "teacher", "trainer")}
     roles = "  ".join(f"[bold]{role}[/] {status.get(role, '-')} {speed} tok/s" for role, speed in speeds.items())
     table.add_row(roles)
     return table
+
+
+def _completions(row: dict[str, Any]) -> dict[str, str]:
+    """How long the completions of the last step were, and how they ended."""
+    ends = [(name, value) for name, value in row.items() if name.startswith("ended_by_")]
+    shares = [f"{value:.0%} {name.removeprefix('ended_by_').removesuffix('_fraction')}" for name, value in ends]
+    return {
+        "completion": f"{_number(row, 'completion_tokens', '.1f')} tokens",
+        "truncated": _number(row, "truncated_fraction", ".0%"),
+        "ended by": ", ".join(shares) or "-",
+    }
 
 
 def _number(row: dict[str, Any], name: str, pattern: str) -> str:

@@ -15,7 +15,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from services.config import RunConfig, ServerSection, check_output_dir
 from services.errors import ConfigError, StartupError
+from services.files import write_by_rename
 from services.panel import last_step, render
 from services.startup import check_model_folder, check_output_room, free_port
 
@@ -38,6 +40,8 @@ _COLOURS = {"rollout": "cyan", "teacher": "magenta", "trainer": "green"}
 # this alone made scoring eight times slower (both names: GNU's and Intel's runtime).
 _SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _GRACE_S = 20.0
+# The trainer saves the student first, which for billions of parameters takes minutes on a slow disk.
+_SAVING_GRACE_S = 600.0
 _POLL_S = 0.25
 _LAST_WORDS_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -53,20 +57,34 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
     """Run all three roles; returns the exit code of the whole.
 
     Args:
-        grace_s: how long a role that is asked to end may take before it is killed, seconds.
+        grace_s: how long a server that is asked to end may take before it is killed, seconds.
 
     Raises:
-        ConfigError: the run names servers that somebody else starts, or its folder holds a finished run.
+        ConfigError: the run names servers that somebody else starts, or its folder holds an earlier run.
         StartupError: a model folder is missing, or the output folder cannot be used.
     """
     check_model_folder("student.model", config.student.model or "")
     check_model_folder("teacher.model", config.teacher.model or "")
-    output_dir = check_output_dir(config.output)
+    output_dir = check_output_dir(config)
     check_output_room(output_dir)
     config = without_access_log(with_free_ports(config))
-    run_file = output_dir / "run.json"
-    run_file.write_text(config.model_dump_json(indent=2) + "\n")
-    return asyncio.run(Supervisor(config, run_file, command, grace_s).run())
+    with _run_file(output_dir, config) as run_file:
+        return asyncio.run(Supervisor(config, run_file, command, grace_s).run())
+
+
+@contextmanager
+def _run_file(output_dir: Path, config: RunConfig) -> Iterator[Path]:
+    """The run as the roles read it. It becomes the folder's run.json, unless that is of an earlier run which this one
+    has not replaced: its trainer writes config.json once every check has passed."""
+    ours, final, began = output_dir / f".run.{os.getpid()}.json", output_dir / "run.json", output_dir / "config.json"
+    write_by_rename(ours, (config.model_dump_json(indent=2) + "\n").encode())
+    started_ns = ours.stat().st_mtime_ns
+    try:
+        yield ours
+    finally:
+        if not final.exists() or (began.exists() and began.stat().st_mtime_ns >= started_ns):
+            ours.replace(final)
+        ours.unlink(missing_ok=True)
 
 
 def with_free_ports(config: RunConfig) -> RunConfig:
@@ -148,14 +166,16 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._status: dict[str, str] = {}
         self._interrupted: asyncio.Future[int]
+        self._hurried: asyncio.Future[None]  # by a second signal
         self._started = time.time()
 
     async def run(self) -> int:
         """Start, watch, end. Returns 0, the exit code of the role that failed, or 128 + the signal's number."""
         loop = asyncio.get_running_loop()
-        self._interrupted = loop.create_future()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, number)
+        self._interrupted, self._hurried = loop.create_future(), loop.create_future()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                loop.add_signal_handler(number, self._interrupt, number)
         panel = asyncio.create_task(self._show_panel())
         try:
             return await self._run_roles()
@@ -167,6 +187,8 @@ class Supervisor:
     def _interrupt(self, number: int) -> None:
         if not self._interrupted.done():
             self._interrupted.set_result(128 + number)
+        elif not self._hurried.done():
+            self._hurried.set_result(None)
 
     async def _run_roles(self) -> int:
         config = self._config
@@ -257,19 +279,24 @@ class Supervisor:
         self._say(f"the {role} server is ready at {url}")
 
     async def _end_all(self) -> None:
-        """The trainer first, so that it can say goodbye to servers that still live; then the servers."""
-        for roles, number in ((("trainer",), signal.SIGINT), (("rollout", "teacher"), signal.SIGTERM)):
+        """The trainer first, so that it can save the student and say goodbye to servers that still live; then the servers."""
+        for roles, grace_s in ((("trainer",), _SAVING_GRACE_S), (("rollout", "teacher"), self._grace_s)):
             children = [self._children[role] for role in roles if role in self._children]
             for child in children:
                 if child.process.returncode is None:
-                    child.signal(number)
-            await asyncio.gather(*(self._end(child) for child in children))
+                    if child.role == "trainer":
+                        self._say("waiting for the trainer to save the student; another Ctrl-C ends everything at once")
+                    child.signal(signal.SIGTERM)
+            await asyncio.gather(*(self._end(child, grace_s) for child in children))
 
-    async def _end(self, child: Child) -> None:
-        try:
-            await asyncio.wait_for(child.wait(), self._grace_s)
-        except TimeoutError:
-            self._say(f"the {child.role} did not end within {self._grace_s:g} s, killing it", style="red")
+    async def _end(self, child: Child, grace_s: float) -> None:
+        ended = asyncio.create_task(child.wait())
+        waiting: list[asyncio.Future[Any]] = [ended, self._hurried]
+        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            ended.cancel()
+            late = "is not waited for" if self._hurried.done() else f"did not end within {grace_s:g} s"
+            self._say(f"the {child.role} {late}, killing it", style="red")
         child.signal(signal.SIGKILL)  # whatever is left of its session
         await child.wait()
         self._status[child.role] = "ended"

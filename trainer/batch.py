@@ -12,6 +12,8 @@ import torch
 
 from services.config import LossConfig
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from trainer.lm_head import HeadOutput
+from trainer.loss import LossInputs
 from trainer.teacher_scores import ScoredSample
 
 
@@ -95,3 +97,22 @@ def _pack_group(samples: list[ScoredSample]) -> MicroBatch:
 
 def _concatenate(arrays: list[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(dtype))
+
+
+def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch.Tensor | None = None) -> LossInputs:
+    """Student and teacher side by side, position by position."""
+    return LossInputs(
+        student_token_logprobs=output.token_logprobs,
+        student_support_logprobs=output.support_logprobs,
+        student_tail_logprob=output.tail_logprob,
+        student_entropies=output.entropy,
+        old_token_logprobs=old_token_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+        teacher_token_logprobs=batch.teacher_token_logprobs,
+        teacher_support_logprobs=batch.teacher_support_logprobs,
+        teacher_tail_logprob=batch.teacher_tail_logprob,
+        support_ids=batch.support_ids,
+        token_ids=batch.token_ids,
+        loss_mask=batch.loss_mask,
+        cu_seqlens=batch.cu_seqlens,
+    )

@@ -1,45 +1,66 @@
-"""What the student can do on held-out prompts, greedily, under the weights the rollout servers hold.
+"""What the student can do on held-out prompts, under the weights the rollout servers hold.
 
-    exact_match   share of rows with an `answer` whose completion, stripped, equals it
-    reverse_kl    mean over completion tokens of KL(student || teacher) over the full vocabulary, nats, along
-                  the student's own greedy completions
-    teacher       the same exact match for the teacher, without generating: greedy decoding yields the answer
-                  if and only if each of its tokens, the end included, is the teacher's likeliest next one
+    exact_match           share of rows with an `answer` that the student answers exactly, greedily (exact_match.py)
+    teacher_exact_match   the same of each row's own teacher, by the same rule
+    reverse_kl            mean over tokens of KL(student || teacher), nats, along completions sampled at temperature 1
 
-Each row is measured against its own teacher. With a large vocabulary the full distributions are costly to move, so
-`evaluation.kl_budget_mib` bounds them and a seeded subset of the completions is scored.
+The reverse KL needs a few of the teacher's logprobs at each position, whatever the vocabulary: the terms of its likeliest
+tokens and of the bucket of all others, plus a correction at sampled tokens outside, which makes it unbiased (docs/losses.md,
+"hybrid"). Its standard error comes from the differences between completions.
 """
 
-import random
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from services.causal_lm import rope_switch
 from services.clients import RolloutClient
-from services.config import RunConfig
-from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from services.config import LossConfig, RunConfig
+from services.errors import PeerError
 from services.schemas import BYTES_PER_CANDIDATE, RolloutSampling
-from trainer.model import head_of, student_logprobs
+from services.teacher_answers import cut_by_rows
+from trainer.batch import MicroBatch, loss_inputs, pack
+from trainer.exact_match import ExactMatch, count_teacher_matches
+from trainer.loss import estimate_reverse_kl
+from trainer.model import evaluating, head_of, student_logprobs
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
-from trainer.teachers import Teacher, Teachers
+from trainer.teacher_scores import ScoredSample, Support, score_rollouts
+from trainer.teachers import Teachers
+from trainer.weight_sync import check_version
 
-# One answer of the teacher holds at most this much; the work is cut accordingly.
-_ANSWER_BYTES = 64 << 20
+# What is asked of the teachers by default: enough for most of the mass of a real model, or everything.
+_TOP_K, _SMALL_VOCABULARY = 64, 1024
+# Teachers' logprobs that are held at once: completions are scored and measured in parts of this size.
+_PART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    policy_version: int
+    """Of the weights that answered."""
     exact_match: float | None
+    teacher_exact_match: float | None
     reverse_kl: float
+    reverse_kl_stderr: float | None
+    """None with a single completion."""
     num_prompts: int
     num_kl_tokens: int
+    num_quarantined: int
+    """Completions that have no part in the reverse KL, because the teacher's rows for them are unusable."""
 
 
 class Evaluator:
-    """Holds what every evaluation of a run shares."""
+    """Holds what every evaluation of a run shares.
+
+    Args:
+        prompts: held out.
+        end_token_ids: what ends a completion of the student.
+    """
 
     def __init__(
         self,
@@ -48,109 +69,131 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         rollout_client: RolloutClient,
         teachers: Teachers,
-        eos_token_ids: list[int],
+        end_token_ids: list[int],
     ) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config = config
         self._prompts = prompts[: config.evaluation.num_prompts]
+        self._graded = [prompt for prompt in self._prompts if prompt.answer is not None]
         self._rollouts, self._teachers = rollout_client, teachers
-        self._eos_token_ids = eos_token_ids
+        self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
+        self._teacher_exact_match: float | None = None
 
-    async def student(self, model: PreTrainedModel) -> Evaluation:
-        """Measure the student; the rollout servers must hold `model`'s weights."""
-        sampling = RolloutSampling(max_new_tokens=self._config.evaluation_max_new_tokens(), temperature=0.0)
-        rollouts = await generate_rollouts(self._rollouts, self._prompts, sampling)
-        reverse_kl, num_tokens = await self._reverse_kl(model, rollouts)
-        return Evaluation(self._exact_match(rollouts), reverse_kl, len(rollouts), num_tokens)
+    async def evaluate(self, model: PreTrainedModel, policy_version: int) -> Evaluation:
+        """Measure the student; the rollout servers must hold `model`'s weights as `policy_version`.
 
-    async def teacher_exact_match(self) -> float | None:
-        """Share of answers that greedy decoding of each row's teacher would give, or None without answers."""
-        graded = [p for p in self._prompts if p.answer is not None]
-        if not graded:
-            return None
-        hits = 0
-        for teacher, places in self._teachers.split(graded):
-            hits += await self._teacher_hits(teacher, [graded[place] for place in places])
-        return hits / len(graded)
-
-    async def _teacher_hits(self, teacher: Teacher, prompts: list[Prompt]) -> int:
-        answers = [self._tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
-        end = self._tokenizer.eos_token_id
-        sequences = [([*p.token_ids, *a, end], len(p.token_ids)) for p, a in zip(prompts, answers, strict=True)]
-        scores = await teacher.score(sequences, top_k=1)
-        hits = 0
-        for index, answer in enumerate(answers):
-            best = scores.topk_ids[scores.row_offsets[index] : scores.row_offsets[index + 1], 0].tolist()
-            hits += best[:-1] == answer and best[-1] in self._eos_token_ids
-        return hits
-
-    def _exact_match(self, rollouts: list[Rollout]) -> float | None:
-        graded = [r for r in rollouts if r.prompt.answer is not None]
-        if not graded:
-            return None
-        texts = self._tokenizer.batch_decode([r.completion.token_ids for r in graded], skip_special_tokens=True)
-        answers = [(r.prompt.answer or "").strip() for r in graded]
-        return sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(graded)
-
-    async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[float, int]:
-        vocab = max(teacher.info.padded_vocab_size for teacher in self._teachers)
-        rows_in_budget = max(1, (self._config.evaluation.kl_budget_mib << 20) // (vocab * BYTES_PER_CANDIDATE))
-        chosen = within_rows(rollouts, rows_in_budget, seed=self._config.seed)
-        # One after the other: embeddings differ in size, and one teacher's distributions at a time is memory enough.
-        total = 0.0
-        for teacher, places in self._teachers.split(r.prompt for r in chosen):
-            total += await self._reverse_kl_sum(model, teacher, [chosen[place] for place in places])
-        num_tokens = sum(len(r.completion.token_ids) for r in chosen)
-        return total / num_tokens, num_tokens
-
-    async def _reverse_kl_sum(self, model: PreTrainedModel, teacher: Teacher, rollouts: list[Rollout]) -> float:
-        """Over all completion tokens of one teacher's rollouts, nats."""
-        vocab = teacher.info.padded_vocab_size
-        scores = await teacher.score(
-            [(r.sequence, len(r.prompt.token_ids)) for r in rollouts],
-            top_k=vocab,
-            max_rows_per_request=max(1, _ANSWER_BYTES // (vocab * BYTES_PER_CANDIDATE)),
+        Raises:
+            PeerError: a server failed, or no completion could be scored.
+            WeightSyncError: a server answers under another version.
+        """
+        sampled = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
+        measured = await self._reverse_kl(model, sampled)
+        exact_match = await self._student_exact_match(policy_version)
+        if self._teacher_exact_match is None:  # it does not change
+            self._teacher_exact_match = await self._measure_teacher()
+        return Evaluation(
+            policy_version=policy_version,
+            exact_match=exact_match,
+            teacher_exact_match=self._teacher_exact_match,
+            reverse_kl=measured.mean,
+            reverse_kl_stderr=measured.stderr,
+            num_prompts=len(self._prompts),
+            num_kl_tokens=sum(measured.lengths),
+            num_quarantined=len(sampled) - len(measured.lengths),
         )
-        total = 0.0
-        limit = self._config.pipeline.tokens_per_micro_batch
-        for group in cut_by_padded_tokens([len(r.sequence) for r in rollouts], limit):
-            rows = np.concatenate([np.arange(scores.row_offsets[i], scores.row_offsets[i + 1]) for i in group])
-            of_group = scores.topk_ids[rows], scores.topk_logprobs[rows]
-            total += reverse_kl_sum(model, [rollouts[i] for i in group], *map(torch.from_numpy, of_group))
-        return total
+
+    async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> "ReverseKL":
+        """Score and measure part after part, so that memory does not grow with the number of completions."""
+        support = self._support(model)
+        measured, reason = ReverseKL(), ""
+        for part in _parts(rollouts, support.size):
+            samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
+            reason = reason or (quarantined[0].reason if quarantined else "")
+            measured.add(model, samples, self._config.pipeline.tokens_per_micro_batch)
+        if not measured.lengths:
+            raise PeerError(f"no completion could be scored, the first one because {reason}")
+        return measured
+
+    async def _complete(self, prompts: list[Prompt], *, temperature: float, policy_version: int) -> list[Rollout]:
+        length = self._config.evaluation_max_new_tokens()
+        sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
+        rollouts = await generate_rollouts(self._rollouts, prompts, sampling)
+        check_version("a rollout server", [r.completion for r in rollouts], policy_version)
+        return rollouts
+
+    def _support(self, model: PreTrainedModel) -> Support:
+        """As many of the teacher's tokens as are asked for and every teacher returns; all of them in a small vocabulary."""
+        vocab = len(head_of(model).weight)
+        vocabs = {vocab, *(teacher.info.padded_vocab_size for teacher in self._teachers)}
+        # Where embeddings differ in size one token stays outside, so that both sides have a tail.
+        most = vocab if len(vocabs) == 1 else min(vocabs) - 1
+        limit = min(teacher.info.max_top_k for teacher in self._teachers)
+        wanted = self._config.evaluation.top_k or (most if most <= _SMALL_VOCABULARY else _TOP_K)
+        return Support("teacher_topk", min(wanted, most, limit), vocab)
+
+    async def _student_exact_match(self, policy_version: int) -> float | None:
+        if not self._graded:
+            return None
+        rollouts = await self._complete(self._graded, temperature=0.0, policy_version=policy_version)
+        rule = self._rule()
+        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(rollouts)
+
+    async def _measure_teacher(self) -> float | None:
+        if not self._graded:
+            return None
+        matches = 0
+        for teacher, places in self._teachers.split(self._graded):
+            rule = self._rule(teacher.info.eos_token_ids)
+            matches += await count_teacher_matches(teacher, [self._graded[place] for place in places], rule)
+        return matches / len(self._graded)
+
+    def _rule(self, more_end_token_ids: list[int] | None = None) -> ExactMatch:
+        ends = [*self._end_token_ids, *(more_end_token_ids or [])]
+        return ExactMatch(self._tokenizer, ends, self._config.evaluation_max_new_tokens())
 
 
-def within_rows(rollouts: list[Rollout], max_rows: int, *, seed: int) -> list[Rollout]:
-    """All rollouts, or a seeded random subset whose completion tokens fit into `max_rows` (at least one)."""
-    order = list(range(len(rollouts)))
-    random.Random(seed).shuffle(order)
-    chosen: list[int] = []
-    rows = 0
-    for index in order:
-        rows += len(rollouts[index].completion.token_ids)
-        if chosen and rows > max_rows:
-            break
-        chosen.append(index)
-    return [rollouts[index] for index in sorted(chosen)]
+@dataclass
+class ReverseKL:
+    """Reverse KL per token of completions that the model sampled at temperature 1, nats."""
+
+    sums: list[float] = field(default_factory=list)
+    """Over the tokens of each completion."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each completion."""
+
+    def add(self, model: PreTrainedModel, samples: list[ScoredSample], tokens_per_micro_batch: int) -> None:
+        """Measure further completions."""
+        with evaluating(model):
+            for batch in pack(samples, LossConfig(), tokens_per_micro_batch, rope_switch(model)):
+                lengths = batch.cu_seqlens.diff().tolist()
+                per_token = _reverse_kl(model, batch.to(model.device)).cpu()
+                self.sums += [float(part.sum()) for part in per_token.split(lengths)]
+                self.lengths += lengths
+
+    @property
+    def mean(self) -> float:
+        return sum(self.sums) / sum(self.lengths)
+
+    @property
+    def stderr(self) -> float | None:
+        """That of a ratio of sums over independent completions, which differ in length as well; None with one."""
+        count, mean = len(self.sums), self.mean
+        if count == 1:
+            return None
+        squares = sum((total - mean * length) ** 2 for total, length in zip(self.sums, self.lengths, strict=True))
+        return math.sqrt(squares * count / (count - 1)) / sum(self.lengths)
+
+
+def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
+    """Rollouts whose rows of `top_k` logprobs are held at once."""
+    rows = [len(rollout.completion.token_ids) for rollout in rollouts]
+    for part in cut_by_rows(rows, max(1, _PART_BYTES // (top_k * BYTES_PER_CANDIDATE))):
+        yield rollouts[part]
 
 
 @torch.no_grad()
-def reverse_kl_sum(
-    model: PreTrainedModel, rollouts: list[Rollout], teacher_ids: torch.Tensor, teacher_logprobs: torch.Tensor
-) -> float:
-    """Sum over completion tokens of KL(student || teacher), nats.
-
-    Ids that only one of two differently padded embeddings has belong to no token; they are left out.
-
-    Args:
-        teacher_ids, teacher_logprobs: [N, V_teacher], every token at every row, in any order.
-    """
-    input_ids = pad_rows([r.sequence for r in rollouts])
-    prompts, lengths = zip(*((len(r.prompt.token_ids), len(r.completion.token_ids)) for r in rollouts), strict=True)
-    positions = predicting_positions(list(prompts), list(lengths), input_ids.shape[1])
-    token_ids = torch.from_numpy(np.concatenate([r.completion.token_ids for r in rollouts])).long()
-    support_ids = torch.where(teacher_ids < len(head_of(model).weight), teacher_ids.long(), -1)
-    ids, where, tokens, support = (x.to(model.device) for x in (input_ids, positions, token_ids, support_ids))
-    q = student_logprobs(model, ids, where, tokens, support, temperature=1.0).support_logprobs.cpu()
-    p = teacher_logprobs.float()
-    terms = torch.where(q > -torch.inf, q.exp() * (q - p), 0.0)
-    return float(terms.double().sum())
+def _reverse_kl(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """[N] float64."""
+    output = student_logprobs(
+        model, batch.input_ids, batch.positions, batch.token_ids, batch.support_ids, temperature=1.0
+    )
+    return estimate_reverse_kl(loss_inputs(batch, output)).double()

@@ -29,6 +29,7 @@ from trainer.importance import Importance, importance_weights, policy_gradient, 
 __all__ = [
     "LossInputs",
     "LossTotals",
+    "estimate_reverse_kl",
     "language_model_loss",
     "merge_metrics",
     "minillm_loss",
@@ -127,6 +128,14 @@ def language_model_loss(token_logprobs: Tensor, num_tokens: int) -> Tensor:
         num_tokens: of all micro-batches and ranks of the step.
     """
     return -token_logprobs.sum() / max(1, num_tokens)
+
+
+@torch.no_grad()
+def estimate_reverse_kl(inputs: LossInputs) -> Tensor:
+    """[N] the hybrid estimate of KL(student || teacher) at each position: exact inside the support, and in expectation
+    over tokens sampled from the student, at temperature 1 and without looking at the support, outside of it; nats."""
+    x = _without_masked(inputs)
+    return _single_step(x, torch.ones_like(x.student_token_logprobs), LossConfig())[1]
 
 
 def _without_masked(inputs: LossInputs) -> LossInputs:

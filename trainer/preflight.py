@@ -72,13 +72,12 @@ async def check_teachers(
     """Refuse a run of which one teacher cannot score what it would be asked.
 
     Raises:
-        StartupError: of `check_same_tokens`, `check_temperature` or `check_evaluation`; says which teacher it is.
+        StartupError: of `check_same_tokens` or `check_temperature`; says which teacher it is.
     """
     for teacher in teachers:
         with naming(teacher.name):
             await check_same_tokens(config, tokenizer, eos_token_ids, teacher)
             check_temperature(config.loss, teacher.info)
-            check_evaluation(config, teacher.info)
 
 
 async def check_same_tokens(
@@ -192,20 +191,6 @@ def check_temperature(loss: LossConfig, teacher: TeacherInfo) -> None:
         raise StartupError(
             f"loss.kd_temperature = {loss.kd_temperature}, but the teacher {teacher.model!r} computes logprobs at temperature 1 "
             "only; set loss.kd_temperature = 1 or use a teacher server with the transformers engine"
-        )
-
-
-def check_evaluation(config: RunConfig, teacher: TeacherInfo) -> None:
-    """Refuse an evaluation that the teacher cannot score: its reverse KL is over the whole vocabulary.
-
-    Raises:
-        StartupError: the teacher returns fewer tokens per position.
-    """
-    if config.data.eval_path is not None and teacher.max_top_k < teacher.padded_vocab_size:
-        raise StartupError(
-            f"the evaluation on data.eval_path needs all {teacher.padded_vocab_size} tokens per position, the teacher "
-            f"{teacher.model!r} returns {teacher.max_top_k} at most; leave data.eval_path out, or raise the limit at the "
-            "server (teacher.max_top_k; of a plain vLLM server: --max-logprobs -1)"
         )
 
 

@@ -10,8 +10,8 @@ Left out: streaming of files that do not fit in memory.
 
 import logging
 import reprlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ class Prompt:
     answer: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None  # its name in teacher.named; None: the teacher of rows that name none
-    answer_token_ids: list[int] = field(
-        default_factory=list
-    )  # of the stripped answer behind the prompt, without an end
+    answer_token_ids: list[int] = field(default_factory=list)
+    """Of the stripped answer behind the prompt, without an end."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,42 @@ class PromptRows:
             DataError: a prompt is longer (unless `config.on_bad_row` is "skip"), or none is left.
         """
         limit = min(max_prompt_tokens, self.config.max_prompt_tokens or max_prompt_tokens)
+
+        def reason(prompt: Prompt) -> str | None:
+            length = len(prompt.token_ids)
+            return (
+                f"the prompt has {length} tokens, more than the {limit} that leave room to answer"
+                if length > limit
+                else None
+            )
+
+        return self.without(reason).used()
+
+    def without(self, reason: Callable[[Prompt], str | None]) -> "PromptRows":
+        """The rows for which there is no reason to leave them out.
+
+        Raises:
+            DataError: there is one, unless `config.on_bad_row` is "skip".
+        """
         prompts, skipped = [], dict(self.skipped)
         for prompt in self.prompts:
-            if len(prompt.token_ids) <= limit:
+            if (why := reason(prompt)) is None:
                 prompts.append(prompt)
-                continue
-            reason = f"the prompt has {len(prompt.token_ids)} tokens, more than the {limit} that leave room to answer"
-            stop_or_skip(self.path, prompt.row, reason, self.config, skipped)
-        warn_of_skipped(self.path, skipped, len(skipped) + len(prompts))
-        if not prompts:
+            else:
+                stop_or_skip(self.path, prompt.row, why, self.config, skipped)
+        return replace(self, prompts=prompts, skipped=skipped)
+
+    def used(self) -> list[Prompt]:
+        """The prompts; what was skipped is said.
+
+        Raises:
+            DataError: there is none.
+        """
+        warn_of_skipped(self.path, self.skipped, len(self.skipped) + len(self.prompts))
+        if not self.prompts:
             wanted = f"`{self.config.prompt_column}` or `{self.config.messages_column}`"
             raise DataError(f"{self.path} holds no usable row; a row is a JSON object with {wanted}")
-        return prompts
+        return self.prompts
 
 
 def read_prompts(

@@ -2,26 +2,29 @@
 
 config.json      the resolved options            metrics.jsonl    one row per step
 samples.jsonl    a few scored completions        quarantine.jsonl samples that were set aside
-student/         the trained model               summary.json     before -> after, written last
+student/         the trained model (saving.py)   summary.json     before -> after, written last
 (TensorBoard events and other trackers through accelerate)
 """
 
 import importlib.util
 import json
+import logging
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from services.config import RunConfig, check_output_dir
-from services.errors import ConfigError, StartupError
+from services.errors import ConfigError, OutputError, StartupError
+from services.files import append_line, cannot_write, write_by_rename
 from trainer.evaluate import Evaluation
 from trainer.teacher_scores import ScoredSample
+
+logger = logging.getLogger(__name__)
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -38,19 +41,35 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @dataclass(frozen=True)
+class FailedEvaluation:
+    """An evaluation that was not made, and why."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """summary.json, and the table at the end of a run."""
 
     before: Evaluation | None
     after: Evaluation | None
-    teacher_exact_match: float | None
     steps: int
     wall_s: float
     tokens: int
+    failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
+
+    @property
+    def teacher_exact_match(self) -> float | None:
+        """That of the last evaluation that measured it: the teacher does not change."""
+        measured = [side.teacher_exact_match for side in (self.before, self.after) if side is not None]
+        return measured[-1] if measured else None
 
     def as_json(self) -> dict[str, Any]:
         def side(evaluation: Evaluation | None) -> dict[str, Any] | None:
-            return None if evaluation is None else asdict(evaluation)
+            if evaluation is None:
+                return None
+            return {name: value for name, value in asdict(evaluation).items() if name != "teacher_exact_match"}
 
         return {
             "before": side(self.before),
@@ -59,6 +78,7 @@ class Summary:
             "steps": self.steps,
             "wall_s": round(self.wall_s, 1),
             "tokens": self.tokens,
+            "failed_evaluations": [asdict(failed) for failed in self.failed_evaluations],
         }
 
 
@@ -69,40 +89,57 @@ class RunRecord:
         accelerator: its trackers receive the metrics.
 
     Raises:
-        ConfigError: output.dir holds a finished run.
-        StartupError: output.dir cannot be written.
+        ConfigError: output.dir holds an earlier run, or a tracker is not installed.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.dir = check_output_dir(config.output)
+        self.dir = check_output_dir(config)
+        check_trackers(config)
         self._config, self._accelerator, self._tokenizer = config, accelerator, tokenizer
         self._started = time.monotonic()
+
+    def begin(self) -> None:
+        """Put the files of this run in the place of those of an earlier one; every check has passed.
+
+        Raises:
+            StartupError: output.dir cannot be written.
+        """
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
                 (self.dir / stale).unlink(missing_ok=True)
-            (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-        except OSError as error:
+            write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())
+        except (OSError, OutputError) as error:
             raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
-        check_trackers(config)
-        accelerator.init_trackers(config.output.project, config=_flat(config.model_dump(mode="json")))
+        self._accelerator.init_trackers(self._config.output.project, config=_flat(self._config.model_dump(mode="json")))
 
     @property
     def wall_s(self) -> float:
         return time.monotonic() - self._started
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of metrics.jsonl, flushed so that others can follow it, and the trackers."""
-        self._append("metrics.jsonl", {"step": step, **metrics})
-        self._accelerator.log(metrics, step=step)
+    def token(self, token_id: int) -> str:
+        """The tokenizer's spelling of an id."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
-    def evaluation(self, step: int, evaluation: Evaluation | None) -> None:
-        if evaluation is not None:
-            self.step(step, {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None})
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of metrics.jsonl, which others can follow, and the trackers.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        try:
+            self._accelerator.log(metrics, step=step)
+        except OSError as error:  # TensorBoard's writer says at the next row that the disk is full
+            raise cannot_write(self.dir / "tracker", error) from error
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """As `step`, the names with "eval_" before them."""
+        self.step(step, {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None})
 
     def samples(self, step: int, samples: list[ScoredSample]) -> None:
-        """A few completions of this step, token by token, every `samples_every_steps` steps."""
-        if step % self._config.output.samples_every_steps:
+        """A few completions of this step, token by token, at the first and every `samples_every_steps` steps."""
+        if step != 1 and step % self._config.output.samples_every_steps:
             return
         for sample in samples[: self._config.output.samples_per_record]:
             self._append("samples.jsonl", {"step": step, **self._describe(sample)})
@@ -120,30 +157,35 @@ class RunRecord:
             "teacher_logprobs": [round(float(x), 5) for x in sample.teacher_token_logprobs],
         }
 
-    def student(self, model: PreTrainedModel) -> None:
-        """The trained model and its tokenizer, as an ordinary folder of safetensors."""
-        model.save_pretrained(self.dir / "student")
-        self._tokenizer.save_pretrained(self.dir / "student")
-
     def finish(self, summary: Summary) -> None:
-        """summary.json, by rename, so that it exists only when the run is complete; then the table."""
-        self._accelerator.end_training()
-        partial = self.dir / "summary.json.partial"
-        partial.write_text(json.dumps(summary.as_json(), indent=2) + "\n")
-        partial.rename(self.dir / "summary.json")
-        Console().print(summary_table(summary, self.dir))
+        """summary.json, which exists only when the run is complete; then the table.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.close()
+        write_by_rename(self.dir / "summary.json", (json.dumps(summary.as_json(), indent=2) + "\n").encode())
+        console = Console()
+        console.print(summary_table(summary))
+        lines = [f"student saved in {self.dir / 'student'}"]
+        lines += [f"not measured after step {failed.step}: {failed.reason}" for failed in summary.failed_evaluations]
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Let the trackers write what they hold, however the run ends; once more does nothing."""
+        try:
+            self._accelerator.end_training()
+        except OSError as error:
+            logger.warning("the trackers could not be closed: %s", error)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(self.dir / name, json.dumps(row, ensure_ascii=False).encode())
 
 
-def summary_table(summary: Summary, output_dir: Path) -> Table:
+def summary_table(summary: Summary) -> Table:
     """before -> after, for people."""
-    table = Table(
-        title=f"{summary.steps} steps, {summary.tokens:,} sampled tokens, {summary.wall_s:.0f} s",
-        caption=f"student saved in {output_dir / 'student'}",
-    )
+    table = Table(title=f"{summary.steps} steps, {summary.tokens:,} sampled tokens, {summary.wall_s:.0f} s")
     for column in ("held-out", "before", "after", "teacher"):
         table.add_column(column, justify="left" if column == "held-out" else "right")
 
@@ -153,10 +195,16 @@ def summary_table(summary: Summary, output_dir: Path) -> Table:
 
     teacher = "-" if summary.teacher_exact_match is None else f"{summary.teacher_exact_match:.1%}"
     exact = [cell(side, "exact_match", ".1%") for side in (summary.before, summary.after)]
-    kl = [cell(side, "reverse_kl", ".4f") for side in (summary.before, summary.after)]
     table.add_row("exact match", *exact, teacher)
-    table.add_row("reverse KL per token, nats", *kl, "0")
+    table.add_row("reverse KL per token, nats", *map(_reverse_kl, (summary.before, summary.after)), "0")
     return table
+
+
+def _reverse_kl(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "-"
+    error = "" if evaluation.reverse_kl_stderr is None else f" ± {evaluation.reverse_kl_stderr:.4f}"
+    return f"{evaluation.reverse_kl:.4f}{error}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

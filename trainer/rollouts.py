@@ -5,6 +5,8 @@ produces   Rollout: a completion with the logprobs of the policy that sampled it
 waits for  the rollout servers; a server that is paused for a weight push answers after its resume
 """
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +71,21 @@ async def generate_rollouts(
                 f"the rollout server {reason}, for the prompt of row {prompts[completion.prompt_index].row}"
             )
     return [Rollout(prompts[c.prompt_index], c) for c in completions]
+
+
+def completion_metrics(rollouts: list[Rollout], spell: Callable[[int], str]) -> dict[str, float]:
+    """How completions end: their mean length in tokens, the share cut off at max_new_tokens, the share of each end token.
+
+    Args:
+        spell: a token as text, for the names of the shares.
+    """
+    completions, count = [r.completion for r in rollouts], len(rollouts)
+    ends = Counter(int(c.token_ids[-1]) for c in completions if not c.truncated)
+    return {
+        "completion_tokens": sum(len(c.token_ids) for c in completions) / count,
+        "truncated_fraction": sum(c.truncated for c in completions) / count,
+        **{f"ended_by_{spell(token)}_fraction": ended / count for token, ended in sorted(ends.items())},
+    }
 
 
 def _logprob_defect(completion: RolloutCompletion) -> str | None:

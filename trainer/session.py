@@ -1,11 +1,13 @@
 """Everything a run holds between its first and its last step: models, clients, buffer, record."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,18 +15,21 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from services.causal_lm import eos_token_ids, load_tokenizer, rope_switch
+from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
-from services.errors import ConfigError
+from services.errors import ConfigError, DistillServeError, EvaluationError, OutputError
 from services.schemas import RolloutInfo
+from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient
 from trainer import preflight
 from trainer.evaluate import Evaluation, Evaluator
+from trainer.exact_match import check_answers
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
 from trainer.option_warnings import warn_of_options
 from trainer.prompts import Prompt, PromptRows, read_prompts
-from trainer.report import RunRecord, Summary
+from trainer.report import FailedEvaluation, RunRecord, Summary
+from trainer.saving import SavedStudents
 from trainer.staleness_buffer import StalenessBuffer
 from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
@@ -35,12 +40,16 @@ from trainer.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Batch:
     """The scored samples of one step and what they cost."""
 
     samples: list[ScoredSample]
+    endings: dict[str, float]
+    """Metrics of how all completions ended, those that were set aside included."""
     rollout_s: float
     teacher_s: float
     num_quarantined: int
@@ -68,6 +77,12 @@ class Session:
     evaluator: Evaluator | None
     quarantine: Quarantine
     record: RunRecord
+    students: SavedStudents
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Set when a step that is under way is not to be finished."""
+    finished_step: int = 0
+    """The step whose updates the model holds."""
+    failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
     num_tokens: int = 0
     last_wall_s: float = 0.0
 
@@ -75,11 +90,49 @@ class Session:
         every = self.config.evaluation.every_steps
         return every > 0 and step % every == 0 and step < self.num_steps
 
+    async def to_the_end(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of `work`, run in a thread; who is cancelled meanwhile leaves only when the thread has, so that
+        nothing changes the model any more."""
+        thread = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            self.stopping.set()
+            await asyncio.wait([thread])
+            raise
+
+    @contextmanager
+    def saving_the_student(self) -> Iterator[None]:
+        """However the block ends, the student of the last finished step is on disk afterwards.
+
+        Raises:
+            OutputError: it cannot be written; where the block failed as well, its own error.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.finished_step:
+                try:
+                    self.students.save(self.finished_step)
+                except OutputError as error:
+                    logger.error("the student of step %d is lost: %s", self.finished_step, error)
+            raise
+        self.students.save(self.finished_step)
+
     async def evaluate(self, step: int) -> Evaluation | None:
-        """Measure the student on the held-out prompts, or None when there are none."""
+        """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
+        warning: a measurement must not cost what was trained."""
         if self.evaluator is None:
             return None
-        evaluation = await self.evaluator.student(self.model)
+        try:
+            evaluation = await self.evaluator.evaluate(self.model, self.buffer.version)
+        except Exception as error:
+            is_known = isinstance(error, DistillServeError)
+            reason = str(error) if is_known else f"{type(error).__name__}: {error}"
+            text = "the evaluation after step %d failed, training is not affected: %s"
+            logger.warning(text, step, reason, exc_info=not is_known)
+            self.failed_evaluations.append(FailedEvaluation(step, reason))
+            return None
         self.record.evaluation(step, evaluation)
         self.last_wall_s = self.record.wall_s  # the time of a step is without the evaluation before it
         exact = "" if evaluation.exact_match is None else f"exact match {evaluation.exact_match:.3f}, "
@@ -91,47 +144,66 @@ class Session:
     ) -> None:
         """One row of metrics, a few samples now and then."""
         self.num_tokens += batch.num_tokens
-        row = metrics | {
-            "staleness": staleness,
-            "num_steps": self.num_steps,
-            "rollout_s": batch.rollout_s,
-            "teacher_s": batch.teacher_s,
-            "train_s": train_s,
-            "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
-            "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
-            "trainer_tokens_per_s": batch.num_tokens / train_s,
-            "num_quarantined": batch.num_quarantined,
-            "step_s": self.record.wall_s - self.last_wall_s,
-            "wall_s": self.record.wall_s,
-        }
+        row = (
+            metrics
+            | batch.endings
+            | {
+                "staleness": staleness,
+                "num_steps": self.num_steps,
+                "rollout_s": batch.rollout_s,
+                "teacher_s": batch.teacher_s,
+                "train_s": train_s,
+                "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
+                "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
+                "trainer_tokens_per_s": batch.num_tokens / train_s,
+                "num_quarantined": batch.num_quarantined,
+                "step_s": self.record.wall_s - self.last_wall_s,
+                "wall_s": self.record.wall_s,
+            }
+        )
         self.last_wall_s = self.record.wall_s
         self.record.step(step, row)
         self.record.samples(step, batch.samples)
 
-    async def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
-        """Save the student, write the summary, show the table."""
-        teacher = await self.evaluator.teacher_exact_match() if self.evaluator is not None else None
-        self.record.student(self.model)
-        summary = Summary(before, after, teacher, self.num_steps, self.record.wall_s, self.num_tokens)
+    def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
+        """Write the summary, show the table.
+
+        Raises:
+            EvaluationError: the run is complete, but an evaluation failed.
+        """
+        failed = self.failed_evaluations
+        summary = Summary(before, after, self.num_steps, self.record.wall_s, self.num_tokens, failed)
         self.record.finish(summary)
+        if failed:
+            steps = ", ".join(str(one.step) for one in failed)
+            raise EvaluationError(
+                f"training is complete and the student saved in {self.record.dir / 'student'}, but the evaluation after "
+                f"step {steps} failed: {failed[-1].reason}"
+            )
         return summary
 
 
 @asynccontextmanager
-async def open_session(config: RunConfig) -> AsyncIterator[Session]:
+async def open_session(config: RunConfig, interruption: Interruption | None = None) -> AsyncIterator[Session]:
     """Check everything, attach to the servers, load the student; close all of it at the end.
+
+    Args:
+        interruption: deferred once the session is open: until then there is nothing to bring to an end.
 
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
     """
     async with AsyncExitStack() as stack:
-        yield await _open(config, stack)
+        session = await _open(config, stack)
+        if interruption is not None:
+            interruption.defer()
+        yield session
 
 
 async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     config.require("train")
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers), project_dir=config.output.dir
+        cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )
     if accelerator.num_processes > 1:
         raise ConfigError(
@@ -142,13 +214,13 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     student = config.student
     tokenizer = load_tokenizer(student.model or "", trust_remote_code=student.trust_remote_code, key="student.model")
     record = RunRecord(config, accelerator, tokenizer)
-    files = _read_files(config, tokenizer)  # a broken file must not wait for the servers to be reported
+    end_token_ids = eos_token_ids_on_disk(student.model or "", tokenizer, trust_remote_code=student.trust_remote_code)
+    files = _read_files(config, tokenizer, end_token_ids)  # a broken file must not wait for the servers to be reported
     model = load_student(student)
     check_windows_fit(files.texts, model.config.get_text_config())
     servers = await _attach(config, files, stack)
     preflight.check_rope_switch(rope_switch(model), servers.rollout_client.urls, servers.rollouts)
-    eos = eos_token_ids(model, tokenizer)
-    await preflight.check_teachers(config, tokenizer, eos, servers.teachers)
+    await preflight.check_teachers(config, tokenizer, end_token_ids, servers.teachers)
     support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teachers)
     if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
@@ -158,7 +230,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     evaluator = None
     if files.held_out is not None:
         held_out = files.held_out.fitting(room)
-        evaluator = Evaluator(config, held_out, tokenizer, servers.rollout_client, servers.teachers, eos)
+        evaluator = Evaluator(config, held_out, tokenizer, servers.rollout_client, servers.teachers, end_token_ids)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     num_steps = count_steps(config, len(prompts))
@@ -166,6 +238,11 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     key = reveal(Secrets().rollout_key)
     weights = WeightSync(config, model, servers.rollout_client, servers.rollouts, canaries, key)
     stack.callback(weights.close)
+    students = SavedStudents(config.output, model, tokenizer)
+    stack.callback(students.release)
+    students.reserve(num_steps)
+    record.begin()
+    stack.callback(record.close)
     stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     return Session(
         config=config,
@@ -184,6 +261,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         evaluator=evaluator,
         quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
         record=record,
+        students=students,
     )
 
 
@@ -199,14 +277,14 @@ class _Files:
         return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
 
 
-def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> _Files:
+def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> _Files:
     data, limits = config.data, TextLimits.of(config)
     read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher.named, limits=limits)
-    return _Files(
-        read(data.path or "", option="data.path"),
-        None if data.eval_path is None else read(data.eval_path, option="data.eval_path"),
-        [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer, limits),
-    )
+    prompts, held_out = read(data.path or "", option="data.path"), None
+    if data.eval_path is not None:
+        held_out = read(data.eval_path, option="data.eval_path")
+        held_out = check_answers(held_out, end_token_ids, config.evaluation_max_new_tokens())
+    return _Files(prompts, held_out, [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer, limits))
 
 
 @dataclass(frozen=True)

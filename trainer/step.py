@@ -1,14 +1,16 @@
 """One batch, one or more optimizer steps: micro-batches through the student, the MiniLLM loss, AdamW."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from services.causal_lm import rope_switch
 from services.errors import DistillServeError
-from trainer.batch import MicroBatch, TextBatch, pack, pack_texts
+from trainer.batch import MicroBatch, TextBatch, loss_inputs, pack, pack_texts
 from trainer.lm_head import HeadOutput
-from trainer.loss import LossInputs, LossTotals, language_model_loss, merge_metrics, minillm_loss
+from trainer.loss import LossTotals, language_model_loss, merge_metrics, minillm_loss
 from trainer.model import student_logprobs
 from trainer.session import Session
 from trainer.teacher_scores import ScoredSample
@@ -23,8 +25,15 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
         Only the counts when there is nothing to train on.
 
     Raises:
-        DistillServeError: the gradient is not finite; the weights are those of the update before.
+        DistillServeError: the gradient is not finite, or the run is being stopped; the weights are those of the step before.
     """
+    with _all_updates_or_none(run):
+        metrics = _update(run, samples)
+    run.finished_step += 1
+    return metrics
+
+
+def _update(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     config = run.config
     switch = rope_switch(run.model)
     micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch, switch)
@@ -48,6 +57,22 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     return updates[0] | clipped | {"learning_rate": float(learning_rate)}
 
 
+@contextmanager
+def _all_updates_or_none(run: Session) -> Iterator[None]:
+    """With several updates a batch, put the weights back when one of them fails: a step is finished or has not been."""
+    if run.config.pipeline.updates_per_batch == 1:
+        yield
+        return
+    before = [p.detach().to("cpu", copy=True) for p in run.model.parameters()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(run.model.parameters(), before, strict=True):
+                parameter.copy_(value)
+        raise
+
+
 def _backward(
     run: Session, micro_batches: list[MicroBatch], totals: LossTotals, old: list[torch.Tensor] | None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -61,6 +86,7 @@ def _backward(
     """
     collected, logprobs, total_loss = [], [], 0.0
     for index, micro_batch in enumerate(micro_batches):
+        _check_not_stopped(run)
         batch = micro_batch.to(run.accelerator.device)
         output = _student(run, batch, batch.support_ids, run.config.loss.kd_temperature)
         inputs = loss_inputs(batch, output, None if old is None else old[index])
@@ -80,6 +106,7 @@ def _backward_texts(run: Session, batches: list[TextBatch]) -> dict[str, float]:
     num_tokens = sum(len(batch.token_ids) for batch in batches)
     total = 0.0
     for text_batch in batches:
+        _check_not_stopped(run)
         batch = text_batch.to(run.accelerator.device)
         nothing = batch.token_ids.new_empty((len(batch.token_ids), 0))
         loss = language_model_loss(_student(run, batch, nothing, 1.0).token_logprobs, num_tokens)
@@ -88,11 +115,17 @@ def _backward_texts(run: Session, batches: list[TextBatch]) -> dict[str, float]:
     return {"lm_loss": total}
 
 
+def _check_not_stopped(run: Session) -> None:
+    if run.stopping.is_set():
+        raise DistillServeError("the step was given up because the run is being stopped")
+
+
 def _apply(run: Session) -> float:
     """Clip and step; returns the gradient's norm."""
     norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.optimizer.max_grad_norm))
     if not math.isfinite(norm):
         raise DistillServeError(f"the gradient norm is {norm}; lower optimizer.learning_rate or look at the data")
+    _check_not_stopped(run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
@@ -106,23 +139,4 @@ def _student(run: Session, batch: MicroBatch | TextBatch, support_ids: torch.Ten
         batch.token_ids,
         support_ids,
         temperature=temperature,
-    )
-
-
-def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch.Tensor | None = None) -> LossInputs:
-    """Student and teacher side by side, position by position."""
-    return LossInputs(
-        student_token_logprobs=output.token_logprobs,
-        student_support_logprobs=output.support_logprobs,
-        student_tail_logprob=output.tail_logprob,
-        student_entropies=output.entropy,
-        old_token_logprobs=old_token_logprobs,
-        rollout_logprobs=batch.rollout_logprobs,
-        teacher_token_logprobs=batch.teacher_token_logprobs,
-        teacher_support_logprobs=batch.teacher_support_logprobs,
-        teacher_tail_logprob=batch.teacher_tail_logprob,
-        support_ids=batch.support_ids,
-        token_ids=batch.token_ids,
-        loss_mask=batch.loss_mask,
-        cu_seqlens=batch.cu_seqlens,
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from services.errors import PeerError
+from services.files import append_line
 from services.schemas import TeacherScores
 from services.server_client import all_or_first_error
 from services.teacher_answers import mismatches
@@ -202,15 +203,15 @@ class Quarantine:
 
         Raises:
             PeerError: they are more than `max_rate` of the step's samples.
+            OutputError: they cannot be written down.
         """
         if not quarantined:
             return
         self.count += len(quarantined)
-        with self._path.open("a", encoding="utf-8") as file:
-            for item in quarantined:
-                completion = item.rollout.completion.token_ids.tolist()
-                record = {"row": item.rollout.prompt.row, "reason": item.reason, "completion": completion}
-                file.write(json.dumps(record) + "\n")
+        for item in quarantined:
+            completion = item.rollout.completion.token_ids.tolist()
+            record = {"row": item.rollout.prompt.row, "reason": item.reason, "completion": completion}
+            append_line(self._path, json.dumps(record).encode())
         if len(quarantined) > self._max_rate * num_samples:
             raise PeerError(
                 f"{len(quarantined)} of {num_samples} samples of a step had unusable teacher rows ({quarantined[0].reason}); "

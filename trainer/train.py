@@ -13,30 +13,38 @@ import time
 
 from services.config import RunConfig
 from services.errors import DistillServeError
+from services.signals import Interruption
 from trainer.report import Summary
-from trainer.rollouts import generate_rollouts, training_sampling
+from trainer.rollouts import completion_metrics, generate_rollouts, training_sampling
 from trainer.session import Batch, Session, open_session
 from trainer.step import optimize
 from trainer.teacher_scores import score_rollouts
 
 
-async def train(config: RunConfig) -> Summary:
+async def train(config: RunConfig, interruption: Interruption | None = None) -> Summary:
     """Run the whole job; the servers must be up or coming up.
 
+    However it ends after the first step, the student of the last finished step is in output.dir.
+
+    Args:
+        interruption: signals that are to end the run in order.
+
     Raises:
-        DistillServeError: whatever a user can act on, see services/errors.py.
+        DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
+            EvaluationError.
     """
-    async with open_session(config) as run:
-        await run.weights.push(0)  # the servers' weights are ours from the first token on
-        before = await run.evaluate(step=0)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(produce(run))
-                tasks.create_task(consume(run))
-        except* DistillServeError as group:
-            raise group.exceptions[0] from None
+    async with open_session(config, interruption) as run:
+        with run.saving_the_student():
+            await run.weights.push(0)  # the servers' weights are ours from the first token on
+            before = await run.evaluate(step=0)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(produce(run))
+                    tasks.create_task(consume(run))
+            except* DistillServeError as group:
+                raise group.exceptions[0] from None
         after = await run.evaluate(step=run.num_steps)
-        return await run.finish(before, after)
+        return run.finish(before, after)
 
 
 async def produce(run: Session) -> None:
@@ -55,7 +63,8 @@ async def produce(run: Session) -> None:
             run.teachers, rollouts, support=run.support, temperature=config.loss.kd_temperature
         )
         run.quarantine.add(quarantined, len(rollouts))
-        batch = Batch(samples, generated - started, time.monotonic() - generated, len(quarantined))
+        endings = completion_metrics(rollouts, run.record.token)
+        batch = Batch(samples, endings, generated - started, time.monotonic() - generated, len(quarantined))
         run.buffer.put(batch, min(rollout.policy_version for rollout in rollouts))
 
 
@@ -64,8 +73,9 @@ async def consume(run: Session) -> None:
     for step in range(1, run.num_steps + 1):
         batch, staleness = await run.buffer.get()
         started = time.monotonic()
-        metrics = await asyncio.to_thread(optimize, run, batch.samples)
+        metrics = await run.to_the_end(optimize, run, batch.samples)
         trained = time.monotonic()
+        run.students.step_finished(step)
         pushed = await run.weights.push(step)
         run.buffer.weights_live(step)
         run.record_step(step, batch, metrics | pushed, staleness=staleness, train_s=trained - started)

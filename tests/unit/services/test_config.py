@@ -12,7 +12,6 @@ from pydantic import SecretStr, ValidationError
 
 from services.cli import main
 from services.config import (
-    OutputConfig,
     RunConfig,
     Secrets,
     TeacherConfig,
@@ -576,11 +575,21 @@ def test_a_key_opens_the_world_and_an_empty_one_does_not() -> None:
         require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr(""))
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").touch()
-    with pytest.raises(ConfigError, match=r"holds a finished run.*output\.overwrite"):
-        check_output_dir(OutputConfig(dir=str(tmp_path)))
-    assert check_output_dir(OutputConfig(dir=str(tmp_path), overwrite=True)) == tmp_path
+@pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints"])
+def test_what_a_run_has_learned_is_not_overwritten(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).mkdir()
+    with pytest.raises(ConfigError, match=rf"holds an earlier run \({left}\).*output\.overwrite"):
+        check_output_dir(RunConfig(output={"dir": str(tmp_path)}))
+    assert check_output_dir(RunConfig(output={"dir": str(tmp_path), "overwrite": True})) == tmp_path
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_run_does_not_replace_the_model_it_starts_from(role: str, tmp_path: Path) -> None:
+    output = {"dir": str(tmp_path), "overwrite": True}
+    for model in (tmp_path / "student", tmp_path / "checkpoints" / "step-3"):
+        with pytest.raises(ConfigError, match=rf"{role}\.model = .* lies in output\.dir"):
+            check_output_dir(RunConfig(output=output, **{role: {"model": str(model)}}))
+    check_output_dir(RunConfig(output=output, **{role: {"model": str(tmp_path / "students")}}))
 
 
 def test_up_refuses_a_finished_run_before_it_starts_anything(

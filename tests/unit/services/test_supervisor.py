@@ -57,6 +57,17 @@ import os, sys, time
 open(f"{sys.argv[1]}/silent.pids", "w").write(str(os.getpid()))
 time.sleep(600)
 """
+# Saves for a while when it is told to end, or for ever.
+SAVES = """
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(float(sys.argv[2]))
+    open(f"{sys.argv[1]}/saved", "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(f"{sys.argv[1]}/trainer.pids", "w").write(str(os.getpid()))
+time.sleep(600)
+"""
 CHATTY = "while True: print('x' * 1000)"
 
 
@@ -225,6 +236,32 @@ def test_ctrl_c_leaves_no_orphan(number: int, code: int, config: RunConfig, tmp_
     wait_until_nobody_lives(tmp_path)
 
 
+def test_the_trainer_has_longer_than_the_servers_to_save_the_student(config: RunConfig, tmp_path: Path) -> None:
+    roles = "Replaced(folder, 'trainer', SAVES, str(folder), '2'), grace_s=0.5"
+    process = start_up(config, roles, tmp_path, stdout=subprocess.PIPE)
+    wait_until_training(process, tmp_path)
+    os.kill(process.pid, signal.SIGHUP)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 129 and (tmp_path / "saved").exists()
+    assert b"waiting for the trainer to save the student" in said and b"killing it" not in said
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(config: RunConfig, tmp_path: Path) -> None:
+    roles = "Replaced(folder, 'trainer', SAVES, str(folder), '600')"
+    process = start_up(config, roles, tmp_path, stdout=subprocess.PIPE)
+    wait_until_training(process, tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"save the student" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"the trainer is not waited for, killing it" in said
+    wait_until_nobody_lives(tmp_path)
+
+
 def test_ctrl_c_while_a_server_is_still_starting_leaves_no_orphan(config: RunConfig, tmp_path: Path) -> None:
     process = start_up(config, "Replaced(folder, 'teacher', SILENT, str(folder))", tmp_path)
     for _ in _until(30.0):
@@ -325,6 +362,17 @@ def test_the_children_get_the_resolved_run(config: RunConfig, tmp_path: Path) ->
     assert RunConfig.model_validate(resolved).student.model == config.student.model
 
 
+def test_the_run_file_of_an_earlier_run_stays_until_this_one_has_begun(config: RunConfig, tmp_path: Path) -> None:
+    earlier = tmp_path / "out" / "run.json"
+    earlier.parent.mkdir()
+    earlier.write_text("earlier")
+    assert up(config, Roles(tmp_path, exit_code=3)) == 3  # its trainer has not written a config.json
+    assert earlier.read_text() == "earlier" and [p.name for p in earlier.parent.iterdir()] == ["run.json"]
+    begins = f"open({str(earlier.parent / 'config.json')!r}, 'w').close()"
+    assert up(config, Replaced(tmp_path, "trainer", begins)) == 0
+    assert RunConfig.model_validate_json(earlier.read_text()).student.model == config.student.model
+
+
 def test_a_missing_model_is_refused_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
     missing = config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": "/no/such/model"})})
     with pytest.raises(StartupError, match=r"teacher\.model"):
@@ -347,6 +395,20 @@ def test_the_panel_shows_where_the_run_is() -> None:
     assert "step 30/120" in text and "1:15 elapsed" in text and "3:00 left" in text
     assert "reverse KL 0.2500" in text and "loss -1.5000" in text and "staleness 0" in text
     assert "rollout ready 1,235 tok/s" in text and "teacher - 99 tok/s" in text and "trainer - - tok/s" in text
+
+
+def test_the_panel_shows_how_completions_end() -> None:
+    text = shown(
+        ROW
+        | {
+            "completion_tokens": 12.34,
+            "truncated_fraction": 0.25,
+            "ended_by_<|im_end|>_fraction": 0.74,
+            "ended_by_[E]_fraction": 0.01,
+        }
+    )
+    assert "completion 12.3 tokens truncated 25% ended by 74% <|im_end|>, 1% [E]" in text
+    assert "completion - tokens truncated - ended by -" in shown(ROW)
 
 
 def test_the_panel_needs_no_row() -> None:

@@ -185,7 +185,6 @@ async def test_a_named_teacher_that_does_not_become_ready_says_its_name() -> Non
             {"loss": KD_AT_2, "sampling": {"temperature": 2}},
             "loss.kd_temperature = 2.0",
         ),
-        ({"max_top_k": 99}, {"data": {"eval_path": "e"}}, "the evaluation on data.eval_path needs all 261 tokens"),
     ],
 )
 async def test_every_teacher_is_checked_and_the_one_that_fails_says_its_name(
@@ -245,15 +244,6 @@ def test_a_folder_tells_what_a_plain_vllm_server_does_not(tiny_model_folder) -> 
     assert tokens.chat_template_probe == chat_template_probe(tokenizer)
     assert preflight.teacher_tokens(TeacherConfig(model="owner/name")) is None
     assert preflight.teacher_tokens(TeacherConfig()) is None
-
-
-def test_an_evaluation_needs_the_whole_vocabulary() -> None:
-    info = teacher_info(build_tokenizer(), max_top_k=20)
-    preflight.check_evaluation(RunConfig(), info)
-    evaluating = RunConfig(data={"eval_path": "e.jsonl"})
-    preflight.check_evaluation(evaluating, teacher_info(build_tokenizer()))
-    with pytest.raises(StartupError, match=r"needs all 261 tokens.* returns 20 at most; .*--max-logprobs -1"):
-        preflight.check_evaluation(evaluating, info)
 
 
 def test_the_shortest_context_counts_and_must_leave_room() -> None:

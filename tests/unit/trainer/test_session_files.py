@@ -20,9 +20,9 @@ def test_an_id_beyond_the_students_embedding_is_found_in_every_file(option: str,
     bad.write_text(json.dumps({"prompt": "p<|user|>", "text": "t<|user|>"}))  # token id 259
     student = {"model": save_model(tmp_path / "small", "qwen3", vocab_size=259)}
     data = {"path": str(good), "eval_path": str(good), "lm_path": str(good)}
-    assert _read_files(config_of(student, data), build_tokenizer()).prompts.prompts
+    assert _read_files(config_of(student, data), build_tokenizer(), [256]).prompts.prompts
     with pytest.raises(DataError, match=r"bad\.jsonl, row 1: .*token id 259, beyond the 259 rows"):
-        _read_files(config_of(student, {**data, option: str(bad)}), build_tokenizer())
+        _read_files(config_of(student, {**data, option: str(bad)}), build_tokenizer(), [256])
 
 
 @pytest.mark.parametrize("option", ["path", "eval_path"])
@@ -34,7 +34,24 @@ def test_a_prompt_is_bounded_by_the_students_positions(
     long.write_text(json.dumps({"prompt": "p" * 3329}))  # 256 positions, tokens of 13 characters
     data = {"path": str(good), "eval_path": str(good), "lm_path": str(good), option: str(long)}
     with pytest.raises(DataError, match=r"long\.jsonl, row 1: the prompt has 3329 characters, at most 3328"):
-        _read_files(config_of({"model": tiny_model_folder("qwen3")}, data), build_tokenizer())
+        _read_files(config_of({"model": tiny_model_folder("qwen3")}, data), build_tokenizer(), [256])
+
+
+def test_answers_are_bounded_by_the_longest_completion_of_the_evaluation(
+    tmp_path: Path, tiny_model_folder: Callable[[str], str]
+) -> None:
+    """Where they are used: those of the rows to train on are not."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "answer": "a" * 100, "text": "t"}))
+    student, good = {"model": tiny_model_folder("qwen3")}, {"path": str(path), "lm_path": str(path)}
+    evaluated = config_of(student, {**good, "eval_path": str(path)})
+    assert _read_files(config_of(student, good), build_tokenizer(), [256]).held_out is None
+    assert _read_files(evaluated, build_tokenizer(), [256]).held_out is not None
+    short = evaluated.model_copy(update={"evaluation": evaluated.evaluation.model_copy(update={"max_new_tokens": 100})})
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, row 1: the answer and its end are 101 tokens, more than the 100"
+    ):
+        _read_files(short, build_tokenizer(), [256])
 
 
 def config_of(student: dict[str, str], data: dict[str, str]) -> RunConfig:

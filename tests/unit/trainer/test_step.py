@@ -1,6 +1,7 @@
 """One batch to one or more updates: what is accumulated, what the second update sees, what is reported."""
 
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from services.config import RunConfig
 from services.errors import DistillServeError
 from tests.models import save_model
 from tests.unit.trainer.test_batch import SAMPLES
-from trainer.batch import pack, pack_texts
+from trainer.batch import loss_inputs, pack, pack_texts
 from trainer.loss import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
-from trainer.step import loss_inputs, optimize
+from trainer.step import optimize
 from trainer.stream import RowStream
 
 WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -36,6 +37,8 @@ def session(folder: str, learning_rate: float = 0.1, texts: bool = False, **sect
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         texts=RowStream(WINDOWS, seed=0, shuffle=False) if texts else None,
+        stopping=threading.Event(),
+        finished_step=0,
     )
 
 

@@ -1,0 +1,135 @@
+"""Real ends of a real run: signals, a disk that fills up, a teacher that is gone. The student is there each time."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.integration.processes import Server, command, environment, server, wait_until
+
+pytestmark = pytest.mark.integration
+
+
+def arguments(models: dict[str, str], rollouts: Server, teacher: Server, output: Path) -> list[str]:
+    """A run of a thousand steps against running servers."""
+    data = output.with_name(f"{output.name}-rows.jsonl")
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(20)))
+    return [
+        *("--student.model", models["qwen3"], "--teacher.model", models["qwen3"], "--data.path", str(data)),
+        *("--rollout.urls", json.dumps([rollouts.url]), "--teacher.urls", json.dumps([teacher.url])),
+        *("--rollout.max_model_len", "128", "--sampling.max_new_tokens", "8", "--teacher.outage_s", "2"),
+        *("--pipeline.steps", "1000", "--pipeline.prompts_per_step", "8", "--optimizer.learning_rate", "1e-3"),
+        *("--sampling.temperature", "0.9", "--output.save_every_steps", "0", "--output.dir", str(output)),
+        *("--data.eval_path", str(data), "--evaluation.num_prompts", "4"),
+    ]
+
+
+def started(words: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def num_steps(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_text().count('"num_steps"') if path.exists() else 0
+
+
+def wait_until_trained(process: "subprocess.Popen[str]", output: Path, steps: int) -> None:
+    wait_until(lambda: process.poll() is not None or num_steps(output) >= steps, 120.0)
+    assert process.poll() is None, process.communicate()
+
+
+def check_end(process: "subprocess.Popen[str]", code: int, last_line: str, output: Path, start: str) -> None:
+    """One line says why, one says where the student is, which transformers loads and which has learned something."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    assert "Traceback" not in said and re.search(last_line, said.splitlines()[-1]), said
+    saved = re.search(r"the student of step (\d+) is saved in", said)
+    assert saved is not None and int(saved[1]) >= num_steps(output) > 0
+    model, before = (AutoModelForCausalLM.from_pretrained(path) for path in (output / "student", start))
+    assert AutoTokenizer.from_pretrained(output / "student")("1+1=")["input_ids"] == [*b"1+1="]
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert not (output / ".reserve").exists() and not (output / "summary.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_sigterm_ends_a_run_in_order_also_as_the_first_process_of_a_container(
+    rollout_server: Server, teacher_server: Server, models: dict[str, str], tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a PID namespace needs root")
+    output = tmp_path / "out"
+    words = command("train", *arguments(models, rollout_server, teacher_server, output))
+    process = started(["unshare", "--pid", "--fork", "--kill-child", *words])
+    wait_until_trained(process, output, 2)
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    os.kill(child, signal.SIGTERM)
+    check_end(process, 143, "^distillserve: ended by SIGTERM$", output, models["qwen3"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """24 MiB, of which the test may take the rest."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_that_fills_up_costs_the_run_but_not_the_student(
+    small_disk: Path, rollout_server: Server, teacher_server: Server, models: dict[str, str]
+) -> None:
+    output = small_disk / "out"
+    words = command("train", *arguments(models, rollout_server, teacher_server, output))
+    process = started(words)
+    wait_until_trained(process, output, 2)
+    with (small_disk / "filler").open("wb", buffering=0) as filler:
+        for size in (1 << 20, 1 << 10, 1):
+            try:
+                while filler.write(b"0" * size):
+                    pass
+            except OSError:
+                continue
+    check_end(
+        process, 7, r"^distillserve: .* cannot be written: .*[Nn]o space left.*; free some", output, models["qwen3"]
+    )
+
+
+@pytest.mark.timeout(300)
+def test_a_teacher_that_is_gone_ends_the_run_and_not_the_student(
+    rollout_server: Server, models: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with server("teacher", tmp_path / "teacher.log", "--teacher.model", models["llama"]) as teacher:
+        process = started(command("train", *arguments(models, rollout_server, teacher, output)))
+        wait_until_trained(process, output, 2)
+        teacher.process.kill()
+        check_end(process, 4, r"^distillserve: no teacher has answered for 2 s", output, models["qwen3"])
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_has_its_newest_checkpoint(
+    rollout_server: Server, teacher_server: Server, models: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = arguments(models, rollout_server, teacher_server, output)
+    words[words.index("--output.save_every_steps") + 1] = "1"
+    process = started(command("train", *words))
+    wait_until_trained(process, output, 4)
+    process.kill()
+    process.communicate(timeout=60)
+    newest = max((output / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    assert int(newest.name.removeprefix("step-")) >= num_steps(output)
+    assert AutoModelForCausalLM.from_pretrained(newest).num_parameters() > 0

@@ -1,0 +1,54 @@
+"""Rollout servers that generate with transformers' own forward pass, a token at a time; an oracle for vLLM's place."""
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from services.schemas import RolloutCompletion, RolloutSampling, VersionSpan
+
+
+class Generator:
+    """Completes prompts with a model, greedily at temperature 0, else by sampling its whole distribution.
+
+    Args:
+        end_token_ids: what ends a completion.
+    """
+
+    def __init__(self, model: PreTrainedModel, end_token_ids: list[int], version: str = "0", seed: int = 0) -> None:
+        self._model, self._ends, self.version = model, set(end_token_ids), version
+        self._random = torch.Generator().manual_seed(seed)
+
+    def complete(self, prompt: list[int], sampling: RolloutSampling) -> list[int]:
+        return self._complete([prompt], sampling)[0]
+
+    @torch.no_grad()
+    def _complete(self, prompts: list[list[int]], sampling: RolloutSampling) -> list[list[int]]:
+        """Completions of equally long prompts; each step is one forward pass over all of them."""
+        ids = torch.tensor(prompts)
+        for _ in range(sampling.max_new_tokens):
+            logits = self._model(ids).logits[:, -1].double()
+            if sampling.temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                probabilities = (logits / sampling.temperature).softmax(-1)
+                new = torch.multinomial(probabilities, 1, generator=self._random)
+            ids = torch.cat([ids, new], 1)
+        return [self._up_to_end(row) for row in ids[:, len(prompts[0]) :].tolist()]
+
+    def _up_to_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((place + 1 for place, token in enumerate(ids) if token in self._ends), len(ids))]
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: RolloutSampling, samples_per_prompt: int = 1, student_top_k: int = 0
+    ) -> list[RolloutCompletion]:
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(index)
+        completions = []
+        for group in by_length.values():
+            for index, ids in zip(group, self._complete([prompts[i] for i in group], sampling), strict=True):
+                reason = "stop" if ids[-1] in self._ends else "length"
+                span = VersionSpan(self.version, 0, len(ids))
+                tokens, logprobs = np.array(ids, np.int32), np.zeros(len(ids), np.float32)
+                completions.append(RolloutCompletion(index, 0, tokens, logprobs, reason, [span]))
+        return sorted(completions, key=lambda completion: completion.prompt_index)

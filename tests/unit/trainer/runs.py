@@ -1,0 +1,141 @@
+"""A whole run in this process: the trainer's own parts, a teacher on a real port, and rollout servers that are not vLLM's."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from services.clients import TeacherClient
+from services.config import RunConfig
+from services.schemas import RolloutCompletion, RolloutSampling, VersionSpan
+from services.signals import Interruption
+from tests.scripted_teacher import ScriptedTeacher
+from trainer.evaluate import Evaluator
+from trainer.model import build_optimizer, build_schedule, load_student
+from trainer.prompts import Prompt
+from trainer.report import RunRecord
+from trainer.saving import SavedStudents
+from trainer.session import Session
+from trainer.staleness_buffer import StalenessBuffer
+from trainer.stream import RowStream
+from trainer.teacher_scores import Quarantine, Support
+from trainer.teachers import Teacher, Teachers
+from trainer.tiny_pair import build_tokenizer
+
+VOCAB = 261
+END = 256
+PROMPTS = [Prompt(row, list(f"{row}+{row}=".encode()), f"{row}+{row}=") for row in range(1, 9)]
+Step = Callable[[], None]
+
+
+class Rollouts:
+    """Completes with digits that depend on the version, the last push's, and the prompt's place."""
+
+    def __init__(self) -> None:
+        self.version = "default"
+        self.num_calls = 0
+        self.on_call: Callable[[int], None] = lambda call: None
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: RolloutSampling, samples_per_prompt: int = 1, student_top_k: int = 0
+    ) -> list[RolloutCompletion]:
+        self.num_calls += 1
+        self.on_call(self.num_calls)
+        return [self._complete(index, sampling.max_new_tokens) for index in range(len(prompts))]
+
+    def _complete(self, index: int, most: int) -> RolloutCompletion:
+        random = np.random.default_rng([int(self.version), index])
+        ids = random.integers(48, 58, random.integers(1, most + 1)).astype(np.int32)
+        stops = len(ids) < most
+        ids[-1] = END if stops else ids[-1]
+        spans = [VersionSpan(self.version, 0, len(ids))]
+        logprobs = np.full(len(ids), -4.0, np.float32)
+        return RolloutCompletion(index, 0, ids, logprobs, "stop" if stops else "length", spans)
+
+
+class Pushes:
+    """Weight pushes that only count."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self._rollouts = rollouts
+        self.on_push: Callable[[int], None] = lambda version: None
+
+    async def push(self, version: int) -> dict[str, float]:
+        self.on_push(version)
+        self._rollouts.version = str(version)
+        return {"push_s": 0.0}
+
+
+def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitStack) -> Session:
+    """What trainer.session opens, over `teacher` and the stand-ins above."""
+    tokenizer, model = build_tokenizer(), load_student(config.student)
+    accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
+    client = TeacherClient([teacher.url], outage_s=config.teacher.outage_s)
+    stack.push_async_callback(client.close)
+    teachers, rollouts = Teachers([Teacher(None, client, teacher.info)]), Rollouts()
+    record, optimizer = RunRecord(config, accelerator, tokenizer), build_optimizer(model, config.optimizer)
+    num_steps = config.pipeline.steps or 1
+    students = SavedStudents(config.output, model, tokenizer)
+    stack.callback(students.release)
+    students.reserve(num_steps)
+    record.begin()
+    stack.callback(record.close)
+    parts: dict[str, Any] = {"rollout_client": rollouts, "weights": Pushes(rollouts)}
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config.optimizer, num_steps),
+        prompts=RowStream(PROMPTS, seed=0, shuffle=False),
+        texts=None,
+        num_steps=num_steps,
+        support=Support("teacher_topk", 8, VOCAB),
+        teachers=teachers,
+        buffer=StalenessBuffer(config.pipeline.max_staleness),
+        evaluator=Evaluator(config, PROMPTS, tokenizer, rollouts, teachers, [END]),  # type: ignore[arg-type]
+        quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
+        record=record,
+        students=students,
+        **parts,
+    )
+
+
+def opener(teacher: ScriptedTeacher, prepare: Callable[[Session], None]) -> Any:
+    """Takes the place of trainer.train.open_session.
+
+    Args:
+        prepare: called with the open session.
+    """
+
+    @asynccontextmanager
+    async def open_session(config: RunConfig, interruption: Interruption | None = None) -> AsyncIterator[Session]:
+        async with AsyncExitStack() as stack:
+            session = build_session(config, teacher, stack)
+            prepare(session)
+            if interruption is not None:
+                interruption.defer()
+            yield session
+
+    return open_session
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run_config(folder: str, into: Path, **sections: dict[str, Any]) -> RunConfig:
+    """Three steps of four prompts."""
+    base: dict[str, dict[str, Any]] = {
+        "student": {"model": folder},
+        "teacher": {"outage_s": 0.2},
+        "sampling": {"max_new_tokens": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "pipeline": {"steps": 3, "prompts_per_step": 4, "max_quarantine_rate": 0.5},
+        "output": {"dir": str(into), "trackers": [], "save_every_steps": 0},
+    }
+    return RunConfig(**{name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()})

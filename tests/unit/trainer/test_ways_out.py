@@ -1,0 +1,317 @@
+"""Every way out of a run after its first step leaves the student of the last finished step on disk (and none before it).
+
+The expected students come from a run that nothing disturbs: what a run has learned after a step depends on nothing later.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.errors import DistillServeError, EvaluationError, OutputError, PeerError, WeightSyncError
+from services.signals import Interrupted, run_until_signalled
+from tests.scripted_teacher import ScriptedTeacher
+from tests.unit.trainer.runs import opener, run_config, weights_of
+from trainer import report
+from trainer import train as training
+from trainer.session import Session
+from trainer.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+@pytest.fixture
+def teacher() -> Iterator[ScriptedTeacher]:
+    with ScriptedTeacher().serving() as serving:
+        yield serving
+
+
+@dataclass
+class Run:
+    """One run, disturbed by `disturb`."""
+
+    folder: str
+    output: Path
+    teacher: ScriptedTeacher
+    monkeypatch: pytest.MonkeyPatch
+
+    def go(self, disturb: Callable[[Session], None] = lambda session: None, **sections: dict[str, Any]) -> Any:
+        config = run_config(self.folder, self.output, **sections)
+        self.monkeypatch.setattr(training, "open_session", opener(self.teacher, disturb))
+        return run_until_signalled(partial(train, config))
+
+    def student(self) -> dict[str, torch.Tensor]:
+        return weights_of(AutoModelForCausalLM.from_pretrained(self.output / "student"))
+
+
+@pytest.fixture
+def run(tiny_model_folder: Any, tmp_path: Path, teacher: ScriptedTeacher, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(tiny_model_folder("llama"), tmp_path / "out", teacher, monkeypatch)
+
+
+def undisturbed(run: Run, **sections: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """The weights after 0, 1, 2 and 3 steps."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watch(session: Session) -> None:
+        seen.append(weights_of(session.model))
+        session.weights.on_push = lambda version: version and seen.append(weights_of(session.model))  # type: ignore[attr-defined]
+
+    Run(run.folder, run.output.with_name("undisturbed"), run.teacher, run.monkeypatch).go(watch, **sections)
+    return seen
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def at(number: int, act: Callable[[], Any]) -> Callable[[int], None]:
+    """Call `act` when the counter has come to `number`."""
+    return lambda count: act() if count == number else None
+
+
+def signalled(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+# Calls of generate: 1 is the evaluation before, then one a step, then the evaluation after.
+def rollouts_fail(session: Session, run: Run) -> None:
+    session.rollout_client.on_call = at(4, raising(PeerError("gone")))  # type: ignore[attr-defined]
+
+
+def teacher_fails(session: Session, run: Run) -> None:
+    session.rollout_client.on_call = at(4, lambda: setattr(run.teacher, "refuse", lambda body: (500, {})))  # type: ignore[attr-defined]
+
+
+def rows_are_bad(session: Session, run: Run) -> None:
+    def spoil() -> None:
+        run.teacher.spoil = lambda scores: replace(scores, token_logprobs=np.full_like(scores.token_logprobs, np.nan))
+
+    session.rollout_client.on_call = at(4, spoil)  # type: ignore[attr-defined]
+
+
+def push_fails(session: Session, run: Run) -> None:
+    session.weights.on_push = at(2, raising(WeightSyncError("torn")))  # type: ignore[attr-defined]
+
+
+def a_bug(session: Session, run: Run) -> None:
+    session.rollout_client.on_call = at(4, raising(RuntimeError("a bug")))  # type: ignore[attr-defined]
+
+
+def gradient_is_not_finite(session: Session, run: Run, update: int = 3) -> None:
+    clip, calls = session.accelerator.clip_grad_norm_, iter(range(1, 100))
+
+    def clip_grad_norm(parameters: Any, most: float) -> Any:
+        norm = clip(parameters, most)
+        return torch.tensor(float("nan")) if next(calls) == update else norm
+
+    session.accelerator.clip_grad_norm_ = clip_grad_norm  # type: ignore[method-assign]
+
+
+def disk_is_full(session: Session, run: Run) -> None:
+    append, calls = report.append_line, iter(range(1, 100))
+
+    def append_line(path: Path, line: bytes) -> None:
+        if path.name == "metrics.jsonl" and next(calls) == 3:  # of the evaluation before, steps 1 and 2
+            raise OutputError(f"{path} cannot be written: No space left on device")
+        append(path, line)
+
+    run.monkeypatch.setattr(report, "append_line", append_line)
+
+
+def ended_in_rollouts(session: Session, run: Run) -> None:
+    session.rollout_client.on_call = at(4, signalled)  # type: ignore[attr-defined]
+
+
+def ended_in_a_push(session: Session, run: Run) -> None:
+    session.weights.on_push = at(2, partial(signalled, signal.SIGINT))  # type: ignore[attr-defined]
+
+
+def ended_in_the_backward_pass(session: Session, run: Run) -> None:
+    backward, calls = session.accelerator.backward, iter(range(1, 100))
+
+    def slow_backward(loss: Any) -> None:
+        if next(calls) == 3:
+            signalled(signal.SIGHUP)
+            assert session.stopping.wait(10)
+        backward(loss)
+
+    session.accelerator.backward = slow_backward  # type: ignore[method-assign]
+
+
+def ended_in_the_update(session: Session, run: Run) -> None:
+    step, calls = session.optimizer.step, iter(range(1, 100))
+
+    def slow_step() -> None:
+        if next(calls) == 2:
+            signalled()
+            assert session.stopping.wait(10)
+            time.sleep(0.5)  # long enough to be overtaken by whoever does not wait
+        step()
+
+    session.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
+
+
+WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
+    (rollouts_fail, PeerError, 2),
+    (teacher_fails, PeerError, 2),
+    (rows_are_bad, PeerError, 2),
+    (push_fails, WeightSyncError, 2),
+    (a_bug, ExceptionGroup, 2),
+    (gradient_is_not_finite, DistillServeError, 2),
+    (disk_is_full, OutputError, 2),
+    (ended_in_rollouts, Interrupted, 2),
+    (ended_in_a_push, Interrupted, 2),
+    (ended_in_the_backward_pass, Interrupted, 2),
+    (ended_in_the_update, Interrupted, 2),  # which is finished
+]
+
+
+@pytest.mark.parametrize(("disturb", "error", "last"), WAYS, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_student_of_the_last_finished_step_is_kept(
+    disturb: Callable[..., None], error: type[BaseException], last: int, run: Run
+) -> None:
+    expected = undisturbed(run)
+    with pytest.raises(error):
+        run.go(partial(disturb, run=run))
+    assert_same(run.student(), expected[last])
+    assert not torch.equal(expected[last]["lm_head.weight"], expected[last - 1]["lm_head.weight"])
+    assert not (run.output / "summary.json").exists()
+    left = {path.name for path in run.output.iterdir()}
+    assert left <= {"student", "config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"}
+    for line in (run.output / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_no_student(run: Run) -> None:
+    with pytest.raises(PeerError):
+        run.go(lambda s: setattr(s.rollout_client, "on_call", at(2, raising(PeerError("gone")))))
+    assert not (run.output / "student").exists() and not (run.output / ".reserve").exists()
+
+
+def test_a_step_of_several_updates_is_finished_or_has_not_been(run: Run) -> None:
+    pipeline = {"updates_per_batch": 2}
+    expected = undisturbed(run, pipeline=pipeline)
+    with pytest.raises(DistillServeError, match="gradient norm is nan"):
+        run.go(partial(gradient_is_not_finite, run=run, update=6), pipeline=pipeline)  # the second one of step 3
+    assert_same(run.student(), expected[2])
+
+
+def failing_evaluations(*steps: int) -> Callable[[Session], None]:
+    def disturb(session: Session) -> None:
+        assert session.evaluator is not None
+        evaluate = session.evaluator.evaluate
+
+        async def evaluate_or_fail(model: Any, version: int) -> Any:
+            if version in steps:
+                raise PeerError("the teacher answered 422: a row it does not take")
+            return await evaluate(model, version)
+
+        session.evaluator.evaluate = evaluate_or_fail  # type: ignore[method-assign]
+
+    return disturb
+
+
+@pytest.mark.parametrize("failing", [(3,), (1,), (0,), (0, 1, 2, 3)], ids=str)
+def test_a_failing_evaluation_costs_a_measurement_alone(
+    failing: tuple[int, ...], run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = undisturbed(run)
+    with pytest.raises(EvaluationError, match=r"student saved in .*student.* a row it does not take") as raised:
+        run.go(failing_evaluations(*failing), evaluation={"every_steps": 1})
+    assert raised.value.exit_code not in (0, 1)
+    assert_same(run.student(), expected[3])
+    summary = json.loads((run.output / "summary.json").read_text())
+    reason = "the teacher answered 422: a row it does not take"
+    assert summary["failed_evaluations"] == [{"step": step, "reason": reason} for step in failing]
+    assert [summary["before"] is None, summary["after"] is None] == [0 in failing, 3 in failing]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert sum(reason in text for text in warnings) == len(failing)
+
+
+def test_an_evaluation_that_fails_by_a_bug_is_no_different(run: Run) -> None:
+    def disturb(session: Session) -> None:
+        session.rollout_client.on_call = at(5, raising(ZeroDivisionError("a bug")))  # type: ignore[attr-defined]
+
+    with pytest.raises(EvaluationError, match="ZeroDivisionError: a bug"):
+        run.go(disturb)
+    assert (run.output / "student" / "model.safetensors").exists()
+
+
+def test_the_student_is_on_disk_before_the_last_evaluation(run: Run) -> None:
+    expected = undisturbed(run)
+    seen: list[dict[str, torch.Tensor]] = []
+    with pytest.raises(Interrupted):
+        run.go(
+            lambda s: setattr(
+                s.rollout_client, "on_call", at(5, lambda: (seen.append(run.student()), signalled(signal.SIGINT)))
+            )
+        )
+    assert_same(seen[0], expected[3])
+    assert not (run.output / "summary.json").exists()
+
+
+def test_the_last_few_students_are_kept_while_the_run_goes(run: Run) -> None:
+    output = {"save_every_steps": 1, "save_total_limit": 2}
+    expected = undisturbed(run)
+    run.go(output=output)
+    folders = sorted((run.output / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-2", "step-3"]
+    for folder, weights in zip(folders, expected[2:], strict=True):
+        assert_same(weights_of(AutoModelForCausalLM.from_pretrained(folder)), weights)
+
+
+def test_an_earlier_student_is_there_until_there_is_a_newer_one(run: Run) -> None:
+    run.go(output={"save_every_steps": 2})
+    earlier = run.student()
+    again = {"overwrite": True, "save_every_steps": 2}
+    with pytest.raises(PeerError):
+        run.go(lambda s: setattr(s.rollout_client, "on_call", at(2, raising(PeerError("gone")))), output=again)
+    assert_same(run.student(), earlier)
+    assert (run.output / "checkpoints" / "step-2").exists()
+
+    def look(version: int) -> None:
+        if version == 1:  # killed from here on, what the earlier run left must not pass for this one's
+            assert not (run.output / "student").exists() and not (run.output / "checkpoints").exists()
+
+    run.go(lambda s: setattr(s.weights, "on_push", look), output=again)
+
+
+def test_a_run_that_is_cancelled_by_a_program_saves_as_well(run: Run) -> None:
+    """Without signals of its own: `await train(config)` inside something larger."""
+    expected = undisturbed(run)
+    config = run_config(run.folder, run.output)
+    task: asyncio.Task[Any] | None = None
+
+    def disturb(session: Session) -> None:
+        session.rollout_client.on_call = at(4, lambda: task and task.cancel())  # type: ignore[attr-defined]
+
+    async def program() -> None:
+        nonlocal task
+        run.monkeypatch.setattr(training, "open_session", opener(run.teacher, disturb))
+        task = asyncio.create_task(train(config))
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(program())
+    assert_same(run.student(), expected[2])

@@ -1,0 +1,133 @@
+"""The student on disk: after a run, however it ends, and every few steps of it.
+
+student/                 the student of the last finished step, as a folder of safetensors with its tokenizer
+checkpoints/step-N/      the same after step N; the newest `output.save_total_limit` of them
+.reserve/                room for one student, held until the last one is saved: a disk that fills up meanwhile costs
+                         metrics, not the student
+
+A folder is written beside its place and renamed into it, so under these names there is never half a student.
+"""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from services.config import OutputConfig
+from services.errors import OutputError, StartupError
+from services.files import cannot_write, sync_folder
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+# What a folder holds beside the weights and the tokenizer.
+_OTHER_BYTES = 4 << 20
+
+
+class SavedStudents:
+    """The students of one run.
+
+    Args:
+        model: saved as it is at the time of each call.
+    """
+
+    def __init__(self, output: OutputConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._dir, self._limit = Path(output.dir), output.save_total_limit
+        self._every = output.save_every_steps
+        self._model, self._tokenizer = model, tokenizer
+        self._has_begun = False
+
+    def reserve(self, num_steps: int) -> None:
+        """Find out before the first step what would keep the last one's student from being saved, and keep room for it.
+
+        Raises:
+            StartupError: the student's configuration cannot be saved, or there is no room.
+        """
+        reserve = self._dir / ".reserve"
+        checkpoints = min(self._limit + 1, num_steps // self._every) if self._every else 0
+        try:
+            shutil.rmtree(reserve, ignore_errors=True)
+            reserve.mkdir(parents=True)
+            self._model.config.save_pretrained(reserve)
+            if self._model.generation_config is not None:
+                self._model.generation_config.save_pretrained(reserve)
+            self._tokenizer.save_pretrained(reserve)
+            weights = sum(p.numel() * p.element_size() for p in self._model.parameters()) + _OTHER_BYTES
+            needed, free = (1 + checkpoints) * weights, shutil.disk_usage(reserve).free
+            if needed > free:
+                raise StartupError(
+                    f"output.dir = {str(self._dir)!r} has {free >> 20} MiB left, the run saves {1 + checkpoints} students of "
+                    f"{weights >> 20} MiB; free some, or lower output.save_total_limit or set output.save_every_steps = 0"
+                )
+            with (reserve / "room").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, weights)
+        except OSError as error:
+            raise StartupError(f"output.dir = {str(self._dir)!r} cannot hold the student: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise StartupError(
+                f"the student could not be saved: {str(error).splitlines()[0]}; mend its folder"
+            ) from error
+
+    def release(self) -> None:
+        """Give up the reserved room."""
+        shutil.rmtree(self._dir / ".reserve", ignore_errors=True)
+
+    def step_finished(self, step: int) -> None:
+        """Keep the student of `step` in checkpoints/ if it is one's turn.
+
+        Once there is a step of this run, the students of an earlier run in this folder are deleted.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            self._remove("student", "checkpoints")
+        if not self._every or step % self._every:
+            return
+        folder = self._dir / "checkpoints"
+        self._write(folder / f"step-{step}")
+        for _, path in sorted(_by_step(folder))[: -self._limit]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int) -> None:
+        """Put the student of `step` into student/.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.release()
+        self._write(self._dir / "student")
+        if not self._has_begun:
+            self._remove("checkpoints")
+        logger.info("the student of step %d is saved in %s", step, self._dir / "student")
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            shutil.rmtree(self._dir / name, ignore_errors=True)
+
+    def _write(self, path: Path) -> None:
+        beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            self._model.save_pretrained(beside)
+            self._tokenizer.save_pretrained(beside)
+            sync_folder(beside)
+            if path.exists():
+                path.replace(before)
+            beside.replace(path)
+            shutil.rmtree(before, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise cannot_write(path, error) from error
+            raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [(int(match[1]), path) for match, path in matches if match]
