@@ -45,7 +45,7 @@ def handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
 
 class Interruption:
     """What a signal does to the work of `run_until_signalled`: it ends it at once or, after `defer`, cancels it, so that it
-    can bring what it has begun to an end. A second signal always ends it at once."""
+    can bring what it has begun to an end. A second signal, or one when the work is done, always ends it at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -56,7 +56,7 @@ class Interruption:
         self._task = asyncio.current_task()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self._task is None or self.number is not None:
+        if self._task is None or self._task.done() or self.number is not None:
             raise Interrupted(number)
         self.number = number
         self._task.get_loop().call_soon_threadsafe(self._task.cancel)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from services.signals import Interrupted, Interruption, run_until_signalled
+
 # Says "working", is cancelled or not, and says how it went; argv: whether the work is deferred, and what happens on cancel.
 WORK = """
 import asyncio, sys, time
@@ -62,6 +64,19 @@ def test_a_second_signal_does_not_wait() -> None:
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143 and time.monotonic() - begun < 20
+
+
+def test_a_signal_behind_the_end_of_the_work_does_not_wait_for_what_is_left() -> None:
+    """Threads that nobody joins, say: there is no work any more that could be cancelled."""
+    seen: list[Interruption] = []
+
+    async def work(interruption: Interruption) -> None:
+        interruption.defer()
+        seen.append(interruption)
+
+    run_until_signalled(work)
+    with pytest.raises(Interrupted, match="ended by SIGTERM"):
+        seen[0].handle(signal.SIGTERM, None)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
