@@ -147,7 +147,7 @@ class Evaluator:
         return matches / len(self._graded)
 
     def _rule(self, more_end_token_ids: list[int] | None = None) -> ExactMatch:
-        ends = [*self._end_token_ids, *(more_end_token_ids or [])]
+        ends = [*(more_end_token_ids or []), *self._end_token_ids]
         return ExactMatch(self._tokenizer, ends, self._config.evaluation_max_new_tokens())
 
 

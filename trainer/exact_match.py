@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from services.errors import ProblemError
+from services.teacher_client import RefusedSequenceError
 from services.text import TextError, encode_completion, encode_prompt
 from trainer.prompts import Prompt, PromptRows
 from trainer.teachers import Teacher
@@ -29,16 +29,18 @@ class ExactMatch:
     """The rule.
 
     Args:
-        end_token_ids: what ends a completion.
+        end_token_ids: what ends a completion, what is likely to first.
         max_new_tokens: longest completion, the end token included.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int], max_new_tokens: int) -> None:
         self._tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self._end = [*end_token_ids][:1]
         self.end_token_ids = frozenset(end_token_ids)
+        self._special = frozenset(tokenizer.all_special_ids)
 
     def matches(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
-        """Whether a completion of a prompt with an answer is the answer."""
+        """Whether a completion of a prompt with an answer is the answer; special tokens in it count as no text."""
         kept = self._before_end(token_ids)
         ended = len(kept) < min(len(token_ids), self.max_new_tokens)
         return ended and self._text(kept).strip() in self._answers(prompt)
@@ -57,7 +59,7 @@ class ExactMatch:
     def draft(self, prompt: Prompt, token_ids: Sequence[int]) -> list[int]:
         """What probably follows these tokens in a completion that is the answer; at least one token."""
         room = self.max_new_tokens - len(token_ids)
-        end = [min(self.end_token_ids)]
+        end = self._end
         expected = prompt.answer_token_ids
         if list(token_ids) == expected[: len(token_ids)]:
             return [*expected[len(token_ids) :], *end][:room]
@@ -83,8 +85,10 @@ class ExactMatch:
         """As written, and as the tokenizer gives it back: behind the prompt, where it may continue a word, and by itself."""
         assert prompt.answer is not None
         written = prompt.answer.strip()
-        alone = encode_prompt(self._tokenizer, written, special=False)
-        return {written, self._text(prompt.answer_token_ids).strip(), self._text(alone).strip()}
+        forms = (prompt.answer_token_ids, encode_prompt(self._tokenizer, written, special=False))
+        # A special token (what stands for unknown characters is one) has no text: the rest would be half an answer.
+        whole = [form for form in forms if not self._special.intersection(form)]
+        return {written, *(text for form in whole if (text := self._text(form).strip()))}
 
 
 def _squashed(text: str) -> str:
@@ -125,7 +129,7 @@ async def count_teacher_matches(teacher: Teacher, prompts: list[Prompt], rule: E
             greedy.draft = rule.draft(greedy.prompt, greedy.token_ids)
         refused: set[int] = set()
 
-        def on_refused(index: int, error: ProblemError, refused: set[int] = refused) -> None:
+        def on_refused(index: int, error: RefusedSequenceError, refused: set[int] = refused) -> None:
             refused.add(index)
 
         scores = await teacher.score([greedy.sequence for greedy in waiting], top_k=1, on_refused=on_refused)
@@ -156,6 +160,10 @@ def check_answers(rows: PromptRows, end_token_ids: Sequence[int], max_new_tokens
             return (
                 "it has an answer, but neither the student's tokenizer nor its configuration names an end token, so that no "
                 "completion would ever end with it; set eos_token in the tokenizer, or leave the answer out"
+            )
+        if inside := set(end_token_ids).intersection(prompt.answer_token_ids):
+            return (
+                f"the answer holds the end token {min(inside)}, where every completion ends; take it out of the answer"
             )
         needed = len(prompt.answer_token_ids) + 1
         if needed > max_new_tokens:
