@@ -497,7 +497,7 @@ def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) 
 
 
 # Folders of output.dir that hold students.
-_REPLACED = ("student", "checkpoints")
+_REPLACED = ("student", "checkpoints", ".student.before")
 
 
 def check_output_dir(config: RunConfig) -> Path:
@@ -514,7 +514,9 @@ def check_output_dir(config: RunConfig) -> Path:
             "--output.overwrite true, which replaces it"
         )
     for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
-        if model and any(Path(model).resolve().is_relative_to((path / name).resolve()) for name in _REPLACED):
+        folder = Path(model or "").resolve()
+        replaced = any(folder.is_relative_to((path / name).resolve()) for name in _REPLACED)
+        if model and (replaced or folder == path.resolve()):
             raise ConfigError(
                 f"{key} = {model!r} lies in output.dir = {str(path)!r}, where this run replaces it; choose another output.dir"
             )

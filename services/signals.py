@@ -45,7 +45,8 @@ def handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
 
 class Interruption:
     """What a signal does to the work of `run_until_signalled`: it ends it at once or, after `defer`, cancels it, so that it
-    can bring what it has begun to an end. A second signal, or one when the work is done, always ends it at once."""
+    can bring what it has begun to an end. A second Ctrl-C does not wait for that. Other signals come twice without
+    anybody being in a hurry: a terminal that closes, a service manager that signals a whole group."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -56,10 +57,12 @@ class Interruption:
         self._task = asyncio.current_task()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self._task is None or self._task.done() or self.number is not None:
+        is_hurry = self.number is not None and number == signal.SIGINT
+        if self._task is None or self._task.done() or is_hurry:
             raise Interrupted(number)
-        self.number = number
-        self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        if self.number is None:
+            self.number = number
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
 def run_until_signalled(main: Callable[[Interruption], Coroutine[Any, Any, Result]]) -> Result:

@@ -166,7 +166,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._status: dict[str, str] = {}
         self._interrupted: asyncio.Future[int]
-        self._hurried: asyncio.Future[None]  # by a second signal
+        self._hurried: asyncio.Future[None]  # by a second Ctrl-C
         self._started = time.time()
 
     async def run(self) -> int:
@@ -187,7 +187,7 @@ class Supervisor:
     def _interrupt(self, number: int) -> None:
         if not self._interrupted.done():
             self._interrupted.set_result(128 + number)
-        elif not self._hurried.done():
+        elif number == signal.SIGINT and not self._hurried.done():  # the others come twice without any hurry
             self._hurried.set_result(None)
 
     async def _run_roles(self) -> int:
@@ -285,7 +285,9 @@ class Supervisor:
             for child in children:
                 if child.process.returncode is None:
                     if child.role == "trainer":
-                        self._say("waiting for the trainer to save the student; another Ctrl-C ends everything at once")
+                        self._say(
+                            "waiting for the trainer, which saves the student first; another Ctrl-C ends everything at once"
+                        )
                     child.signal(signal.SIGTERM)
             await asyncio.gather(*(self._end(child, grace_s) for child in children))
 

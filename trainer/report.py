@@ -106,12 +106,15 @@ class RunRecord:
         """
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            options = _flat(self._config.model_dump(mode="json"))
+            self._accelerator.init_trackers(
+                self._config.output.project, config=options
+            )  # one may want a key or a network
             for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
                 (self.dir / stale).unlink(missing_ok=True)
             write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())
         except (OSError, OutputError) as error:
             raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
-        self._accelerator.init_trackers(self._config.output.project, config=_flat(self._config.model_dump(mode="json")))
 
     @property
     def wall_s(self) -> float:

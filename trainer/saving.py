@@ -10,11 +10,9 @@ A folder is written beside its place and renamed into it, so under these names t
 
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import OutputConfig
@@ -23,7 +21,6 @@ from services.files import cannot_write, sync_folder
 
 logger = logging.getLogger(__name__)
 
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 # What a folder holds beside the weights and the tokenizer.
 _OTHER_BYTES = 4 << 20
 
@@ -40,6 +37,7 @@ class SavedStudents:
         self._every = output.save_every_steps
         self._model, self._tokenizer = model, tokenizer
         self._has_begun = False
+        self._checkpoints: list[Path] = []
 
     def reserve(self, num_steps: int) -> None:
         """Find out before the first step what would keep the last one's student from being saved, and keep room for it.
@@ -79,20 +77,22 @@ class SavedStudents:
     def step_finished(self, step: int) -> None:
         """Keep the student of `step` in checkpoints/ if it is one's turn.
 
-        Once there is a step of this run, the students of an earlier run in this folder are deleted.
+        The first step's student takes the place of those of an earlier run in this folder.
 
         Raises:
             OutputError: it cannot be written.
         """
         if not self._has_begun:
             self._has_begun = True
-            self._remove("student", "checkpoints")
+            if any((self._dir / name).exists() for name in ("student", "checkpoints")):
+                self._write(self._dir / "student")
+                _remove(self._dir / "checkpoints")
         if not self._every or step % self._every:
             return
-        folder = self._dir / "checkpoints"
-        self._write(folder / f"step-{step}")
-        for _, path in sorted(_by_step(folder))[: -self._limit]:
-            shutil.rmtree(path, ignore_errors=True)
+        self._checkpoints.append(self._dir / "checkpoints" / f"step-{step}")
+        self._write(self._checkpoints[-1])
+        while len(self._checkpoints) > self._limit:
+            _remove(self._checkpoints.pop(0))
 
     def save(self, step: int) -> None:
         """Put the student of `step` into student/.
@@ -103,12 +103,8 @@ class SavedStudents:
         self.release()
         self._write(self._dir / "student")
         if not self._has_begun:
-            self._remove("checkpoints")
+            _remove(self._dir / "checkpoints")
         logger.info("the student of step %d is saved in %s", step, self._dir / "student")
-
-    def _remove(self, *names: str) -> None:
-        for name in names:
-            shutil.rmtree(self._dir / name, ignore_errors=True)
 
     def _write(self, path: Path) -> None:
         beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
@@ -118,16 +114,20 @@ class SavedStudents:
             self._tokenizer.save_pretrained(beside)
             sync_folder(beside)
             if path.exists():
+                _remove(before)
                 path.replace(before)
             beside.replace(path)
-            shutil.rmtree(before, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise cannot_write(path, error) from error
-            raise OutputError(f"{path} cannot be written: {error}") from error
+            _remove(before)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        except Exception as error:  # of safetensors, of a model's own code
+            raise OutputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
+        finally:
+            _remove(beside)
 
 
-def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
-    return [(int(match[1]), path) for match, path in matches if match]
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
-from services.errors import ConfigError, DistillServeError, EvaluationError, OutputError
+from services.errors import ConfigError, DistillServeError, EvaluationError
 from services.schemas import RolloutInfo
 from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient
@@ -90,15 +90,23 @@ class Session:
         every = self.config.evaluation.every_steps
         return every > 0 and step % every == 0 and step < self.num_steps
 
+    async def begin(self) -> None:
+        """Make the servers' weights ours from the first token on; then this run's files replace those of an earlier one."""
+        await self.weights.push(0)
+        self.record.begin()
+
     async def to_the_end(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """The result of `work`, run in a thread; who is cancelled meanwhile leaves only when the thread has, so that
         nothing changes the model any more."""
-        thread = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        # No task, which would be cancelled with all others when the loop is left in a hurry.
+        thread = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
             self.stopping.set()
-            await asyncio.wait([thread])
+            while not thread.done():
+                with suppress(asyncio.CancelledError):  # whoever is in a hurry: half a step is worth nothing
+                    await asyncio.wait([thread])
             raise
 
     @contextmanager
@@ -114,7 +122,7 @@ class Session:
             if self.finished_step:
                 try:
                     self.students.save(self.finished_step)
-                except OutputError as error:
+                except Exception as error:
                     logger.error("the student of step %d is lost: %s", self.finished_step, error)
             raise
         self.students.save(self.finished_step)
@@ -133,8 +141,9 @@ class Session:
             logger.warning(text, step, reason, exc_info=not is_known)
             self.failed_evaluations.append(FailedEvaluation(step, reason))
             return None
+        finally:
+            self.last_wall_s = self.record.wall_s  # the time of a step is without the evaluation before it
         self.record.evaluation(step, evaluation)
-        self.last_wall_s = self.record.wall_s  # the time of a step is without the evaluation before it
         exact = "" if evaluation.exact_match is None else f"exact match {evaluation.exact_match:.3f}, "
         logger.info("step %d: held-out %sreverse KL %.4f", step, exact, evaluation.reverse_kl)
         return evaluation
@@ -241,7 +250,6 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     students = SavedStudents(config.output, model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
-    record.begin()
     stack.callback(record.close)
     stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     return Session(

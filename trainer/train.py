@@ -24,7 +24,7 @@ from trainer.teacher_scores import score_rollouts
 async def train(config: RunConfig, interruption: Interruption | None = None) -> Summary:
     """Run the whole job; the servers must be up or coming up.
 
-    However it ends after the first step, the student of the last finished step is in output.dir.
+    However it ends after the first step, short of being killed, the student of the last finished step is in output.dir.
 
     Args:
         interruption: signals that are to end the run in order.
@@ -35,7 +35,7 @@ async def train(config: RunConfig, interruption: Interruption | None = None) -> 
     """
     async with open_session(config, interruption) as run:
         with run.saving_the_student():
-            await run.weights.push(0)  # the servers' weights are ours from the first token on
+            await run.begin()
             before = await run.evaluate(step=0)
             try:
                 async with asyncio.TaskGroup() as tasks:

@@ -575,7 +575,7 @@ def test_a_key_opens_the_world_and_an_empty_one_does_not() -> None:
         require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr(""))
 
 
-@pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints"])
+@pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints", ".student.before"])
 def test_what_a_run_has_learned_is_not_overwritten(left: str, tmp_path: Path) -> None:
     (tmp_path / left).mkdir()
     with pytest.raises(ConfigError, match=rf"holds an earlier run \({left}\).*output\.overwrite"):
@@ -586,7 +586,7 @@ def test_what_a_run_has_learned_is_not_overwritten(left: str, tmp_path: Path) ->
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_run_does_not_replace_the_model_it_starts_from(role: str, tmp_path: Path) -> None:
     output = {"dir": str(tmp_path), "overwrite": True}
-    for model in (tmp_path / "student", tmp_path / "checkpoints" / "step-3"):
+    for model in (tmp_path, tmp_path / "student", tmp_path / "checkpoints" / "step-3"):
         with pytest.raises(ConfigError, match=rf"{role}\.model = .* lies in output\.dir"):
             check_output_dir(RunConfig(output=output, **{role: {"model": str(model)}}))
     check_output_dir(RunConfig(output=output, **{role: {"model": str(tmp_path / "students")}}))

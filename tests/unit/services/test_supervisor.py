@@ -243,7 +243,7 @@ def test_the_trainer_has_longer_than_the_servers_to_save_the_student(config: Run
     os.kill(process.pid, signal.SIGHUP)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 129 and (tmp_path / "saved").exists()
-    assert b"waiting for the trainer to save the student" in said and b"killing it" not in said
+    assert b"which saves the student first" in said and b"killing it" not in said
     wait_until_nobody_lives(tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(config: RunConfig, tmp_path: Pa
     os.kill(process.pid, signal.SIGINT)
     assert process.stdout is not None
     for line in process.stdout:
-        if b"save the student" in line:
+        if b"saves the student" in line:
             break
     os.kill(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=30)

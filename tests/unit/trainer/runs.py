@@ -82,7 +82,6 @@ def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitS
     students = SavedStudents(config.output, model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
-    record.begin()
     stack.callback(record.close)
     parts: dict[str, Any] = {"rollout_client": rollouts, "weights": Pushes(rollouts)}
     return Session(

@@ -172,6 +172,21 @@ def ended_in_the_update(session: Session, run: Run) -> None:
     session.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
 
 
+def ended_twice_in_the_update(session: Session, run: Run) -> None:
+    """By somebody who does not wait: a student in the middle of an update is none of any step."""
+    step, calls = session.optimizer.step, iter(range(1, 100))
+
+    def slow_step() -> None:
+        if next(calls) == 2:
+            signalled()
+            assert session.stopping.wait(10)
+            signalled(signal.SIGINT)
+            time.sleep(0.5)
+        step()
+
+    session.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
+
+
 WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (rollouts_fail, PeerError, 2),
     (teacher_fails, PeerError, 2),
@@ -184,6 +199,7 @@ WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (ended_in_a_push, Interrupted, 2),
     (ended_in_the_backward_pass, Interrupted, 2),
     (ended_in_the_update, Interrupted, 2),  # which is finished
+    (ended_twice_in_the_update, Interrupted, 2),
 ]
 
 
@@ -290,11 +306,16 @@ def test_an_earlier_student_is_there_until_there_is_a_newer_one(run: Run) -> Non
     assert_same(run.student(), earlier)
     assert (run.output / "checkpoints" / "step-2").exists()
 
+    seen: list[dict[str, torch.Tensor]] = []
+
     def look(version: int) -> None:
         if version == 1:  # killed from here on, what the earlier run left must not pass for this one's
-            assert not (run.output / "student").exists() and not (run.output / "checkpoints").exists()
+            seen.append(run.student())
+            assert not (run.output / "checkpoints").exists()
 
+    expected = undisturbed(run)
     run.go(lambda s: setattr(s.weights, "on_push", look), output=again)
+    assert_same(seen[0], expected[1])
 
 
 def test_a_run_that_is_cancelled_by_a_program_saves_as_well(run: Run) -> None:
