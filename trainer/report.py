@@ -107,9 +107,8 @@ class RunRecord:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             options = _flat(self._config.model_dump(mode="json"))
-            self._accelerator.init_trackers(
-                self._config.output.project, config=options
-            )  # one may want a key or a network
+            # Before anything is replaced: one may want a key or a network.
+            self._accelerator.init_trackers(self._config.output.project, config=options)
             for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
                 (self.dir / stale).unlink(missing_ok=True)
             write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())

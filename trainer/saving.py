@@ -48,7 +48,7 @@ class SavedStudents:
         reserve = self._dir / ".reserve"
         checkpoints = min(self._limit + 1, num_steps // self._every) if self._every else 0
         try:
-            shutil.rmtree(reserve, ignore_errors=True)
+            self.release()  # what a killed run held
             reserve.mkdir(parents=True)
             self._model.config.save_pretrained(reserve)
             if self._model.generation_config is not None:
@@ -72,7 +72,7 @@ class SavedStudents:
 
     def release(self) -> None:
         """Give up the reserved room."""
-        shutil.rmtree(self._dir / ".reserve", ignore_errors=True)
+        _remove(self._dir / ".reserve")
 
     def step_finished(self, step: int) -> None:
         """Keep the student of `step` in checkpoints/ if it is one's turn.
@@ -109,7 +109,7 @@ class SavedStudents:
     def _write(self, path: Path) -> None:
         beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            _remove(beside)
             self._model.save_pretrained(beside)
             self._tokenizer.save_pretrained(beside)
             sync_folder(beside)

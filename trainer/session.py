@@ -153,23 +153,20 @@ class Session:
     ) -> None:
         """One row of metrics, a few samples now and then."""
         self.num_tokens += batch.num_tokens
-        row = (
-            metrics
-            | batch.endings
-            | {
-                "staleness": staleness,
-                "num_steps": self.num_steps,
-                "rollout_s": batch.rollout_s,
-                "teacher_s": batch.teacher_s,
-                "train_s": train_s,
-                "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
-                "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
-                "trainer_tokens_per_s": batch.num_tokens / train_s,
-                "num_quarantined": batch.num_quarantined,
-                "step_s": self.record.wall_s - self.last_wall_s,
-                "wall_s": self.record.wall_s,
-            }
-        )
+        metrics = metrics | batch.endings
+        row = metrics | {
+            "staleness": staleness,
+            "num_steps": self.num_steps,
+            "rollout_s": batch.rollout_s,
+            "teacher_s": batch.teacher_s,
+            "train_s": train_s,
+            "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
+            "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
+            "trainer_tokens_per_s": batch.num_tokens / train_s,
+            "num_quarantined": batch.num_quarantined,
+            "step_s": self.record.wall_s - self.last_wall_s,
+            "wall_s": self.record.wall_s,
+        }
         self.last_wall_s = self.record.wall_s
         self.record.step(step, row)
         self.record.samples(step, batch.samples)
