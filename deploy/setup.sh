@@ -10,8 +10,29 @@ python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
 torch_cpu_index="https://download.pytorch.org/whl/cpu"
 
-fail() { echo "setup: $1" >&2; exit 1; }
+log="$venv/setup.log"
+logging=false
+fail() {
+    if $logging; then tail -n 8 "$log" | sed 's/^/setup: ... /' >&2; echo "setup: these are the last lines of $log" >&2; fi
+    echo "setup: $1" >&2
+    exit 1
+}
 say() { echo "setup: $1"; }
+
+# What pip and setuptools say goes into the log; who waits learns every few seconds that it goes on.
+quietly() {
+    "$@" >>"$log" 2>&1 &
+    local work=$! started=$SECONDS spoke=$SECONDS
+    while kill -0 "$work" 2>/dev/null; do
+        sleep 0.2
+        if [ $((SECONDS - spoke)) -ge 13 ]; then spoke=$SECONDS; say "still working, $((SECONDS - started)) s"; fi
+    done
+    wait "$work"
+}
+# A shell's background jobs do not hear Ctrl-C.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     || fail "'$python' is not Python 3.11 or newer; install it, or run: make setup PYTHON=/path/to/python3.11"
@@ -26,27 +47,29 @@ extras="${EXTRAS:-$backend,dev}"
 lock="deploy/locks/$backend.txt"
 torch=$(sed -n 's/^torch==//p' "$lock")
 
-say "installing for $backend into $venv (the first time takes a few minutes)"
+say "installing for $backend into $venv (usually 2 to 5 min the first time; details in $log)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot create $venv; is the venv module installed?"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet --upgrade pip
+: >"$log"
+logging=true
+pip() { quietly "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip install --upgrade pip || fail "pip could not upgrade itself; is there a network, or a proxy to set?"
 
 if [ "$backend" = cpu ]; then
     say "torch $torch"
-    pip install --quiet "torch==$torch" 2>/dev/null \
-        || pip install --quiet "torch==$torch" --extra-index-url "$torch_cpu_index" \
+    pip install "torch==$torch" \
+        || pip install "torch==$torch" --extra-index-url "$torch_cpu_index" \
         || fail "torch $torch is neither where pip is configured to look nor on PyTorch's CPU index"
 fi
 
 say "distillserve and what it needs"
-pip install --quiet -c "$lock" -e ".[$extras]" || fail "pip could not install the locked versions of $lock"
+pip install -c "$lock" -e ".[$extras]" || fail "pip could not install the locked versions of $lock"
 
 # They come with vLLM, are built for CUDA torch, and where they do not import they take transformers' models down.
 for addon in torchvision torchaudio torchcodec; do
-    if "$venv/bin/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$addon') is None)" \
+    if "$venv/bin/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$addon') is None)" >>"$log" 2>&1 \
         && ! "$venv/bin/python" -c "import $addon" >/dev/null 2>&1; then
         say "removing $addon, which does not import here and which text models do not need"
-        pip uninstall --quiet --yes "$addon"
+        pip uninstall --yes "$addon"
     fi
 done
 say "done"

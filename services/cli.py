@@ -33,6 +33,7 @@ from services.signals import Interrupted, handling, raise_interrupted, run_until
 _EXAMPLES = {
     "up": """examples:
   distillserve up deploy/runs/tiny.toml
+  distillserve up deploy/runs/tiny.toml --verbose
   distillserve up deploy/runs/tiny.toml --student.model ./my-student --teacher.model ./my-teacher --data.path my.jsonl""",
     "rollout": """examples:
   distillserve rollout run.toml
@@ -126,6 +127,8 @@ def _dispatch(argv: list[str]) -> int:
                 "run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run"
             )
             command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
+            if name == "up":
+                command.add_argument("--verbose", action="store_true", help="show all that the roles say")
             if name == asked:
                 source = _option_source(command)
     arguments, unknown = parser.parse_known_args(argv)
@@ -142,6 +145,8 @@ def _dispatch(argv: list[str]) -> int:
         print(config.model_dump_json(indent=2))
         return 0
     config.require(arguments.command)
+    if arguments.command == "up":
+        return _up(config, arguments.verbose)
     return _COMMANDS[arguments.command](config)
 
 
@@ -155,6 +160,10 @@ def _option_source(parser: argparse.ArgumentParser) -> CliSettingsSource:
     )
 
 
+_NO_OPTIONS = ("command", "run_file", "dry_run", "verbose")
+"""What the parsed command line holds besides options of the run."""
+
+
 def load_config(run_file: str | None, source: CliSettingsSource, arguments: argparse.Namespace) -> RunConfig:
     """Command line over run file over defaults.
 
@@ -163,7 +172,7 @@ def load_config(run_file: str | None, source: CliSettingsSource, arguments: argp
     """
     if run_file is not None and not Path(run_file).is_file():
         raise ConfigError(f"the run file {run_file!r} does not exist; see deploy/runs for examples")
-    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run_file", "dry_run")}
+    options = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
     options = with_tables_as_json(RunConfig, options)
 
     class Settings(_RunSettings):
@@ -216,10 +225,10 @@ def option_help() -> dict[str, str]:
     return texts
 
 
-def _up(config: RunConfig) -> int:
+def _up(config: RunConfig, verbose: bool) -> int:
     from services.supervisor import up
 
-    return up(config)
+    return up(config, verbose=verbose)
 
 
 def _rollout(config: RunConfig) -> int:
@@ -244,7 +253,6 @@ def _train(config: RunConfig) -> int:
 
 
 _COMMANDS: dict[str, Callable[[RunConfig], int]] = {
-    "up": _up,
     "rollout": _rollout,
     "teacher": _teacher,
     "train": _train,
@@ -261,9 +269,13 @@ def _add_tiny_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
+    print(f"tiny pair of models: in {arguments.output}, built unless it is there (usually 1 to 2 min)", flush=True)
+    from transformers.utils.logging import disable_progress_bar
+
     from trainer.tiny_pair import build_tiny_pair
 
-    build_tiny_pair(Path(arguments.output), seed=arguments.seed)
+    disable_progress_bar()
+    build_tiny_pair(Path(arguments.output), seed=arguments.seed, on_progress=partial(print, flush=True))
     return 0
 
 

@@ -149,8 +149,8 @@ class TeacherConfig(ServerSection):
     """Requests waiting for the engine; one more is answered 429 with Retry-After."""
     transfer_timeout_s: float = Field(120.0, gt=0)
     """How long a caller may take to send its body, and to take its answer, seconds; then its place is free again."""
-    access_log: bool = True
-    """A line of log for every answer, not only for refusals and failures; `up` does without unless it is set."""
+    access_log: bool = False
+    """A line of log for every answer, not only for refusals and failures."""
     outage_s: float = Field(300.0, gt=0)
     """How long the trainer goes on asking while no teacher answers, seconds; then the run stops."""
 

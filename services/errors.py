@@ -4,6 +4,7 @@
     ├── ConfigError              a run option is unknown, out of range, missing or contradictory   exit 2
     ├── DataError                a dataset row or file cannot be used                              exit 2
     ├── StartupError             a port is taken, a model is missing, the disk is full             exit 3
+    │   └── FolderInUseError     ... another process writes into the output folder
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   └── ProblemError         ... with an RFC 9457 problem document
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
@@ -46,6 +47,10 @@ class StartupError(DistillServeError):
     """A process cannot start: port taken, model folder missing, no space left."""
 
     exit_code = 3
+
+
+class FolderInUseError(StartupError):
+    """Another process writes into the output folder."""
 
 
 class PeerError(DistillServeError):

@@ -5,6 +5,7 @@ Pure ASGI, so that the rollout server can put it around vLLM's application.
 
 import hmac
 import json
+import os
 import re
 import time
 import uuid
@@ -18,6 +19,10 @@ from services.errors import PROBLEM_MEDIA_TYPE, RequestError, problem_document
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What either server answers without a key."""
+
+LAUNCH_HEADER = "x-distillserve-launch"
+LAUNCH_VARIABLE = "DISTILLSERVE_LAUNCH"
+"""By what `distillserve up` knows its own servers from strangers that answer on the port: they repeat what it gave them."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -52,6 +57,8 @@ class Guard:
         self._key = key.encode() if key else None
         self._open_paths = frozenset(open_paths)
         self._max_body_bytes = max_body_bytes
+        launch = os.environ.get(LAUNCH_VARIABLE)
+        self._headers = [(LAUNCH_HEADER.encode(), launch.encode())] if launch else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,7 +69,7 @@ class Guard:
             return
         logs.request_id.set(_request_id(scope))
         started = time.monotonic()
-        exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        exchange = _Exchange(scope, receive, send, self._max_body_bytes, self._headers)
         try:
             await self._answer(scope, receive, exchange)
         finally:
@@ -96,9 +103,11 @@ class Guard:
 class _Exchange:
     """One request and its answer: counts what comes in, adds the request id to what goes out."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, headers: list[tuple[bytes, bytes]]
+    ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._headers = max_body_bytes, headers
         self._received = 0
         self._overrun: RequestError | None = None
         self.answered = False
@@ -126,7 +135,7 @@ class _Exchange:
             return
         if message["type"] == "http.response.start":
             self.answered, self.status = True, message["status"]
-            headers = [*message.get("headers", []), (b"x-request-id", logs.request_id.get().encode())]
+            headers = [*message.get("headers", []), *self._headers, (b"x-request-id", logs.request_id.get().encode())]
             message = {**message, "headers": headers}
         await self._send(message)
 

@@ -3,9 +3,13 @@
 The environment decides: DISTILLSERVE_LOG_LEVEL (INFO), DISTILLSERVE_LOG_FORMAT (text or json).
 """
 
+import json
 import logging
 import os
+import re
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Self
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -53,6 +57,34 @@ class TextFormatter(logging.Formatter):
         line = super().formatMessage(record)
         of_request = getattr(record, "request_id", "")
         return f"{line} [{of_request}]" if of_request else line
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line that one of the two formatters wrote."""
+
+    level: int
+    logger: str
+    message: str
+
+    @classmethod
+    def parse(cls, line: str) -> Self | None:
+        """What a line of output says; None when it is no log line of ours."""
+        if line.startswith("{"):
+            return cls._parse_json(line)
+        match = _TEXT_LINE.fullmatch(line)
+        return None if match is None else cls(logging.getLevelNamesMapping()[match[1]], match[2], match[3])
+
+    @classmethod
+    def _parse_json(cls, line: str) -> Self | None:
+        try:
+            content = json.loads(line)
+            return cls(logging.getLevelNamesMapping()[content["level"]], content["logger"], str(content["message"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+_TEXT_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)")
 
 
 def json_formatter() -> logging.Formatter:

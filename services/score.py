@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from services.clients import TeacherClient
 from services.config import Secrets, reveal
 from services.errors import ConfigError, DataError
+from services.folder_lock import lock_folder
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.score_rows import InputFile, ShardRows, read_shards_of_rows
 from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
@@ -76,10 +77,16 @@ async def score_file(teacher: TeacherOptions, options: FileOptions) -> None:
 
     Raises:
         ConfigError: the folder holds scores of another input or with other settings.
+        StartupError: the folder cannot be written, or another process writes into it.
         DataError: a row is bad and they are not to be skipped, or a file cannot be read or written.
         PeerError: no teacher answers.
     """
     input_file, num_lines = await asyncio.to_thread(InputFile.of, options.input)
+    with lock_folder(options.output, "--output", "`distillserve score`"):
+        await _score_file(teacher, options, input_file, num_lines)
+
+
+async def _score_file(teacher: TeacherOptions, options: FileOptions, input_file: InputFile, num_lines: int) -> None:
     async with _client(teacher) as client:
         info = await _agreed_info(client)
         settings = ScoreSettings(
@@ -93,10 +100,6 @@ async def score_file(teacher: TeacherOptions, options: FileOptions) -> None:
             shard_rows=options.shard_rows,
             input=input_file,
         )
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {options.output} cannot be written: {error.strerror}") from error
         manifest = resume(options.output, settings, num_lines)
         with _progress() as progress:
             task = progress.add_task(options.input.name, total=num_lines)

@@ -3,8 +3,12 @@
 Every failure is one line with the option's name, its value and the fix.
 """
 
+import os
 import shutil
 import socket
+import sys
+import tempfile
+import uuid
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -13,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from services.errors import StartupError
 
 _MIN_FREE_BYTES = 1 << 30
+_LONGEST_SOCKET_PATH = 107  # the kernel's sockaddr_un, less its final zero
 
 
 def bind(section: str, host: str, port: int) -> socket.socket:
@@ -44,6 +49,38 @@ def check_port(section: str, host: str, port: int) -> None:
     bind(section, host, port).close()
 
 
+class PortReservation:
+    """A port that no other `up` of this machine takes: between the choice of a port and the moment in which a server listens
+    there half a minute may pass, and vLLM shares its port with whoever of the same user listens there as well.
+
+    Held by an abstract socket (Linux), whose name is free again when the process ends, however it ends.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if sys.platform == "linux":
+            try:
+                self._socket.bind(f"\0distillserve.port.{port}")
+            except OSError:
+                self._socket.close()
+                raise
+
+    def release(self) -> None:
+        self._socket.close()
+
+
+def reserve_port(host: str, preferred: int) -> PortReservation:
+    """`preferred` if nobody listens on or has reserved it, else any free port."""
+    taken: set[int] = set()
+    while True:
+        port = free_port(host, preferred, frozenset(taken))
+        try:
+            return PortReservation(port)
+        except OSError:
+            taken.add(port)
+
+
 def free_port(host: str, preferred: int, taken: frozenset[int] = frozenset()) -> int:
     """`preferred` (0: no preference) if it is free, else any free port; never one of `taken`."""
     if preferred and preferred not in taken:
@@ -57,6 +94,22 @@ def free_port(host: str, preferred: int, taken: frozenset[int] = frozenset()) ->
             port = probe.getsockname()[1]
         if port not in taken:
             return port
+
+
+def check_socket_folder() -> None:
+    """Refuse a temporary folder whose path leaves no room for the names of the sockets through which vLLM's processes talk.
+
+    Raises:
+        StartupError: names the variable, how long it is and how long it may be.
+    """
+    variable = "VLLM_RPC_BASE_PATH" if os.environ.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
+    folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    length, most = len(os.fsencode(folder)), _LONGEST_SOCKET_PATH - len("/") - len(str(uuid.UUID(int=0)))
+    if length > most:
+        raise StartupError(
+            f"{variable} = {folder!r} is too long a path for the sockets of vLLM's processes: {length} bytes, at most {most}; "
+            f"run with {variable}=/tmp"
+        )
 
 
 def check_model_folder(key: str, model: str) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from services.config import RunConfig, check_output_dir
 from services.errors import ConfigError, OutputError, StartupError
 from services.files import append_line, cannot_write, write_by_rename
+from services.summary_table import summary_table
 from trainer.evaluate import Evaluation
 from trainer.teacher_scores import ScoredSample
 
@@ -168,7 +168,7 @@ class RunRecord:
         self.close()
         write_by_rename(self.dir / "summary.json", (json.dumps(summary.as_json(), indent=2) + "\n").encode())
         console = Console()
-        console.print(summary_table(summary))
+        console.print(summary_table(summary.as_json()))
         lines = [f"student saved in {self.dir / 'student'}"]
         lines += [f"not measured after step {failed.step}: {failed.reason}" for failed in summary.failed_evaluations]
         for line in lines:
@@ -183,30 +183,6 @@ class RunRecord:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         append_line(self.dir / name, json.dumps(row, ensure_ascii=False).encode())
-
-
-def summary_table(summary: Summary) -> Table:
-    """before -> after, for people."""
-    table = Table(title=f"{summary.steps} steps, {summary.tokens:,} sampled tokens, {summary.wall_s:.0f} s")
-    for column in ("held-out", "before", "after", "teacher"):
-        table.add_column(column, justify="left" if column == "held-out" else "right")
-
-    def cell(evaluation: Evaluation | None, name: str, pattern: str) -> str:
-        value = None if evaluation is None else getattr(evaluation, name)
-        return "-" if value is None else format(value, pattern)
-
-    teacher = "-" if summary.teacher_exact_match is None else f"{summary.teacher_exact_match:.1%}"
-    exact = [cell(side, "exact_match", ".1%") for side in (summary.before, summary.after)]
-    table.add_row("exact match", *exact, teacher)
-    table.add_row("reverse KL per token, nats", *map(_reverse_kl, (summary.before, summary.after)), "0")
-    return table
-
-
-def _reverse_kl(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
-        return "-"
-    error = "" if evaluation.reverse_kl_stderr is None else f" ± {evaluation.reverse_kl_stderr:.4f}"
-    return f"{evaluation.reverse_kl:.4f}{error}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

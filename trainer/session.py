@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switc
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
 from services.errors import ConfigError, DistillServeError, EvaluationError
+from services.folder_lock import lock_folder
 from services.schemas import RolloutInfo
 from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient
@@ -27,6 +29,7 @@ from trainer.evaluate import Evaluation, Evaluator
 from trainer.exact_match import check_answers
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
 from trainer.option_warnings import warn_of_options
+from trainer.progress import Progress
 from trainer.prompts import Prompt, PromptRows, read_prompts
 from trainer.report import FailedEvaluation, RunRecord, Summary
 from trainer.saving import SavedStudents
@@ -83,6 +86,7 @@ class Session:
     finished_step: int = 0
     """The step whose updates the model holds."""
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
     num_tokens: int = 0
     last_wall_s: float = 0.0
 
@@ -92,7 +96,8 @@ class Session:
 
     async def begin(self) -> None:
         """Make the servers' weights ours from the first token on; then this run's files replace those of an earlier one."""
-        await self.weights.push(0)
+        with self.progress.doing("sending the student's weights for the first time"):
+            await self.weights.push(0)
         self.record.begin()
 
     async def to_the_end(self, work: Callable[..., Result], *arguments: Any) -> Result:
@@ -133,7 +138,8 @@ class Session:
         if self.evaluator is None:
             return None
         try:
-            evaluation = await self.evaluator.evaluate(self.model, self.buffer.version)
+            with self.progress.doing(f"evaluating the student after step {step}"):
+                evaluation = await self.evaluator.evaluate(self.model, self.buffer.version)
         except Exception as error:
             is_known = isinstance(error, DistillServeError)
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
@@ -144,8 +150,7 @@ class Session:
         finally:
             self.last_wall_s = self.record.wall_s  # the time of a step is without the evaluation before it
         self.record.evaluation(step, evaluation)
-        exact = "" if evaluation.exact_match is None else f"exact match {evaluation.exact_match:.3f}, "
-        logger.info("step %d: held-out %sreverse KL %.4f", step, exact, evaluation.reverse_kl)
+        self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
         return evaluation
 
     def record_step(
@@ -170,6 +175,7 @@ class Session:
         self.last_wall_s = self.record.wall_s
         self.record.step(step, row)
         self.record.samples(step, batch.samples)
+        self.progress.step({"step": step, **row})
 
     def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
         """Write the summary, show the table.
@@ -199,15 +205,18 @@ async def open_session(config: RunConfig, interruption: Interruption | None = No
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
     """
+    config.require("train")
     async with AsyncExitStack() as stack:
-        session = await _open(config, stack)
+        stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
+        progress = stack.enter_context(Progress())
+        with progress.doing("reading the data and loading the student"):
+            session = await _open(config, progress, stack)
         if interruption is not None:
             interruption.defer()
         yield session
 
 
-async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
-    config.require("train")
+async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) -> Session:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )
@@ -224,7 +233,8 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     files = _read_files(config, tokenizer, end_token_ids)  # a broken file must not wait for the servers to be reported
     model = load_student(student)
     check_windows_fit(files.texts, model.config.get_text_config())
-    servers = await _attach(config, files, stack)
+    with progress.doing("waiting for the servers"):
+        servers = await _attach(config, files, stack)
     preflight.check_rope_switch(rope_switch(model), servers.rollout_client.urls, servers.rollouts)
     await preflight.check_teachers(config, tokenizer, end_token_ids, servers.teachers)
     support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teachers)
@@ -267,6 +277,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
         quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
         record=record,
         students=students,
+        progress=progress,
     )
 
 

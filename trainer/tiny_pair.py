@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from services.files import write_by_rename
+from services.folder_lock import lock_folder
 
 # Raise it when the code changes what a recipe and a seed produce, so that cached pairs are rebuilt.
 FORMAT_VERSION = 1
@@ -53,6 +54,8 @@ CHAT_TEMPLATE = (
 )
 
 Progress = Callable[[str], None]
+
+_PROGRESS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,7 @@ def build_tiny_pair(
     record_path = output_dir / "pair.json"
     record = _matching_record(record_path, recipe, seed)
     if record is None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # The old record goes first: a build that dies half-way must not leave it beside new weights.
-        record_path.unlink(missing_ok=True)
-        record = _build(output_dir, recipe, seed, on_progress)
-        write_by_rename(record_path, (json.dumps(record, indent=2) + "\n").encode())
+        record = _build_alone(output_dir, recipe, seed, on_progress)
     return TinyPair(
         teacher=output_dir / "teacher",
         student=output_dir / "student",
@@ -158,6 +157,23 @@ def build_tiny_pair(
         teacher_exact_match=record["teacher_exact_match"],
         student_exact_match=record["student_exact_match"],
     )
+
+
+def _build_alone(output_dir: Path, recipe: PairRecipe, seed: int, on_progress: Progress) -> dict:
+    """Build the pair unless another process does so meanwhile, which is waited for."""
+    record_path = output_dir / "pair.json"
+
+    def waits(holder: str) -> None:
+        on_progress(f"waiting for {holder}, which works in {output_dir}")
+
+    with lock_folder(output_dir, "--output", "`distillserve tiny`", on_wait=waits):
+        if (record := _matching_record(record_path, recipe, seed)) is not None:
+            return record
+        # The old record goes first: a build that dies half-way must not leave it beside new weights.
+        record_path.unlink(missing_ok=True)
+        record = _build(output_dir, recipe, seed, on_progress)
+        write_by_rename(record_path, (json.dumps(record, indent=2) + "\n").encode())
+    return record
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -224,13 +240,16 @@ def train_model(
         model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     generator = torch.Generator().manual_seed(seed)
+    spoke = time.monotonic()
     for step in range(1, recipe.num_steps + 1):
         batch = token_ids[torch.randint(len(token_ids), (recipe.batch_size,), generator=generator)]
         loss = _train_step(model, optimizer, batch, _learning_rate(recipe, step), recipe.label_smoothing)
+        if time.monotonic() - spoke >= _PROGRESS_S:
+            on_progress(f"{name}: step {step}/{recipe.num_steps}, loss {loss:.3f}")
+            spoke = time.monotonic()
         if step % recipe.check_every_steps and step != recipe.num_steps:
             continue
         accuracy = exact_match(model, probe_ids)
-        on_progress(f"{name}: step {step}/{recipe.num_steps}, loss {loss:.3f}, accuracy {accuracy:.3f}")
         if recipe.stop_accuracy is not None and accuracy >= recipe.stop_accuracy:
             break
     return model

@@ -14,7 +14,7 @@ import torch
 from services.causal_lm import load_model_config
 from services.config import RunConfig, Secrets, require_key_beyond_loopback
 from services.rollout.settings import RolloutSettings
-from services.startup import check_model_folder, check_port
+from services.startup import check_model_folder, check_port, check_socket_folder
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
@@ -37,6 +37,7 @@ def run(config: RunConfig) -> None:
     if not Path(model).exists():  # a hub id; vLLM would end with pages of traceback
         load_model_config(model, trust_remote_code=config.student.trust_remote_code, key="student.model")
     check_libnuma()
+    check_socket_folder()
     command = vllm_command(config)
     sys.stdout.flush()
     os.execve(command[0], command, vllm_environment(config))

@@ -43,8 +43,8 @@ class AnswerLog:
         logger.log(level, "%s", " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
     def _level(self, route: str, status: int) -> int:
+        if route in _QUIET_ROUTES:
+            return logging.DEBUG  # a 503 of /ready is no fault: the model is being loaded
         if status >= 500:
             return logging.WARNING
-        if status >= 400:
-            return logging.INFO
-        return logging.INFO if self._access_log and route not in _QUIET_ROUTES else logging.DEBUG
+        return logging.INFO if status >= 400 or self._access_log else logging.DEBUG

@@ -40,6 +40,7 @@ from services.causal_lm import load_tokenizer
 from services.config import TeacherConfig
 from services.errors import DistillServeError, StartupError
 from services.metrics import TeacherMetrics
+from services.startup import check_socket_folder
 from services.tail import log_mass_left
 from services.teacher.jobs import ScoreItem, ScoreJob, engine_failed, shutting_down
 from services.teacher.vllm_info import describe, longest_sequence
@@ -223,6 +224,7 @@ def start_vllm(config: TeacherConfig) -> AsyncLLM:
     Raises:
         StartupError: an option of vLLM's is unknown, or it cannot start; its own log says more.
     """
+    check_socket_folder()
     arguments = engine_arguments(config)
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from services.panel import last_step, render
+from services.panel import Stage, clock, describe_step_time, last_evaluation, last_step, render
 
 ROW: dict[str, Any] = {
     "step": 30,
@@ -28,9 +28,10 @@ ROW: dict[str, Any] = {
 ELAPSED_S = 3725.0
 
 
-def shown(row: dict[str, Any], status: dict[str, str] | None = None) -> str:
+def shown(row: dict[str, Any], doing: dict[str, str] | None = None, evaluation: dict[str, Any] | None = None) -> str:
     console = Console(record=True, width=140, force_terminal=False, file=io.StringIO())
-    console.print(render(row, status or {}, ELAPSED_S))
+    stages = {role: Stage(what, since=100.0) for role, what in (doing or {}).items()}
+    console.print(render(row, evaluation or {}, stages, ELAPSED_S, now=165.0))
     return console.export_text()
 
 
@@ -110,7 +111,7 @@ def test_the_bar_grows_with_the_steps() -> None:
 def test_an_empty_row_shows_dashes_and_no_time() -> None:
     text = shown({})
     assert "step 0/?" in text and "left" not in text
-    for expected in ("reverse KL -", "loss -", "rollout - - tok/s"):
+    for expected in ("reverse KL -", "loss -", "rollout -  teacher -  trainer -"):
         assert expected in text
 
 
@@ -128,3 +129,41 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
 @pytest.mark.parametrize(("step_number", "expected"), [(119, "0:01 left"), (120, "0:00 left"), (1, "2:58 left")])
 def test_time_left_is_steps_left_times_the_last_steps_time(step_number: int, expected: str) -> None:
     assert expected in shown({**ROW, "step": step_number})
+
+
+def test_a_role_without_a_speed_is_shown_with_how_long_it_takes() -> None:
+    text = shown({}, {"rollout": "starting", "teacher": "ready"})
+    assert "rollout starting for 1:05  teacher ready - tok/s" in text
+
+
+def test_the_last_evaluation_is_found_among_the_rows_and_shown(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    evaluations = [{"step": n, "eval_reverse_kl": n / 100, "eval_exact_match": n / 1000} for n in (0, 100)]
+    path.write_text(
+        "\n".join([json.dumps(evaluations[0]), step(1), json.dumps(evaluations[1]), step(101), '{"step": 102'])
+    )
+    found = last_evaluation(path, since=0.0)
+    assert found == evaluations[1] and last_step(path, since=0.0)["step"] == 101
+    assert "held-out after step 100  exact match 10.0%  reverse KL 1.0000" in shown(ROW, evaluation=found)
+    assert "held-out" not in shown(ROW)
+    without_answers = {"step": 0, "eval_reverse_kl": 1.5}
+    assert "exact match -  reverse KL 1.5000" in shown(ROW, evaluation=without_answers)
+
+
+def test_how_completions_end_is_shown() -> None:
+    ends = {"ended_by_<|im_end|>_fraction": 0.74, "ended_by_[E]_fraction": 0.01}
+    text = shown(ROW | {"completion_tokens": 12.34, "truncated_fraction": 0.25} | ends)
+    assert "completion 12.3 tokens  truncated 25%  ended by 74% <|im_end|>, 1% [E]" in text
+    assert "completion - tokens  truncated -  ended by -" in shown(ROW)
+
+
+def test_where_the_time_of_a_step_goes() -> None:
+    times = {"step_s": 31.26, "rollout_s": 8.84, "teacher_s": 0.026, "train_s": 12.3, "push_s": 7.5, "canary_s": 3.5}
+    expected = "31 s a step (rollout 8.84, teacher 0.03, train 12, push 7.50, canary 3.50)"
+    assert describe_step_time(times) == expected and expected in shown(ROW | times)
+    assert describe_step_time({"step_s": 2.0}) == "2.00 s a step"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5.9, "0:05"), (65.0, "1:05"), (3725.0, "1:02:05")])
+def test_a_duration_is_shown_as_a_clock_would(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -2,7 +2,10 @@
 
 import shutil
 import socket
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,15 @@ from services.cli import main
 from services.config import RunConfig
 from services.errors import StartupError
 from services.rollout import server
-from services.startup import bind, check_model_folder, check_output_room, check_port, free_port
+from services.startup import (
+    bind,
+    check_model_folder,
+    check_output_room,
+    check_port,
+    check_socket_folder,
+    free_port,
+    reserve_port,
+)
 from tests.models import save_model
 
 LOOPBACK = "127.0.0.1"
@@ -227,3 +238,39 @@ def test_a_teacher_on_a_taken_port_ends_with_one_line_and_code_3(
         main(["teacher", "--teacher.model", str(tmp_path), "--teacher.port", str(taken_port)])
     assert exit_info.value.code == 3
     assert f"teacher.port = {taken_port} cannot be used on 127.0.0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH"])
+def test_a_path_too_long_for_sockets_is_refused_with_the_fix(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    short = tempfile.TemporaryDirectory(dir="/tmp")
+    fits = f"{short.name}/".ljust(70, "x")
+    for folder in (fits, fits + "x"):
+        Path(folder).mkdir()
+    monkeypatch.setenv(variable, fits)
+    check_socket_folder()
+    with closing(socket.socket(socket.AF_UNIX)) as probe:  # vLLM's own name in it, of the longest kind that there is
+        probe.bind(f"{fits}/{uuid.uuid4()}")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv(variable, fits + "x")
+    with pytest.raises(StartupError, match=rf"{variable} = .*: 71 bytes, at most 70; run with {variable}=/tmp"):
+        check_socket_folder()
+    with closing(socket.socket(socket.AF_UNIX)) as probe, pytest.raises(OSError, match="too long"):
+        probe.bind(f"{fits}x/{uuid.uuid4()}")
+    short.cleanup()
+
+
+def test_a_port_that_somebody_reserved_or_listens_on_is_not_reserved_again() -> None:
+    first = reserve_port("127.0.0.1", free_port("127.0.0.1", 0))
+    second = reserve_port("127.0.0.1", first.port)
+    assert second.port != first.port
+    port = first.port
+    first.release()
+    third = reserve_port("127.0.0.1", port)
+    assert third.port == port
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        assert reserve_port("127.0.0.1", listener.getsockname()[1]).port != listener.getsockname()[1]
+    second.release()
+    third.release()

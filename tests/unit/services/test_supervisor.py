@@ -1,6 +1,5 @@
 """`up` with small scripts in the place of the roles: start, watch, end, leave nothing behind."""
 
-import io
 import json
 import os
 import signal
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from services.config import RunConfig
 from services.errors import ConfigError, StartupError
-from services.panel import last_step, render
 from services.startup import free_port
-from services.supervisor import up, with_free_ports, without_access_log
+from services.supervisor import refuse_urls, up, with_free_ports
 
 # A server that answers /ready on the port that the run file gives it, and starts a child of its own, as vLLM does.
 SERVER = """
@@ -31,7 +28,8 @@ grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60
 open(f"{folder}/{role}.pids", "w").write(f"{os.getpid()} {grandchild.pid}")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+        self.send_response(200); self.send_header("Content-Length", "0")
+        self.send_header("x-distillserve-launch", os.environ["DISTILLSERVE_LAUNCH"]); self.end_headers()
     def log_message(self, *args): pass
 print("listening", flush=True)
 http.server.HTTPServer(("127.0.0.1", json.load(open(run_file))[role]["port"]), Handler).serve_forever()
@@ -65,6 +63,7 @@ def save(number, frame):
     open(f"{sys.argv[1]}/saved", "w").close()
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
+open(f"{sys.argv[1]}/out/config.json", "w").close()
 open(f"{sys.argv[1]}/trainer.pids", "w").write(str(os.getpid()))
 time.sleep(600)
 """
@@ -140,9 +139,20 @@ def test_a_trainer_that_succeeds_ends_the_run_and_everybody_else(
     assert sorted(file.stem for file in tmp_path.glob("*.pids")) == ["rollout", "teacher", "trainer"]
     wait_until_nobody_lives(tmp_path)
     lines = capfd.readouterr().out.splitlines()
-    assert "rollout | listening" in lines and "teacher | listening" in lines and "trainer | training" in lines
-    ready = max(index for index, line in enumerate(lines) if "server is ready" in line)
-    assert lines.index("trainer | training") > ready
+    logs = {file.stem: file.read_text() for file in (tmp_path / "out" / "logs").iterdir()}
+    assert logs == {"rollout": "listening\n", "teacher": "listening\n", "trainer": "training\n"}
+    starts = next(index for index, line in enumerate(lines) if line.startswith("trainer | starting"))
+    ready = [index for index, line in enumerate(lines) if "| ready at http://127.0.0.1:" in line]
+    assert len(ready) == 2 and max(ready) < starts
+    assert not any("listening" in line or "training" in line for line in lines)
+
+
+def test_verbose_shows_all_that_the_roles_say(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert up(config, Roles(tmp_path), verbose=True) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert {"rollout | listening", "teacher | listening", "trainer | training"} <= set(lines)
 
 
 def test_the_exit_code_of_a_failing_trainer_is_the_runs(
@@ -150,7 +160,8 @@ def test_the_exit_code_of_a_failing_trainer_is_the_runs(
 ) -> None:
     assert up(config, Roles(tmp_path, exit_code=5)) == 5
     wait_until_nobody_lives(tmp_path)
-    assert "the trainer exited with code 5" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "the trainer exited with code 5; ending the others" in out and "trainer | ... training" in out
 
 
 @pytest.mark.parametrize("role", ["rollout", "teacher"])
@@ -160,7 +171,8 @@ def test_a_server_that_dies_at_start_ends_the_run(
     assert up(config, Roles(tmp_path, trainer_s=600, dies=role)) == 9
     wait_until_nobody_lives(tmp_path)
     out = capfd.readouterr().out
-    assert f"{role} | out of luck" in out and f"the {role} exited with code 9" in out
+    assert f"{role} | ... out of luck" in out and f"the {role} exited with code 9" in out.splitlines()[-1]
+    assert f"the last lines of {tmp_path / 'out' / 'logs' / role}.log" in out
 
 
 def test_a_child_that_ignores_sigterm_is_killed(
@@ -243,7 +255,7 @@ def test_the_trainer_has_longer_than_the_servers_to_save_the_student(config: Run
     os.kill(process.pid, signal.SIGHUP)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 129 and (tmp_path / "saved").exists()
-    assert b"which saves the student first" in said and b"killing it" not in said
+    assert b"saving the student first" in said and b"killing it" not in said
     wait_until_nobody_lives(tmp_path)
 
 
@@ -254,7 +266,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(config: RunConfig, tmp_path: Pa
     os.kill(process.pid, signal.SIGINT)
     assert process.stdout is not None
     for line in process.stdout:
-        if b"saves the student" in line:
+        if b"saving the student first" in line:
             break
     os.kill(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=30)
@@ -290,7 +302,7 @@ def test_the_roles_do_not_outlive_an_up_that_was_killed(config: RunConfig, tmp_p
 
 @pytest.mark.timeout(60)
 def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(config: RunConfig, tmp_path: Path) -> None:
-    roles = "Replaced(folder, 'trainer', CHATTY)"
+    roles = "Replaced(folder, 'trainer', CHATTY), verbose=True"
     process = start_up(config, roles, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -309,16 +321,26 @@ def _until(patience_s: float) -> Iterator[None]:
     raise AssertionError(f"did not happen within {patience_s} s")
 
 
-def test_taken_ports_are_replaced_and_said(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_taken_ports_are_replaced(config: RunConfig) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
         busy = config.model_copy(update={"rollout": config.rollout.model_copy(update={"port": port})})
-        moved = with_free_ports(busy)
+        moved, reservations = with_free_ports(busy)
     assert moved.rollout.port not in (port, moved.teacher.port)
     assert moved.rollout.server_urls() == [f"http://127.0.0.1:{moved.rollout.port}"]
-    assert f"rollout.port = {port} is in use, taking {moved.rollout.port}" in capsys.readouterr().out
+    assert [reservation.port for reservation in reservations] == [moved.rollout.port, moved.teacher.port]
+
+
+def test_two_runs_that_choose_ports_at_once_never_get_the_same(config: RunConfig) -> None:
+    """Nobody listens yet, so a bind alone would tell both that the port is free."""
+    first, held = with_free_ports(config)
+    second, _ = with_free_ports(config)
+    assert len({first.rollout.port, first.teacher.port, second.rollout.port, second.teacher.port}) == 4
+    for reservation in held:
+        reservation.release()
+    assert with_free_ports(config)[0].rollout.port == config.rollout.port
 
 
 def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
@@ -333,25 +355,29 @@ def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
     assert resolved["urls"] == [f"http://127.0.0.1:{resolved['port']}"]
     out = capfd.readouterr().out
     assert f"teacher.port = {config.teacher.port} is in use, taking {resolved['port']}" in out
-    assert f"the teacher server is ready at {resolved['urls'][0]}" in out
+    assert f"teacher | ready at {resolved['urls'][0]}" in out
 
 
 @pytest.mark.parametrize("role", ["rollout", "teacher"])
 def test_urls_of_servers_that_run_elsewhere_are_refused(role: str, config: RunConfig) -> None:
     section = getattr(config, role).model_copy(update={"urls": ["http://10.0.0.5:8100"]})
     with pytest.raises(ConfigError, match=rf"{role}\.urls = .*10\.0\.0\.5.*distillserve train"):
-        with_free_ports(config.model_copy(update={role: section}))
+        refuse_urls(config.model_copy(update={role: section}))
 
 
 def test_a_teacher_that_others_start_is_refused_even_at_our_own_url(config: RunConfig) -> None:
     urls = config.teacher.server_urls()
     section = config.teacher.model_copy(update={"protocol": "vllm", "urls": urls})
     with pytest.raises(ConfigError, match=r"teacher\.protocol = vllm .* attach with `distillserve train`"):
-        with_free_ports(config.model_copy(update={"teacher": section}))
+        refuse_urls(config.model_copy(update={"teacher": section}))
 
 
 def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
-    again = with_free_ports(with_free_ports(config))
+    written, held = with_free_ports(config)
+    for reservation in held:
+        reservation.release()
+    refuse_urls(written)
+    again, _ = with_free_ports(written)
     assert again.rollout.server_urls() == [f"http://127.0.0.1:{again.rollout.port}"]
 
 
@@ -367,7 +393,7 @@ def test_the_run_file_of_an_earlier_run_stays_until_this_one_has_begun(config: R
     earlier.parent.mkdir()
     earlier.write_text("earlier")
     assert up(config, Roles(tmp_path, exit_code=3)) == 3  # its trainer has not written a config.json
-    assert earlier.read_text() == "earlier" and [p.name for p in earlier.parent.iterdir()] == ["run.json"]
+    assert earlier.read_text() == "earlier" and not list(earlier.parent.glob(".run.*"))
     begins = f"open({str(earlier.parent / 'config.json')!r}, 'w').close()"
     assert up(config, Replaced(tmp_path, "trainer", begins)) == 0
     assert RunConfig.model_validate_json(earlier.read_text()).student.model == config.student.model
@@ -380,60 +406,119 @@ def test_a_missing_model_is_refused_before_anything_starts(config: RunConfig, tm
     assert list(tmp_path.glob("*.pids")) == []
 
 
-ROW = {"step": 30, "num_steps": 120, "single_step_kl": 0.25, "reverse_kl_k1": 0.5, "loss": -1.5, "staleness": 0}
-SPEEDS = {"rollout_tokens_per_s": 1234.6, "teacher_tokens_per_s": 99.0, "step_s": 2.0}
+STRANGER = SERVER.replace('os.environ["DISTILLSERVE_LAUNCH"]', '"of somebody else"')
+DIES_LATER = """
+import os, signal, sys
+open(f"{sys.argv[1]}/{sys.argv[2]}.pids", "a").write(f"{os.getpid()} ")
+print("INFO: useless", "WARNING: chatter", "Traceback (most recent call last):", "MemoryError: too much", sep="\\n")
+sys.stdout.flush()
+os.kill(os.getpid(), int(sys.argv[3])) if int(sys.argv[3]) else sys.exit(1)
+"""
 
 
-def shown(row: dict[str, Any], elapsed_s: float = 75.0) -> str:
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(render(row, {"rollout": "ready"}, elapsed_s))
-    return " ".join(console.export_text().split())
+def test_a_stranger_that_answers_on_the_port_is_not_taken_for_a_server_of_this_run(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    roles = Replaced(tmp_path, "teacher", STRANGER, "teacher", "RUN_FILE", str(tmp_path), "heeds")
+
+    def command(role: str, run_file: Path) -> list[str]:
+        return [str(run_file) if word == "RUN_FILE" else word for word in roles(role, run_file)]
+
+    with pytest.raises(
+        StartupError, match=r"another program answers at http://.*, where the teacher .*--teacher\.port"
+    ):
+        up(config, command)
+    assert not (tmp_path / "trainer.pids").exists()
+    wait_until_nobody_lives(tmp_path)
 
 
-def test_the_panel_shows_where_the_run_is() -> None:
-    text = shown(ROW | SPEEDS)
-    assert "step 30/120" in text and "1:15 elapsed" in text and "3:00 left" in text
-    assert "reverse KL 0.2500" in text and "loss -1.5000" in text and "staleness 0" in text
-    assert "rollout ready 1,235 tok/s" in text and "teacher - 99 tok/s" in text and "trainer - - tok/s" in text
+def test_a_role_that_is_killed_is_the_cause_in_the_last_lines_and_not_what_it_happened_to_say(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert up(config, Replaced(tmp_path, "teacher", DIES_LATER, str(tmp_path), "teacher", "9")) == 137
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1].startswith("up      | the teacher was ended by SIGKILL, which this run did not send")
+    assert lines[-2] == f"teacher | these are the last lines of {tmp_path / 'out' / 'logs' / 'teacher.log'}"
+    assert "teacher | ... MemoryError: too much" in lines and len(lines) < 25
 
 
-def test_the_panel_shows_how_completions_end() -> None:
-    text = shown(
-        ROW
-        | {
-            "completion_tokens": 12.34,
-            "truncated_fraction": 0.25,
-            "ended_by_<|im_end|>_fraction": 0.74,
-            "ended_by_[E]_fraction": 0.01,
-        }
-    )
-    assert "completion 12.3 tokens truncated 25% ended by 74% <|im_end|>, 1% [E]" in text
-    assert "completion - tokens truncated - ended by -" in shown(ROW)
+def test_a_role_that_fails_by_an_exception_gives_it_as_the_cause(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert up(config, Replaced(tmp_path, "teacher", DIES_LATER, str(tmp_path), "teacher", "0")) == 1
+    assert capfd.readouterr().out.splitlines()[-1] == "up      | the teacher failed: MemoryError: too much"
 
 
-def test_the_panel_needs_no_row() -> None:
-    text = shown({}, elapsed_s=3725.0)
-    assert "step 0/?" in text and "1:02:05 elapsed" in text and "left" not in text
+def test_a_folder_in_which_another_run_works_is_refused_and_the_other_unharmed(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
+    wait_until_training(process, tmp_path)
+    before = (tmp_path / "out" / "logs" / "trainer.log").read_text()
+    second = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
+    with pytest.raises(
+        StartupError, match=rf"output\.dir = .* is in use by `distillserve up` \(process {process.pid} "
+    ):
+        up(second, Roles(tmp_path / "second"))
+    assert process.poll() is None and (tmp_path / "out" / "logs" / "trainer.log").read_text() == before
+    assert len(list((tmp_path / "out").glob(".run.*.json"))) == 1
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143
 
 
-def test_the_last_step_is_the_last_whole_row_of_a_step(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert last_step(path, since=0.0) == {}
-    rows = [ROW, ROW | {"step": 31}, {"step": 31, "eval_reverse_kl": 0.1}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 32, "num_')
-    assert last_step(path, since=0.0)["step"] == 31
+LOCKS = """
+import os, sys
+from pathlib import Path
+from services.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1]), "output.dir", "`distillserve train`"):
+    open(sys.argv[2], "w").close()
+"""
 
 
-def test_rows_of_the_run_before_are_not_shown(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(ROW) + "\n")
-    os.utime(path, (1000.0, 1000.0))
-    assert last_step(path, since=1000.5) == {}
-    assert last_step(path, since=999.5) == ROW
+def test_the_trainer_of_a_run_works_in_the_folder_that_up_holds(config: RunConfig, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    assert up(config, Replaced(tmp_path, "trainer", LOCKS, config.output.dir, str(locked))) == 0
+    assert locked.exists()
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, False), ({"access_log": True}, True)])
-def test_the_teacher_of_a_run_does_not_log_every_answer_unless_asked(given: dict[str, bool], expected: bool) -> None:
-    config = RunConfig(teacher={"model": "x", **given})
-    assert without_access_log(config).teacher.access_log is expected
-    assert without_access_log(config).teacher.model == "x"
+LEADER = """
+import os, signal, subprocess, sys, time
+child = "import signal, sys, time\\nsignal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1], 'w').close())\\ntime.sleep(600)"
+worker = subprocess.Popen([sys.executable, "-c", child, f"{sys.argv[1]}/worker-was-signalled"])
+def leave(*_):
+    worker.kill(); worker.wait()
+    open(f"{sys.argv[1]}/left-in-order", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+open(f"{sys.argv[1]}/silent.pids", "w").write(f"{os.getpid()} {worker.pid}")
+time.sleep(600)
+"""
+
+
+def test_a_server_is_left_to_end_its_own_workers(config: RunConfig, tmp_path: Path) -> None:
+    process = start_up(config, "Replaced(folder, 'rollout', LEADER, str(folder))", tmp_path)
+    for _ in _until(30.0):
+        if (tmp_path / "silent.pids").exists():
+            break
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    assert (tmp_path / "left-in-order").exists() and not (tmp_path / "worker-was-signalled").exists()
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_a_start_that_is_given_up_ends_soon_although_a_role_ignores_it(config: RunConfig, tmp_path: Path) -> None:
+    ignores = SILENT.replace("import os, sys, time", "import os, signal, sys, time; signal.signal(15, signal.SIG_IGN)")
+    process = start_up(config, f"Replaced(folder, 'teacher', {ignores!r}, str(folder))", tmp_path)
+    for _ in _until(30.0):
+        if (tmp_path / "silent.pids").exists():
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(timeout=40) == 143
+    assert time.monotonic() - started < 20
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_a_run_file_does_not_say_what_nobody_set(config: RunConfig, tmp_path: Path) -> None:
+    up(config, Roles(tmp_path))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["teacher"]["access_log"] is False

@@ -1,0 +1,111 @@
+"""An output folder belongs to one running process: two that write into one folder would mix their files in silence.
+
+The lock is the kernel's (flock), so it ends with the process that holds it, however that ends. `.lock` in the folder stays
+behind and says who held it last.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.errors import FolderInUseError, StartupError
+
+logger = logging.getLogger(__name__)
+
+_NAME = ".lock"
+_INHERITED = "DISTILLSERVE_FOLDER_LOCK"
+_POLL_S = 0.5
+# What file systems without locks answer.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+class FolderLock:
+    """A held lock; children that are started with `environment()` and `descriptor` in their pass_fds share it."""
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self._folder, self.descriptor = folder, descriptor
+
+    def environment(self) -> dict[str, str]:
+        """What tells a child that it works in this folder on behalf of who holds it."""
+        return {_INHERITED: str(self.descriptor)}
+
+
+@contextmanager
+def lock_folder(
+    folder: Path, option: str, work: str, on_wait: Callable[[str], None] | None = None
+) -> Iterator[FolderLock]:
+    """Hold the folder, which is created, for as long as the block runs.
+
+    Args:
+        option: what names the folder, e.g. "output.dir", for errors.
+        work: what is done in it, for others who want it, e.g. "`distillserve up`".
+        on_wait: wait for the holder instead of refusing; told once who that is.
+
+    Raises:
+        FolderInUseError: another process holds it; names that process.
+        StartupError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inherited = _inherited_descriptor(folder)
+        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644) if inherited is None else inherited
+    except OSError as error:
+        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    try:
+        if inherited is None:
+            _acquire(descriptor, folder, option, on_wait)
+            _write_holder(descriptor, work)
+        yield FolderLock(folder, descriptor)
+    finally:
+        if inherited is None:
+            os.close(descriptor)
+
+
+def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str], None] | None) -> None:
+    announced = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise StartupError(f"{option} = {str(folder)!r} cannot be locked: {error.strerror}") from error
+            text = "the file system of %s has no locks: see to it that no other run uses this folder"
+            logger.warning(text, folder)
+            return
+        if on_wait is None:
+            raise FolderInUseError(
+                f"{option} = {str(folder)!r} is in use by {holder}; wait until that has ended, or choose another {option}"
+            )
+        if not announced:
+            on_wait(holder)
+            announced = True
+        time.sleep(_POLL_S)
+
+
+def _write_holder(descriptor: int, work: str) -> None:
+    since = time.strftime("%H:%M:%S")
+    holder = f"{work} (process {os.getpid()} on {socket.gethostname()}, since {since})\n"
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+    except OSError:  # a full disk; the lock holds without a name
+        return
+
+
+def _inherited_descriptor(folder: Path) -> int | None:
+    """The lock that the process which started this one holds, if it is of this folder."""
+    word = os.environ.get(_INHERITED, "")
+    try:
+        ours, theirs = os.fstat(int(word)), (folder / _NAME).stat()
+    except (ValueError, OSError):
+        return None
+    return int(word) if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) else None

@@ -1,0 +1,100 @@
+"""A folder belongs to one process, and to what that process starts."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.errors import FolderInUseError, StartupError
+from services.folder_lock import lock_folder
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from services.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1]), "output.dir", "`a test`"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> "subprocess.Popen[str]":
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_who_holds_a_folder_is_named_to_the_next_and_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    expected = rf"^output\.dir = '{tmp_path}' is in use by `a test` \(process {process.pid} on .*, since .*\); wait"
+    with pytest.raises(FolderInUseError, match=expected), lock_folder(tmp_path, "output.dir", "me"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    with lock_folder(tmp_path, "output.dir", "me"):
+        assert "me (process " in (tmp_path / ".lock").read_text()
+
+
+def test_who_waits_is_told_of_the_holder_once_and_goes_on_when_it_ends(tmp_path: Path) -> None:
+    process, told = holder(tmp_path), []
+
+    def on_wait(who: str) -> None:
+        told.append(who)
+        process.kill()
+
+    with lock_folder(tmp_path, "--output", "me", on_wait=on_wait):
+        assert len(told) == 1 and told[0].startswith(f"`a test` (process {process.pid} ")
+    process.wait(10)
+
+
+def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    with lock_folder(mine, "output.dir", "parent") as lock:
+        (word,) = lock.environment().items()
+        monkeypatch.setenv(*word)
+        with lock_folder(mine, "output.dir", "child"):
+            pass
+        assert "parent" in (mine / ".lock").read_text()  # still held, and still by its holder
+        process = holder(other)
+        with pytest.raises(FolderInUseError), lock_folder(other, "output.dir", "child"):
+            pass
+        process.kill()
+        process.wait(10)
+        monkeypatch.delenv(word[0])
+        with pytest.raises(FolderInUseError, match="parent"), lock_folder(mine, "output.dir", "stranger"):
+            pass
+
+
+@pytest.mark.parametrize("word", ["", "x", "-1", "99999"])
+def test_a_descriptor_that_is_none_is_no_lock(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = holder(tmp_path)
+    monkeypatch.setenv("DISTILLSERVE_FOLDER_LOCK", word)
+    with pytest.raises(FolderInUseError), lock_folder(tmp_path, "output.dir", "me"):
+        pass
+    process.kill()
+    process.wait(10)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "out"
+    with pytest.raises(StartupError, match=rf"output\.dir = '{folder}' cannot be written: Not a directory"):
+        lock_folder(folder, "output.dir", "me").__enter__()
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with lock_folder(tmp_path, "output.dir", "me"):
+        assert f"the file system of {tmp_path} has no locks" in caplog.text
