@@ -44,7 +44,7 @@ async def test_a_scored_request_is_one_line_with_its_id_and_health_is_none(
     tiny_model_folder, caplog: pytest.LogCaptureFixture
 ) -> None:  # type: ignore[no-untyped-def]
     caplog.set_level(logging.INFO, logger="services.teacher.answer_log")
-    async with serving(tiny_model_folder("qwen3"), key="a-secret-key") as client:
+    async with serving(tiny_model_folder("qwen3"), key="a-secret-key", access_log=True) as client:
         await client.get("/health")
         headers = {"Authorization": "Bearer a-secret-key", "X-Request-ID": "mine-1"}
         await score(client, {"sequences": [GOOD, GOOD], "top_k": 1}, **headers)

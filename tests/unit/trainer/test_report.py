@@ -10,9 +10,10 @@ from rich.console import Console
 
 from services.config import RunConfig
 from services.errors import ConfigError, OutputError, StartupError
+from services.summary_table import summary_table
 from tests.unit.trainer.test_batch import sample
 from trainer.evaluate import Evaluation
-from trainer.report import FailedEvaluation, RunRecord, Summary, check_trackers, summary_table
+from trainer.report import FailedEvaluation, RunRecord, Summary, check_trackers
 from trainer.tiny_pair import build_tokenizer
 
 
@@ -106,7 +107,7 @@ def test_a_tracker_that_is_not_installed_is_named() -> None:
 
 def test_the_table_shows_before_and_after() -> None:
     console = Console(record=True, width=100)
-    console.print(summary_table(SUMMARY))
+    console.print(summary_table(SUMMARY.as_json()))
     text = console.export_text()
     for shown in ("3 steps", "123 sampled tokens", "25.0%", "100.0%", "99.0%", "1.2000 ± 0.0500", "0.0100"):
         assert shown in text
