@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
-from services.config import RunConfig, Secrets, TeacherConfig, reveal
+from services.config import RunConfig, TeacherConfig
 from services.errors import ConfigError, DistillServeError, EvaluationError
+from services.keys import Secrets, reveal
 from services.schemas import RolloutInfo
 from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient

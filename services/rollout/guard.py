@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.config import Secrets, reveal
 from services.errors import RequestError
 from services.guard import OPEN_PATHS, Guard
+from services.keys import Secrets, reveal
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from services.causal_lm import load_model_config
-from services.config import RunConfig, Secrets, require_key_beyond_loopback
+from services.config import RunConfig
+from services.keys import Secrets, require_key_beyond_loopback
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults

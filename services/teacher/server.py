@@ -28,9 +28,10 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
+from services.config import RunConfig, TeacherConfig
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
+from services.keys import Secrets, require_key_beyond_loopback, reveal
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
 from services.teacher.answer import PacedResponse

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from services.errors import ClientClosedError, WeightSyncError
+from services.keys import key_headers
 
 
 class WeightControlClient:
@@ -36,8 +37,7 @@ class WeightControlClient:
         self.urls, self.world_sizes = urls, world_sizes
         self.version: str | None = None
         """What the next finish announces; set before each push."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=stage_timeout_s, transport=transport)
+        self._http = httpx.Client(headers=key_headers(key), timeout=stage_timeout_s, transport=transport)
         self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
 
     # ---- vLLM's protocol
