@@ -74,6 +74,7 @@ _RESERVED_ROLLOUT_ARGS = {
     "weight-transfer-config": "weight_sync.backend says that; set it instead",
     "logprobs-mode": "logprobs must be those of the policy that samples; leave it out",
     "middleware": "the guard of the server is set with it; leave it out",
+    "worker-extension-cls": "the weight updates are set with it; leave it out",
     "uvicorn-log-level": "the server's log is kept to warnings; leave it out",
     "disable-uvicorn-access-log": "it is set already; leave it out",
     "disable-fastapi-docs": "it is set already; leave it out",

@@ -39,6 +39,8 @@ class ServerClient:
     """
 
     _READY_PATH = "/ready"
+    _KEYLESS_AUTH: httpx.Auth | None = None
+    """What a client without a key tries instead."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class ServerClient:
         self._attempts = attempts
         self._http = httpx.AsyncClient(
             headers=key_headers(key),
+            auth=None if key else self._KEYLESS_AUTH,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=256),
             transport=transport,
