@@ -130,7 +130,8 @@ class TeacherConfig(ServerSection):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of the GPU's memory vLLM may use."""
     engine_args: dict[str, Any] = {}
-    """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"}."""
+    """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"};
+    weights are read from safetensors alone unless {"load_format": ...} says otherwise."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest sequence to score, tokens; default: what the model's config says."""
     max_sequences_per_request: int = Field(4096, ge=1)

@@ -16,7 +16,7 @@ from services.config import RunConfig
 from services.keys import Secrets, require_key_beyond_loopback
 from services.own_key import check_own_key_folder, own_key_path
 from services.rollout.settings import RolloutSettings
-from services.startup import check_model_folder, check_port
+from services.startup import check_port, check_weights
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
@@ -37,7 +37,7 @@ def run(config: RunConfig) -> None:
     require_key_beyond_loopback("rollout", config.rollout.host, key)
     check_port("rollout", config.rollout.host, config.rollout.port)
     model = config.student.model or ""
-    check_model_folder("student.model", model)
+    check_weights("student.model", model)
     if not Path(model).exists():  # a hub id; vLLM would end with pages of traceback
         load_model_config(model, trust_remote_code=config.student.trust_remote_code, key="student.model")
     check_libnuma()
@@ -67,6 +67,7 @@ def vllm_command(config: RunConfig) -> list[str]:
         # The policy that sampled is the one after temperature, top-p and top-k.
         "--logprobs-mode": "processed_logprobs",
         "--weight-transfer-config": json.dumps({"backend": config.weight_sync_backend()}),
+        "--load-format": "safetensors",  # "auto" falls back to pickled weights
         "--middleware": _GUARD,
         "--worker-extension-cls": _WORKER_EXTENSION,
         "--uvicorn-log-level": "warning",

@@ -252,6 +252,7 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
             raise StartupError(f"teacher.engine_args.{name} is no field of vLLM's AsyncEngineArgs{hint}")
     arguments: dict[str, Any] = {
         "model": config.model,
+        "load_format": "safetensors",  # vLLM's own "auto" falls back to pickled weights
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": config.tensor_parallel_size,

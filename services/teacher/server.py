@@ -33,7 +33,7 @@ from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
 from services.keys import Secrets, require_key_beyond_loopback, reveal
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
-from services.startup import bind, check_model_folder
+from services.startup import bind, check_model_folder, check_weights
 from services.teacher.answer import PacedResponse
 from services.teacher.answer_log import SCORED, AnswerLog
 from services.teacher.body import caller_gone, check_headers, read_body
@@ -262,7 +262,9 @@ def run(config: RunConfig) -> None:
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
     require_key_beyond_loopback("teacher", teacher.host, key)
-    check_model_folder("teacher.model", teacher.model or "")
+    # transformers says in one line that it finds no weights that it may read, vLLM in pages.
+    is_checked = teacher.engine == "vllm" and "load_format" not in teacher.engine_args
+    (check_weights if is_checked else check_model_folder)("teacher.model", teacher.model or "")
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service

@@ -55,8 +55,53 @@ def test_no_flag_of_vllm_is_refused_for_being_short() -> None:
             refused.add(flag)
     own = {"--model", "--config", "--host", "--port", "--dtype", "--seed", "--middleware", "--api-key", "--hf-token"}
     assert own <= refused
-    fields = {name.removeprefix("--").removeprefix("no-") for name in refused - {"-tp"}}
+    fields = {name.removeprefix("--").removeprefix("no-") for name in refused}
     assert fields <= set(_RESERVED_ROLLOUT_ARGS)
+
+
+def test_a_reserved_flag_is_refused_under_every_name_that_vllm_knows_it_by() -> None:
+    parser = make_arg_parser(FlexibleArgumentParser())
+    known = set()
+    for action in parser._actions:
+        names = {name.removeprefix("--").removeprefix("no-") for name in action.option_strings}
+        if names & set(_RESERVED_ROLLOUT_ARGS):
+            known |= names
+            for name in action.option_strings:
+                for spelling in (name, f"{name}=1", name if name[1] != "-" else f"--{name[2:].replace('-', '_')}"):
+                    with pytest.raises(ValueError, match=rf"rollout\.engine_args: {spelling.partition('=')[0]} is ref"):
+                        check_rollout_engine_args(["--swap-space", "2", spelling])
+    assert set(_RESERVED_ROLLOUT_ARGS) <= known  # none that vLLM has not, or has no longer
+
+
+@pytest.mark.parametrize("flag", ["--weight-transfer-config.backend", "--weight_transfer_config.backend=nccl"])
+def test_a_part_of_a_reserved_table_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=r"weight_sync\.backend says that"):
+        check_rollout_engine_args([flag, "nccl"])
+
+
+def test_what_is_taken_for_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="begins with a word that is no flag"):
+        check_rollout_engine_args(["other/model"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--hf-overrides", '{"head_dtype": "float32"}'],
+        ["--hf-overrides.head_dtype", "float32"],
+        ["-dp", "2"],
+        ["--enable-log-requests"],
+        ["--config-format", "hf"],
+        ["--swap-space", "-1"],
+    ],
+)
+def test_other_flags_are_passed_on(arguments: list[str]) -> None:
+    check_rollout_engine_args(arguments)
+
+
+def test_weights_are_read_from_safetensors_alone() -> None:
+    assert option(server.vllm_command(CONFIG), "--load-format") == "safetensors"
 
 
 def test_the_environment_carries_the_settings_of_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
