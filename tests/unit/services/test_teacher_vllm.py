@@ -317,6 +317,17 @@ def test_options_become_arguments_and_the_users_own_win(folder: str) -> None:
     engine_vllm.AsyncEngineArgs(**arguments)
 
 
+def test_weights_are_read_from_safetensors_unless_told_otherwise(folder: str) -> None:
+    config = TeacherConfig(model=folder, engine="vllm")
+    assert engine_vllm.engine_arguments(config)["load_format"] == "safetensors"
+    told = config.model_copy(update={"engine_args": {"load_format": "runai_streamer"}})
+    assert engine_vllm.engine_arguments(told)["load_format"] == "runai_streamer"
+
+
+def test_what_is_reserved_is_what_vllm_has() -> None:
+    assert set(_RESERVED_TEACHER_ENGINE_ARGS) <= set(engine_vllm.AsyncEngineArgs.__dataclass_fields__)
+
+
 def test_an_argument_that_vllm_does_not_have_is_refused(folder: str) -> None:
     config = TeacherConfig(model=folder, engine="vllm", engine_args={"quantisation": "fp8"})
     with pytest.raises(StartupError, match=r"engine_args\.quantisation is no field.*did you mean quantization"):
