@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
 from services.metrics import TeacherMetrics
+from services.passed_on import _RESERVED_TEACHER_ENGINE_ARGS
 from services.teacher import engine_vllm
 from services.teacher.jobs import EncodedSequence, ScoreJob
 from tests.teacher_app import GOOD, score, serving
