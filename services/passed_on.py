@@ -61,7 +61,7 @@ _HTTP_FIX = (
     "the server speaks http at rollout.host and rollout.port; put a proxy before it and name that in rollout.urls"
 )
 _WEB_FIX = "requests of web pages are refused; leave it out"
-_ONE_SERVER_FIX = "a server pushes to all of its workers, so it must see them all; start several servers and name them in rollout.urls"
+_ONE_SERVER_FIX = "weights are pushed to all workers of one server; start several servers and name them in rollout.urls"
 
 # Flags of vLLM's server, without the dashes of the long ones: what services/rollout/server.py sets or relies on.
 _RESERVED_ROLLOUT_ARGS = {
