@@ -101,6 +101,15 @@ async def test_a_server_may_start_after_its_trainer_and_start_again() -> None:
     assert seen == [None, *(f"Bearer {key}" for key in keys)]
 
 
+async def test_a_given_key_is_sent_although_there_is_a_file() -> None:
+    publish_own_key(PORT)
+    seen: list[httpx.Request] = []
+    transport = httpx.MockTransport(lambda request: seen.append(request) or httpx.Response(200))
+    async with RolloutClient([f"http://127.0.0.1:{PORT}"], key="given", transport=transport) as client:
+        await client.wait_ready(1.0)
+    assert seen[0].headers["authorization"] == "Bearer given"
+
+
 async def test_a_teacher_is_never_sent_the_key_of_a_rollout_server() -> None:
     publish_own_key(PORT)
     seen: list[httpx.Request] = []
