@@ -32,6 +32,10 @@ class Secrets:
     def teacher_key(self) -> SecretStr | None:
         return _read("DISTILLSERVE_TEACHER_KEY")
 
+    def check(self) -> None:
+        """Read both, for what must not wait until it needs them."""
+        _ = self.rollout_key, self.teacher_key
+
 
 def make_key() -> str:
     """A new random key, 43 characters."""

@@ -209,6 +209,7 @@ async def open_session(config: RunConfig, interruption: Interruption | None = No
 
 async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     config.require("train")
+    Secrets().check()  # before the model is loaded
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )

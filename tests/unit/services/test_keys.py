@@ -118,6 +118,19 @@ def test_a_server_with_a_bad_key_does_not_start(
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", NAMES.values())
+def test_a_trainer_with_a_bad_key_does_not_start(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv(name, f"{KEY} {KEY}")
+    options = ["--student.model", "m", "--data.path", "d", "--pipeline.steps", "1", "--output.dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *options])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1
+    assert said[0].startswith(f"distillserve: {name} has white space") and KEY not in said[0]
+
+
 @pytest.mark.parametrize("client", [TeacherClient, BlockingTeacherClient, RolloutClient, VllmTeacherClient])
 def test_a_client_sends_a_stripped_key_and_refuses_what_is_none(client: type) -> None:
     with pytest.raises(InputError, match="key has white space at character 13") as error:
