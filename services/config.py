@@ -1,15 +1,13 @@
 """Every option of every role, in one pydantic model; loads neither torch nor vllm.
 
-One TOML file per run, dotted overrides on the command line, the environment for secrets only (`Secrets`).
+One TOML file per run, dotted overrides on the command line, the environment for secrets only (services/keys.py).
 Units are in the names, ranges on the fields, checks across options in services/config_checks.py.
 """
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services import config_checks
 from services.errors import ConfigError
@@ -132,7 +130,8 @@ class TeacherConfig(ServerSection):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of the GPU's memory vLLM may use."""
     engine_args: dict[str, Any] = {}
-    """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"}."""
+    """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"};
+    weights are read from safetensors alone unless {"load_format": ...} says otherwise."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest sequence to score, tokens; default: what the model's config says."""
     max_sequences_per_request: int = Field(4096, ge=1)
@@ -461,39 +460,6 @@ _REQUIRED: dict[str, list[str]] = {
     "train": ["student.model", "data.path"],
     "up": ["student.model", "teacher.model", "data.path"],
 }
-
-
-class Secrets(BaseSettings):
-    """Keys of the servers, from the environment alone: DISTILLSERVE_ROLLOUT_KEY and DISTILLSERVE_TEACHER_KEY."""
-
-    model_config = SettingsConfigDict(env_prefix="DISTILLSERVE_", frozen=True)
-
-    rollout_key: SecretStr | None = None
-    teacher_key: SecretStr | None = None
-
-
-def reveal(secret: SecretStr | None) -> str | None:
-    """A key as text, for what must send or compare it; None when it is not set or empty."""
-    return secret.get_secret_value() if secret else None
-
-
-def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) -> None:
-    """Refuse to listen where others can connect unless a key guards the server.
-
-    Raises:
-        ConfigError: `host` is not a loopback address and no key is set.
-    """
-    if key is not None and key.get_secret_value():
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        raise ConfigError(
-            f"{section}.host = {host!r} is reachable from other machines but DISTILLSERVE_{section.upper()}_KEY is not set; "
-            "set the key in the environment or listen on 127.0.0.1"
-        )
 
 
 # Folders of output.dir that hold students.

@@ -32,11 +32,14 @@ class Guard:
 
     Args:
         app: the application behind.
-        key: required as `Authorization: Bearer KEY` on every path but `open_paths`; None lets everybody in.
-        open_paths: health and readiness.
+        key: required as `Authorization: Bearer KEY` on every path but `open_paths`; None lets every program in.
+        open_paths: health and readiness; they also answer HEAD.
         max_body_bytes: larger bodies are refused, by their announced length or while they arrive.
         on_refused: told of every refusal of its own, for metrics.
         on_answered: told of every request's scope, status and duration in seconds, for metrics and logs.
+
+    A web page that somebody has open can send to the loopback of his machine. Browsers name the page in an Origin header
+    (of all that is not a plain read), so whatever has one is refused, before its key is looked at and on every path.
 
     A RequestError that `app` raises before it has answered becomes the problem document it describes; a
     ConnectionAbortedError that it raises in the middle of its answer closes the connection.
@@ -67,6 +70,8 @@ class Guard:
         if scope["type"] != "http":  # neither server has a websocket route
             await send({"type": "websocket.close", "code": 1008})
             return
+        if scope["method"] == "HEAD" and scope["path"] in self._open_paths:
+            scope = {**scope, "method": "GET"}  # uvicorn sends no body after a HEAD, whatever the application answers
         logs.request_id.set(_request_id(scope))
         started = time.monotonic()
         exchange = _Exchange(scope, receive, send, self._max_body_bytes, self._headers)
@@ -78,7 +83,9 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: "_Exchange") -> None:
         try:
+            _check_origin(scope)
             self._check_key(scope)
+            _check_slash(scope)
             exchange.check_announced()
             await self._app(scope, exchange.receive, exchange.send)
         except RequestError as error:
@@ -98,6 +105,24 @@ class Guard:
         given = _header(scope, b"authorization") or b""
         if not hmac.compare_digest(given, b"Bearer " + self._key):
             raise RequestError(401, "Unauthorized", "a valid key is required: send `Authorization: Bearer KEY`")
+
+
+def _check_origin(scope: Scope) -> None:
+    if (origin := _header(scope, b"origin")) is not None:
+        page = origin.decode("ascii", errors="replace")[:100]
+        raise RequestError(
+            403,
+            "Web pages are refused",
+            f"this server answers programs, not web pages (Origin: {page!r})",
+            field="Origin",
+        )
+
+
+def _check_slash(scope: Scope) -> None:
+    """FastAPI would redirect, and a client that follows sends neither body nor key."""
+    path = scope["path"]
+    if path != "/" and path.endswith("/"):
+        raise RequestError(404, "Not found", f"{path} is not a route; leave out the slash at its end")
 
 
 class _Exchange:

@@ -4,7 +4,7 @@ Refused is what has an option of its own, what the receiver cannot do here, and 
 run. A refused secret is never shown.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TOKEN_FIX = "it would be saved with the model and the run; set HF_TOKEN in the environment instead"
@@ -48,11 +48,22 @@ _RESERVED_TEACHER_ENGINE_ARGS = {
     },
     "max_logprobs": "teacher.max_top_k says that; set it instead",
     "logprobs_mode": "scores must be raw log-probabilities; leave it out",
+    "tokenizer": "the scores of texts would be those of other tokens; leave it out",
+    "tokenizer_revision": _REVISION_FIX,
+    "model_weights": "teacher.model says that; set it instead",
+    **dict.fromkeys(("runner", "convert"), "the teacher scores with its output head; leave it out"),
+    "weight_transfer_config": "a teacher receives no weights; leave it out",
     "hf_token": _TOKEN_FIX,
     **dict.fromkeys(("revision", "code_revision"), _REVISION_FIX),
 }
 
-# Flags of vLLM's server, without their dashes: what services/rollout/server.py sets, and what would undo it.
+_HTTP_FIX = (
+    "the server speaks http at rollout.host and rollout.port; put a proxy before it and name that in rollout.urls"
+)
+_WEB_FIX = "requests of web pages are refused; leave it out"
+_ONE_SERVER_FIX = "weights are pushed to all workers of one server; start several servers and name them in rollout.urls"
+
+# Flags of vLLM's server, without the dashes of the long ones: what services/rollout/server.py sets or relies on.
 _RESERVED_ROLLOUT_ARGS = {
     "model": "student.model says that; set it instead",
     "trust-remote-code": "student.trust_remote_code says that; set it instead",
@@ -73,6 +84,37 @@ _RESERVED_ROLLOUT_ARGS = {
     "kv-cache-memory-bytes": "rollout.kv_cache_gib (CPU) and rollout.gpu_memory_utilization (GPU) say that; set them instead",
     "weight-transfer-config": "weight_sync.backend says that; set it instead",
     "logprobs-mode": "logprobs must be those of the policy that samples; leave it out",
+    "device-memory-utilization": "rollout.gpu_memory_utilization says that; set it instead",
+    "load-format": "weights are read from safetensors alone, quantised ones too; leave it out",
+    **dict.fromkeys(("runner", "convert"), "the server samples completions; leave it out"),
+    **dict.fromkeys(("revision", "code-revision", "tokenizer-revision"), _REVISION_FIX),
+    "tokenizer": "prompts come as ids of the student's tokenizer; leave it out",
+    **dict.fromkeys(("worker-cls", "worker-extension-cls"), "weight updates are set with it; leave it out"),
+    **dict.fromkeys(("api-server-count", "headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
+    **dict.fromkeys(
+        (
+            "data-parallel-rank",
+            "data-parallel-start-rank",
+            "data-parallel-external-lb",
+            "data-parallel-hybrid-lb",
+            "data-parallel-multi-port-external-lb",
+        ),
+        _ONE_SERVER_FIX,
+    ),
+    **dict.fromkeys(
+        (
+            "uds",
+            "ssl-keyfile",
+            "ssl-certfile",
+            "ssl-ca-certs",
+            "ssl-cert-reqs",
+            "ssl-ciphers",
+            "enable-ssl-refresh",
+            "root-path",
+        ),
+        _HTTP_FIX,
+    ),
+    **dict.fromkeys(("allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials"), _WEB_FIX),
     "middleware": "the guard of the server is set with it; leave it out",
     "uvicorn-log-level": "the server's log is kept to warnings; leave it out",
     "disable-uvicorn-access-log": "it is set already; leave it out",
@@ -81,7 +123,16 @@ _RESERVED_ROLLOUT_ARGS = {
     "api-key": "it would be saved with the run; set DISTILLSERVE_ROLLOUT_KEY in the environment instead",
     "hf-token": _TOKEN_FIX,
 }
-_SHORT_FLAGS = {"-tp": "tensor-parallel-size"}
+_SHORT_FLAGS = {
+    "-tp": "tensor-parallel-size",
+    "-asc": "api-server-count",
+    "-dpn": "data-parallel-rank",
+    "-dpr": "data-parallel-start-rank",
+    "-dpe": "data-parallel-external-lb",
+    "-dph": "data-parallel-hybrid-lb",
+    "-dpm": "data-parallel-multi-port-external-lb",
+}
+_RESERVED_ROLLOUT_ARGS |= {short: _RESERVED_ROLLOUT_ARGS[name] for short, name in _SHORT_FLAGS.items()}
 
 # What apply_chat_template is given for every prompt, or must not be.
 _RESERVED_TEMPLATE_KWARGS = {
@@ -127,19 +178,30 @@ def check_teacher_engine_args(arguments: Mapping[str, Any]) -> None:
     _refuse_reserved("teacher.engine_args", arguments, _RESERVED_TEACHER_ENGINE_ARGS)
 
 
-def check_rollout_engine_args(arguments: Iterable[str]) -> None:
-    """Refuse flags of vLLM's server, however they are spelled: --max_model_len, --max-model-len=9, --max-model.
+def check_rollout_engine_args(arguments: Sequence[str]) -> None:
+    """Refuse flags of vLLM's server, however they are spelled: --max_model_len, --max-model-len=9, --max-model, -tp,
+    --weight-transfer-config.backend.
 
     Raises:
-        ValueError: names the first of them, and the fix.
+        ValueError: names the first of them, and the fix; or the first word is no flag, and vLLM would take it for a model.
     """
+    if arguments and not arguments[0].startswith("-"):
+        raise ValueError(
+            "rollout.engine_args begins with a word that is no flag, which vLLM takes for a model; leave it out"
+        )
     for argument in arguments:
         flag = argument.partition("=")[0]
-        name = _SHORT_FLAGS.get(flag, flag.removeprefix("--") if flag.startswith("--") else "").replace("_", "-")
-        name = name.removeprefix("no-")
-        meant = next((full for full in _RESERVED_ROLLOUT_ARGS if name and full.startswith(name)), None)
+        meant = _reserved_flag(flag)
         if meant is not None:
             raise ValueError(f"rollout.engine_args: {flag} is refused: {_RESERVED_ROLLOUT_ARGS[meant]}")
+
+
+def _reserved_flag(flag: str) -> str | None:
+    """The reserved flag that vLLM takes `flag` for: long ones may be cut short, and parts of a table are named behind dots."""
+    if not flag.startswith("--"):
+        return flag if flag in _SHORT_FLAGS else None
+    name = flag.partition(".")[0].removeprefix("--").removesuffix("+").replace("_", "-").removeprefix("no-")
+    return next((full for full in _RESERVED_ROLLOUT_ARGS if name and full.startswith(name)), None)
 
 
 def check_template_kwargs(option: str, kwargs: Mapping[str, Any]) -> None:

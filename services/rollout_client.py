@@ -8,6 +8,7 @@ import httpx
 
 from services.client_arguments import check_spellable, integer, prompts_of_ids
 from services.errors import PeerError, ProblemError
+from services.own_key import OwnKeyAuth
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.server_client import ServerClient, all_or_first_error, describe_transport_error, raise_for_problem
 from services.wire import decode_completion, read_frames
@@ -41,6 +42,8 @@ class _Request:
 
 class RolloutClient(ServerClient):
     """The rollout servers: completions of the student under the weights they hold."""
+
+    _KEYLESS_AUTH = OwnKeyAuth()
 
     def __init__(self, urls: list[str], **options: Any) -> None:
         super().__init__(urls, **options)

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from services.clients import TeacherClient
-from services.config import Secrets, reveal
 from services.errors import ConfigError, DataError
 from services.folder_lock import lock_folder
+from services.keys import Secrets, reveal
 from services.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
 from services.score_rows import InputFile, ShardRows, read_shards_of_rows
 from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard

@@ -16,6 +16,7 @@ import stamina
 from pydantic import TypeAdapter, ValidationError
 
 from services.errors import ClientClosedError, PeerError, ProblemError
+from services.keys import key_headers
 
 Info = TypeVar("Info")
 Answer = TypeVar("Answer")
@@ -38,6 +39,8 @@ class ServerClient:
     """
 
     _READY_PATH = "/ready"
+    _KEYLESS_AUTH: httpx.Auth | None = None
+    """What a client without a key tries instead."""
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class ServerClient:
         self.urls = [url.rstrip("/") for url in urls]
         self._attempts = attempts
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=key_headers(key),
+            auth=None if key else self._KEYLESS_AUTH,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=256),
             transport=transport,

@@ -18,6 +18,8 @@ from services.errors import StartupError
 
 _MIN_FREE_BYTES = 1 << 30
 _LONGEST_SOCKET_PATH = 107  # the kernel's sockaddr_un, less its final zero
+# Formats that may run code when they are read, or that only other programs read.
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 
 
 def bind(section: str, host: str, port: int) -> socket.socket:
@@ -124,6 +126,24 @@ def check_model_folder(key: str, model: str) -> None:
     reason = "no config.json there" if path.exists() else "it does not exist"
     raise StartupError(
         f"{key} = {model!r} is no model folder ({reason}); give a folder saved with save_pretrained, or a hub id"
+    )
+
+
+def check_weights(key: str, model: str) -> None:
+    """Refuse a path without a model that can be loaded; a hub id is left to the loader.
+
+    Raises:
+        StartupError: names the option, the path, and what lies there instead of weights in safetensors.
+    """
+    check_model_folder(key, model)
+    path = Path(model)
+    if not path.exists() or any(path.glob("*.safetensors")):
+        return
+    others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
+    found = f"only {others[0]}" if others else "no weights at all"
+    raise StartupError(
+        f"cannot load the model of {key} = {model!r}: there is {found}, and weights are read from safetensors alone; save it "
+        "once more with save_pretrained, which writes safetensors"
     )
 
 

@@ -27,6 +27,7 @@ from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
 from services.folder_lock import FolderLock, lock_folder
 from services.guard import LAUNCH_HEADER, LAUNCH_VARIABLE
+from services.keys import Secrets, make_key, reveal
 from services.role_process import RoleLog, RoleProcess
 from services.screen import Screen
 from services.startup import PortReservation, check_model_folder, check_output_room, check_socket_folder, reserve_port
@@ -152,6 +153,7 @@ class Supervisor:
         self._command, self._grace_s, self._verbose = command, grace_s, verbose
         self._output = Path(config.output.dir)
         self._launch = secrets.token_hex(16)
+        self._keys = _keys()
         self._roles: dict[str, RoleProcess] = {}
         self._failed: RoleProcess | None = None
         self._why = ""
@@ -238,7 +240,8 @@ class Supervisor:
         return code if code > 0 else 128 - code if code < 0 else StartupError.exit_code
 
     async def _start(self, role: str, cuda_devices: str | None) -> None:
-        environment = {**_SHARED_CORES, **os.environ, **self._lock.environment(), LAUNCH_VARIABLE: self._launch}
+        environment = {**_SHARED_CORES, **os.environ, **self._keys, **self._lock.environment()}
+        environment[LAUNCH_VARIABLE] = self._launch
         if cuda_devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
         self._roles[role] = await RoleProcess.start(
@@ -329,6 +332,15 @@ class Supervisor:
         if student.exists() and student.stat().st_mtime_ns >= self._run_file.stat().st_mtime_ns:
             what = "student" if summary.exists() else "student of the last finished step"
             self.screen.say(f"{what} saved in {student}", "trainer")
+
+
+def _keys() -> dict[str, str]:
+    """The keys of this run's servers, random where the environment names none: other users of this machine, and web pages,
+    reach its loopback too."""
+    given = Secrets()
+    keys = {"DISTILLSERVE_ROLLOUT_KEY": given.rollout_key, "DISTILLSERVE_TEACHER_KEY": given.teacher_key}
+    variables = {name: reveal(key) or make_key() for name, key in keys.items()}
+    return variables | {f"{name}_FILE": "" for name in keys}
 
 
 def _share_a_gpu(config: RunConfig) -> bool:

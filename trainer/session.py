@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
-from services.config import RunConfig, Secrets, TeacherConfig, reveal
+from services.config import RunConfig, TeacherConfig
 from services.errors import ConfigError, DistillServeError, EvaluationError
 from services.folder_lock import lock_folder
+from services.keys import Secrets, reveal
 from services.schemas import RolloutInfo
 from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient
@@ -217,6 +218,7 @@ async def open_session(config: RunConfig, interruption: Interruption | None = No
 
 
 async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) -> Session:
+    Secrets().check()  # before the model is loaded
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )

@@ -187,9 +187,12 @@ class WeightSync:
             self._engine = None
 
     def close(self) -> None:
-        """Leave the group; the servers are told, so that another trainer can attach."""
+        """Leave the group; the servers that still live are told to leave it too."""
         self._disconnect()
-        self._control.clear_abandoned_update()
+        try:
+            self._control.clear_abandoned_update()
+        except WeightSyncError as error:  # the next trainer clears what is left
+            logger.debug("%s", error)
         self._control.close()
 
 

@@ -1,6 +1,6 @@
 """The ASGI middleware around vLLM's server: a key on every route, an allow-list, and our own routes.
 
-vLLM's --api-key leaves its weight and RPC routes open, and its development mode, which the weight routes
+vLLM's --api-key leaves its control and RPC routes open, and its development mode, which /pause and /resume
 need, opens routes that nobody here uses. So every request passes: key or 401, known path or 404, then our
 own handler or vLLM's.
 """
@@ -11,9 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.config import Secrets, reveal
 from services.errors import RequestError
 from services.guard import OPEN_PATHS, Guard
+from services.keys import Secrets, reveal
+from services.own_key import publish_own_key
+from services.rollout import weights
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 
@@ -26,11 +28,6 @@ VLLM_ROUTES = frozenset(
         ("GET", "/weight_info"),
         ("POST", "/pause"),
         ("POST", "/resume"),
-        ("POST", "/init_weight_transfer_engine"),
-        ("POST", "/shutdown_weight_transfer_engine"),
-        ("POST", "/start_weight_update"),
-        ("POST", "/update_weights"),
-        ("POST", "/finish_weight_update"),
     }
 )
 
@@ -47,6 +44,9 @@ OUR_ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/ready"): get_ready,
     ("GET", "/v1/rollouts/info"): get_info,
     ("POST", "/v1/rollouts"): create_rollouts,
+    ("GET", "/v1/weights/status"): weights.get_status,
+    ("POST", "/v1/weights/clear"): weights.clear,
+    **dict.fromkeys((("POST", f"/{stage}") for stage in weights.STAGES), weights.run_stage),
 }
 
 
@@ -78,7 +78,8 @@ class RolloutGuard(Guard):
         settings = RolloutSettings.from_environment()
         super().__init__(
             AllowList(app, settings),
-            key=reveal(Secrets().rollout_key),
+            # Made here, not before: this process has the port, so that no other server overwrites the file.
+            key=reveal(Secrets().rollout_key) or publish_own_key(settings.port),
             open_paths=OPEN_PATHS,
             max_body_bytes=settings.max_body_bytes,
         )

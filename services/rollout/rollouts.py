@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm import SamplingParams
+from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -144,7 +145,7 @@ async def _complete(
     engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str
 ) -> RolloutCompletion:
     params = sampling_params(request.sampling, request.student_top_k, sample_index)
-    prompt = {"prompt_token_ids": request.prompts[prompt_index]}
+    prompt = tokens_input(request.prompts[prompt_index])
     async with aclosing(engine.generate(prompt, params, request_id)) as outputs:
         async for output in outputs:
             if output.finished:

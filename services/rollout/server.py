@@ -12,14 +12,17 @@ from pathlib import Path
 import torch
 
 from services.causal_lm import load_model_config
-from services.config import RunConfig, Secrets, require_key_beyond_loopback
+from services.config import RunConfig
+from services.keys import Secrets, require_key_beyond_loopback
+from services.own_key import check_own_key_folder, own_key_path
 from services.rollout.settings import RolloutSettings
-from services.startup import check_model_folder, check_port, check_socket_folder
+from services.startup import check_port, check_socket_folder, check_weights
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GUARD = "services.rollout.guard.RolloutGuard"
+_WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 
 
 def run(config: RunConfig) -> None:
@@ -30,14 +33,21 @@ def run(config: RunConfig) -> None:
         StartupError: the port is taken or the model folder is missing.
     """
     config.require("rollout")
-    require_key_beyond_loopback("rollout", config.rollout.host, Secrets().rollout_key)
+    key = Secrets().rollout_key
+    require_key_beyond_loopback("rollout", config.rollout.host, key)
     check_port("rollout", config.rollout.host, config.rollout.port)
     model = config.student.model or ""
-    check_model_folder("student.model", model)
+    check_weights("student.model", model)
     if not Path(model).exists():  # a hub id; vLLM would end with pages of traceback
         load_model_config(model, trust_remote_code=config.student.trust_remote_code, key="student.model")
     check_libnuma()
     check_socket_folder()
+    if key is None:
+        check_own_key_folder(config.rollout.port)
+        print(
+            f"DISTILLSERVE_ROLLOUT_KEY is not set: this server makes a key in {own_key_path(config.rollout.port)}, where "
+            "trainers of this user on this machine find it"
+        )
     command = vllm_command(config)
     sys.stdout.flush()
     os.execve(command[0], command, vllm_environment(config))
@@ -58,7 +68,9 @@ def vllm_command(config: RunConfig) -> list[str]:
         # The policy that sampled is the one after temperature, top-p and top-k.
         "--logprobs-mode": "processed_logprobs",
         "--weight-transfer-config": json.dumps({"backend": config.weight_sync_backend()}),
+        "--load-format": "safetensors",  # "auto" falls back to pickled weights
         "--middleware": _GUARD,
+        "--worker-extension-cls": _WORKER_EXTENSION,
         "--uvicorn-log-level": "warning",
     }
     if rollout.max_model_len is not None:
@@ -79,7 +91,7 @@ def vllm_command(config: RunConfig) -> list[str]:
 def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     fixed = {
-        "VLLM_SERVER_DEV_MODE": "1",  # the weight routes exist only then; the guard keeps the others shut
+        "VLLM_SERVER_DEV_MODE": "1",  # /pause and /resume exist only then; the guard keeps the others shut
         **RolloutSettings.from_config(config).to_environment(),
     }
     environment = {**vllm_defaults(), **os.environ, **fixed}

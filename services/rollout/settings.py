@@ -21,6 +21,7 @@ class RolloutSettings:
     max_logprobs: int
     max_completions_per_request: int
     max_body_bytes: int
+    port: int = 0  # names the file of the key that the server makes when it was given none
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
@@ -30,6 +31,7 @@ class RolloutSettings:
             max_logprobs=config.rollout.max_logprobs,
             max_completions_per_request=config.rollout.max_completions_per_request,
             max_body_bytes=config.rollout.max_body_mib << 20,
+            port=config.rollout.port,
         )
 
     @classmethod

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -158,7 +159,7 @@ class VllmScorer:
             job.refuse(error)
 
     async def _score_sequence(self, item: ScoreItem) -> None:
-        prompt, parameters = {"prompt_token_ids": item.sequence.token_ids}, sampling_params(item)
+        prompt, parameters = tokens_input(item.sequence.token_ids), sampling_params(item)
         async with aclosing(self._engine.generate(prompt, parameters, uuid.uuid4().hex)) as outputs:
             async for output in outputs:
                 if output.finished:
@@ -253,6 +254,7 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
             raise StartupError(f"teacher.engine_args.{name} is no field of vLLM's AsyncEngineArgs{hint}")
     arguments: dict[str, Any] = {
         "model": config.model,
+        "load_format": "safetensors",  # vLLM's own "auto" falls back to pickled weights
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": config.tensor_parallel_size,

@@ -24,15 +24,17 @@ from typing import Annotated, Any
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
+from services.config import RunConfig, TeacherConfig
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
+from services.keys import Secrets, require_key_beyond_loopback, reveal
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
-from services.startup import bind, check_model_folder
+from services.startup import bind, check_model_folder, check_weights
+from services.teacher import docs_page
 from services.teacher.answer import PacedResponse
 from services.teacher.answer_log import SCORED, AnswerLog
 from services.teacher.body import caller_gone, check_headers, read_body
@@ -63,7 +65,7 @@ def create_app(config: TeacherConfig) -> FastAPI:
         loading.cancel()
         service.close()
 
-    app = FastAPI(title="distillserve teacher", version="1", lifespan=lifespan)
+    app = FastAPI(title="distillserve teacher", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.state.on_loaded = lambda task: None
     _add_error_handlers(app)
@@ -75,6 +77,7 @@ def create_app(config: TeacherConfig) -> FastAPI:
     app.add_api_route("/v1/teacher/info", get_teacher_info, methods=["GET"], summary="Model, limits, tokenizer")
     app.add_api_route("/v1/teacher/vocabulary", get_vocabulary, methods=["GET"], summary="Token to id")
     app.add_api_route(SCORE_PATH, create_logprobs, methods=["POST"], summary="Score completions", response_model=None)
+    app.add_api_route("/docs", get_docs, methods=["GET"], include_in_schema=False)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]
     return app
 
@@ -133,6 +136,10 @@ async def get_teacher_info(service: Service) -> TeacherInfo:
 
 async def get_vocabulary(service: Service) -> dict[str, int]:
     return service.ready_scorer().tokenizer.get_vocab()
+
+
+async def get_docs(request: Request) -> Response:
+    return HTMLResponse(docs_page.render(request.app.openapi()))
 
 
 async def create_logprobs(
@@ -261,7 +268,9 @@ def run(config: RunConfig) -> None:
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
     require_key_beyond_loopback("teacher", teacher.host, key)
-    check_model_folder("teacher.model", teacher.model or "")
+    # transformers says in one line that it finds no weights that it may read, vLLM in pages.
+    is_checked = teacher.engine == "vllm" and "load_format" not in teacher.engine_args
+    (check_weights if is_checked else check_model_folder)("teacher.model", teacher.model or "")
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 
 from services.errors import ClientClosedError, WeightSyncError
+from services.keys import key_headers
+from services.own_key import OwnKeyAuth
 
 
 class WeightControlClient:
@@ -20,7 +22,7 @@ class WeightControlClient:
     Args:
         urls: base URLs of the servers, in rank order.
         world_sizes: worker processes of each server, data parallel included.
-        key: bearer token of the servers.
+        key: bearer token of the servers; None: servers of this machine have made their own.
         stage_timeout_s: deadline of each call.
         transport: replaces the network in tests.
     """
@@ -36,8 +38,8 @@ class WeightControlClient:
         self.urls, self.world_sizes = urls, world_sizes
         self.version: str | None = None
         """What the next finish announces; set before each push."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=stage_timeout_s, transport=transport)
+        auth = None if key else OwnKeyAuth()
+        self._http = httpx.Client(headers=key_headers(key), auth=auth, timeout=stage_timeout_s, transport=transport)
         self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
 
     # ---- vLLM's protocol
@@ -72,19 +74,8 @@ class WeightControlClient:
         self._all("resume")
 
     def clear_abandoned_update(self) -> None:
-        """Bring every server into a state in which it accepts a new group and a new update.
-
-        After a trainer that died mid-push, shutdown is refused until finish was called, and finish itself
-        may fail on layers that never got weights; on a healthy server finish is refused instead. So errors
-        are expected; what counts is that the following init and push succeed.
-        """
-        self._check_open()
-        for stage in ("finish_weight_update", "finish_weight_update", "shutdown_weight_transfer_engine"):
-            for url in self.urls:
-                try:
-                    self._call(url, stage, {} if stage.startswith("finish") else None)
-                except WeightSyncError:
-                    continue
+        """Bring every server into a state in which it accepts a new group and a new update, whatever was there before."""
+        self._all("v1/weights/clear")
 
     def close(self) -> None:
         self._http.close()
@@ -115,5 +106,13 @@ class WeightControlClient:
         if response.is_error:
             elapsed = time.monotonic() - started
             raise WeightSyncError(
-                f"{stage} on {url} answered {response.status_code} after {elapsed:.1f} s: {response.text[:300]}"
+                f"{stage} on {url} answered {response.status_code} after {elapsed:.1f} s: {_reason(response)}"
             )
+
+
+def _reason(response: httpx.Response) -> str:
+    """The detail of a problem document, or the beginning of what came instead."""
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, TypeError, KeyError):
+        return response.text[:300]

@@ -8,8 +8,7 @@
     finish_weight_update ── HTTP ──────────────────────► finalize_layerwise_reload, repack CPU GEMMs
 
 Both ends cut the parameters into the same buckets from the same (name, dtype, shape) list, so no sizes
-travel. Works for CPU and CUDA tensors. Two defects of vLLM 0.32 are repaired here, see
-`repack_cpu_linears` and `discard_partial_update`. Left out: overlap of packing and sending.
+travel. Works for CPU and CUDA tensors. Left out: overlap of packing and sending.
 """
 
 import hashlib
@@ -33,9 +32,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from services.weight_transfer.reload import discard_partial_update, modules_without_weights, repack_cpu_linears
 
 _DIGEST_BYTES = 16
 
@@ -137,11 +136,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         return unpack(packed.to(self.device), bucket)
 
     def finish_weight_update(self) -> None:
-        """Finalize the reload and report parameters that never came (vLLM itself only warns).
-
-        A push that never sent anything (the trainer died after start) is put back silently: a trainer that
-        attaches calls this to clear such an update.
-        """
+        """Finalize the reload and report parameters that never came (vLLM itself only warns)."""
         missing = modules_without_weights(self.model)
         finalize_layerwise_reload(self.model, self.model_config)
         repack_cpu_linears(self.model)
@@ -311,57 +306,3 @@ def digest_of(packed: torch.Tensor) -> torch.Tensor:
     """[16] uint8 hash of a CPU byte tensor."""
     digest = hashlib.blake2b(packed.numpy().data, digest_size=_DIGEST_BYTES).digest()
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-
-
-# ------------------------------------------------------------------- repairs of vLLM 0.32's layerwise reload
-
-
-def discard_partial_update(model: torch.nn.Module, model_config: Any) -> None:
-    """Forget what an aborted push buffered, and leave the reloading state of every layer.
-
-    vLLM keeps half-filled layers after a failed update; the next initialize_layerwise_reload skips them, so
-    that push would load only what is missing and leave mixed, partly uninitialised weights. Layers that were
-    complete keep the new weights, the others return to the old ones: the model is mixed until the next full
-    push, and the trainer accepts no sample before it.
-    """
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        info.loaded_weights.clear()
-        info.load_numel = 0
-    finalize_layerwise_reload(model, model_config)
-    repack_cpu_linears(model)
-
-
-def repack_cpu_linears(model: torch.nn.Module) -> None:
-    """Rebuild the packed GEMM weights of CPU linears from their current parameters.
-
-    On CPU vLLM packs a layer's weight for oneDNN when it is loaded. A head that is tied to the embedding is
-    never loaded again by the layerwise reload, so that its packed copy goes stale: wrong logits, no error.
-    """
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
-            quant_method: Any = layer.quant_method
-            quant_method.process_weights_after_loading(layer)
-
-
-def modules_without_weights(model: torch.nn.Module) -> list[str]:
-    """Names of modules whose parameters are still to come in an update in which other modules got theirs.
-
-    Modules that hold only buffers (rotary tables) or that share all parameters with a loaded module (a tied
-    head) never get weights of their own and are not missing.
-    """
-    waiting: dict[str, set[int]] = {}
-    loaded: set[int] = set()
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        parameters = layer.parameters(recurse=False) if info.kernel_tensors is None else info.kernel_tensors[0].values()
-        # By identity: a packed CPU linear keeps an empty weight, and all empty tensors share the address 0.
-        own = {id(parameter) for parameter in parameters}
-        if not info.can_load() or info.load_numel > 0:
-            loaded |= own
-        elif not is_deferred_attention_layer(layer):
-            waiting[name] = own
-    if not loaded:
-        return []  # an update that was started and abandoned before any weight was sent
-    return [name for name, own in waiting.items() if own - loaded]

@@ -125,6 +125,25 @@ def test_no_route_answers_without_the_key_except_health_and_readiness(rollout_se
             assert client.get(path, headers={"Authorization": ""}).status_code == 200
 
 
+def test_no_route_answers_a_web_page(rollout_server: Server) -> None:
+    page = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with rollout_server.client() as client:
+        for key in (f"Bearer {KEY}", ""):
+            for method, path in all_routes():
+                response = client.request(method, path, headers={**page, "Authorization": key})
+                assert response.status_code == 403, (method, path)
+                assert "access-control-allow-origin" not in response.headers
+        assert client.get("/is_paused").json() == {"is_paused": False}
+
+
+def test_load_balancers_may_ask_with_head(rollout_server: Server) -> None:
+    with rollout_server.client() as client:
+        for path in OPEN_PATHS:
+            response = client.head(path, headers={"Authorization": ""})
+            assert (response.status_code, response.content) == (200, b"")
+            assert client.get(path).status_code == 200  # the connection is still in step
+
+
 def test_vllm_routes_that_the_trainer_does_not_need_are_closed_even_with_the_key(rollout_server: Server) -> None:
     with rollout_server.client() as client:
         for method, path in set(all_routes()) - VLLM_ROUTES - set(OUR_ROUTES):

@@ -68,6 +68,24 @@ def test_no_route_answers_without_the_key_except_health_and_readiness(
                 assert response.headers["content-type"] == PROBLEM_MEDIA_TYPE and KEY not in response.text
 
 
+def test_no_route_answers_a_web_page(teacher_server: Server) -> None:
+    for key in (f"Bearer {KEY}", ""):
+        headers = {"Origin": teacher_server.url, "Authorization": key}
+        with httpx.Client(base_url=teacher_server.url, headers=headers) as client:
+            for method, path in [*routes(), ("OPTIONS", "/v1/teacher/logprobs")]:
+                response = client.request(method, path)
+                assert response.status_code == 403, (method, path)
+                assert "access-control-allow-origin" not in response.headers
+
+
+def test_load_balancers_may_ask_with_head(teacher_server: Server) -> None:
+    with httpx.Client(base_url=teacher_server.url) as client:
+        for path in OPEN_PATHS:
+            response = client.head(path)
+            assert (response.status_code, response.content) == (200, b"")
+            assert client.get(path).status_code == 200  # the connection is still in step
+
+
 def test_with_the_key_every_route_answers(teacher_server: Server) -> None:
     """So that the walk above means something."""
     with teacher_server.client() as client:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from services.cli import main
 from services.config import (
     RunConfig,
-    Secrets,
     TeacherConfig,
     check_output_dir,
-    require_key_beyond_loopback,
 )
 from services.dict_options import names_of_tables
 from services.errors import ConfigError
@@ -531,15 +529,6 @@ def test_the_environment_sets_no_option(monkeypatch: pytest.MonkeyPatch, capsys:
     assert json.loads(capsys.readouterr().out)["seed"] == 0
 
 
-def test_keys_come_from_the_environment_and_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY", "s3cret")
-    monkeypatch.delenv("DISTILLSERVE_ROLLOUT_KEY", raising=False)
-    secrets = Secrets()
-    assert secrets.rollout_key is None
-    assert secrets.teacher_key is not None and secrets.teacher_key.get_secret_value() == "s3cret"
-    assert "s3cret" not in repr(secrets)
-
-
 @pytest.mark.parametrize("command", ["teacher", "rollout"])
 def test_a_public_server_without_a_key_does_not_start(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -556,23 +545,6 @@ def test_servers_are_found_at_their_urls_or_at_host_and_port(urls: list[str]) ->
     section = TeacherConfig(urls=urls, host="0.0.0.0", port=9)
     assert section.server_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
     assert TeacherConfig(host="::1", port=9).server_urls() == ["http://[::1]:9"]
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
-def test_listening_beyond_loopback_needs_a_key(host: str) -> None:
-    with pytest.raises(ConfigError, match="DISTILLSERVE_TEACHER_KEY"):
-        require_key_beyond_loopback("teacher", host, None)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])
-def test_loopback_needs_none(host: str) -> None:
-    require_key_beyond_loopback("teacher", host, None)
-
-
-def test_a_key_opens_the_world_and_an_empty_one_does_not() -> None:
-    require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr("k"))
-    with pytest.raises(ConfigError, match="is not set"):
-        require_key_beyond_loopback("teacher", "0.0.0.0", SecretStr(""))
 
 
 @pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints", ".student.before"])

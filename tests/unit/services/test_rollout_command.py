@@ -2,17 +2,25 @@
 
 import ctypes
 import json
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.config import RunConfig, StudentConfig
 from services.errors import StartupError
+from services.own_key import OwnKeyAuth, own_key_path
 from services.passed_on import _RESERVED_ROLLOUT_ARGS, check_rollout_engine_args
 from services.rollout import server
+from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
 from services.rollout.settings import RolloutSettings
+from services.startup import free_port
+from tests.models import save_model
 
 CONFIG = RunConfig(
     student={"model": "m"},
@@ -55,8 +63,53 @@ def test_no_flag_of_vllm_is_refused_for_being_short() -> None:
             refused.add(flag)
     own = {"--model", "--config", "--host", "--port", "--dtype", "--seed", "--middleware", "--api-key", "--hf-token"}
     assert own <= refused
-    fields = {name.removeprefix("--").removeprefix("no-") for name in refused - {"-tp"}}
+    fields = {name.removeprefix("--").removeprefix("no-") for name in refused}
     assert fields <= set(_RESERVED_ROLLOUT_ARGS)
+
+
+def test_a_reserved_flag_is_refused_under_every_name_that_vllm_knows_it_by() -> None:
+    parser = make_arg_parser(FlexibleArgumentParser())
+    known = set()
+    for action in parser._actions:
+        names = {name.removeprefix("--").removeprefix("no-") for name in action.option_strings}
+        if names & set(_RESERVED_ROLLOUT_ARGS):
+            known |= names
+            for name in action.option_strings:
+                for spelling in (name, f"{name}=1", name if name[1] != "-" else f"--{name[2:].replace('-', '_')}"):
+                    with pytest.raises(ValueError, match=rf"rollout\.engine_args: {spelling.partition('=')[0]} is ref"):
+                        check_rollout_engine_args(["--swap-space", "2", spelling])
+    assert set(_RESERVED_ROLLOUT_ARGS) <= known  # none that vLLM has not, or has no longer
+
+
+@pytest.mark.parametrize("flag", ["--weight-transfer-config.backend", "--weight_transfer_config.backend=nccl"])
+def test_a_part_of_a_reserved_table_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=r"weight_sync\.backend says that"):
+        check_rollout_engine_args([flag, "nccl"])
+
+
+def test_what_is_taken_for_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="begins with a word that is no flag"):
+        check_rollout_engine_args(["other/model"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--hf-overrides", '{"head_dtype": "float32"}'],
+        ["--hf-overrides.head_dtype", "float32"],
+        ["-dp", "2"],
+        ["--enable-log-requests"],
+        ["--config-format", "hf"],
+        ["--swap-space", "-1"],
+    ],
+)
+def test_other_flags_are_passed_on(arguments: list[str]) -> None:
+    check_rollout_engine_args(arguments)
+
+
+def test_weights_are_read_from_safetensors_alone() -> None:
+    assert option(server.vllm_command(CONFIG), "--load-format") == "safetensors"
 
 
 def test_the_environment_carries_the_settings_of_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +153,46 @@ def test_a_missing_system_library_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         server.check_libnuma()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     server.check_libnuma()
+
+
+@pytest.fixture
+def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DISTILLSERVE_ROLLOUT_KEY", "DISTILLSERVE_ROLLOUT_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_key")
+async def test_a_server_without_a_key_makes_one_and_lets_nobody_in_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*RolloutSettings.from_config(CONFIG).to_environment().popitem())
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    transport = httpx.ASGITransport(RolloutGuard(vllm))
+    routes = sorted(VLLM_ROUTES | set(OUR_ROUTES) | {("GET", "/nowhere"), ("POST", "/health")})
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1234") as stranger:
+        statuses = {
+            route: (await stranger.request(*route)).status_code for route in routes if route != ("GET", "/ready")
+        }
+    assert {route for route, status in statuses.items() if status != 401} == {("GET", "/health"), ("POST", "/health")}
+    async with httpx.AsyncClient(transport=transport, auth=OwnKeyAuth()) as trainer:
+        assert (await trainer.post("http://127.0.0.1:1234/pause")).status_code == 200
+        assert (await trainer.post("http://127.0.0.1:1235/pause")).status_code == 401
+
+
+@pytest.mark.usefixtures("no_key")
+@pytest.mark.parametrize("key", [None, "SENTINEL-0f9"])
+def test_a_server_says_where_its_own_key_is_and_shows_none(
+    key: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if key is not None:
+        monkeypatch.setenv("DISTILLSERVE_ROLLOUT_KEY", key)
+    executed: list[list[str]] = []
+    monkeypatch.setattr(server.os, "execve", lambda path, command, environment: executed.append(command))
+    monkeypatch.setattr(server, "check_libnuma", lambda: None)
+    port = free_port("127.0.0.1", 0)
+    server.run(RunConfig(student={"model": save_model(tmp_path / "m", "qwen3")}, rollout={"port": port}))
+    said = capsys.readouterr().out
+    assert len(executed) == 1 and "SENTINEL" not in said + " ".join(executed[0])
+    assert said.count(str(own_key_path(port))) == said.count("\n") == (1 if key is None else 0)

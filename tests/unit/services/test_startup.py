@@ -25,6 +25,7 @@ from services.startup import (
     check_output_room,
     check_port,
     check_socket_folder,
+    check_weights,
     free_port,
     reserve_port,
 )
@@ -106,9 +107,52 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     check_model_folder("teacher.model", str(tmp_path))
 
 
+@pytest.mark.parametrize("files", [["model.safetensors"], ["model-00001-of-00002.safetensors", "pytorch_model.bin"]])
+def test_weights_in_safetensors_are_accepted_also_beside_others(files: list[str], tmp_path: Path) -> None:
+    for name in ("config.json", *files):
+        (tmp_path / name).touch()
+    check_weights("student.model", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["pytorch_model.bin"], "only pytorch_model.bin"),
+        (["pytorch_model-00001-of-00002.bin", "tokenizer.json"], "only pytorch_model-00001-of-00002.bin"),
+        (["model.pt"], "only model.pt"),
+        (["model.gguf"], "only model.gguf"),
+        (["tokenizer.json"], "no weights at all"),
+        ([], "no weights at all"),
+    ],
+)
+def test_a_folder_without_weights_in_safetensors_is_refused(files: list[str], found: str, tmp_path: Path) -> None:
+    for name in ("config.json", *files):
+        (tmp_path / name).touch()
+    with pytest.raises(StartupError) as error:
+        check_weights("student.model", str(tmp_path))
+    for part in (f"student.model = {str(tmp_path)!r}: there is {found}, ", "safetensors alone", "save_pretrained"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "role", [["rollout", "--student.model"], ["teacher", "--teacher.engine", "vllm", "--teacher.model"]]
+)
+def test_pickled_weights_are_refused_before_vllm_starts(
+    role: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    port = [f"--{role[0]}.port", str(free_port(LOOPBACK, 0))]
+    with pytest.raises(SystemExit) as ended:
+        main([*role, str(tmp_path), *port])
+    said = capsys.readouterr().err
+    assert ended.value.code == 3 and len(said.splitlines()) == 1 and "only pytorch_model.bin" in said
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "gpt2"])
 def test_a_hub_id_is_left_to_the_loader(name: str) -> None:
     check_model_folder("student.model", name)
+    check_weights("student.model", name)
 
 
 @pytest.mark.parametrize(

@@ -522,3 +522,30 @@ def test_a_start_that_is_given_up_ends_soon_although_a_role_ignores_it(config: R
 def test_a_run_file_does_not_say_what_nobody_set(config: RunConfig, tmp_path: Path) -> None:
     up(config, Roles(tmp_path))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["teacher"]["access_log"] is False
+
+
+KEYS = """
+import json, os, sys
+names = [f"DISTILLSERVE_{role}_KEY{end}" for role in ("ROLLOUT", "TEACHER") for end in ("", "_FILE")]
+json.dump({name: os.environ.get(name) for name in names}, open(sys.argv[1], "w"))
+"""
+
+
+def test_servers_of_a_run_have_keys_of_its_own_unless_the_environment_has_them(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DISTILLSERVE_ROLLOUT_KEY", raising=False)
+    monkeypatch.delenv("DISTILLSERVE_TEACHER_KEY", raising=False)
+    (tmp_path / "key").write_text("from-a-file\n")
+    monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY_FILE", str(tmp_path / "key"))
+    seen = []
+    for _ in range(2):
+        assert up(config, Replaced(tmp_path, "trainer", KEYS, str(tmp_path / "seen"))) == 0
+        seen.append(json.loads((tmp_path / "seen").read_text()))
+    assert all(keys["DISTILLSERVE_TEACHER_KEY"] == "from-a-file" for keys in seen)
+    assert not any(keys[f"DISTILLSERVE_{role}_KEY_FILE"] for keys in seen for role in ("ROLLOUT", "TEACHER"))
+    ours = [keys["DISTILLSERVE_ROLLOUT_KEY"] for keys in seen]
+    assert ours[0] != ours[1] and all(len(key) >= 32 for key in ours)
+    written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    written += capfd.readouterr().out
+    assert not any(key in written for key in [*ours, "from-a-file"])

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.config import TeacherConfig
 from services.errors import DistillServeError, RequestError, StartupError
 from services.metrics import TeacherMetrics
+from services.passed_on import _RESERVED_TEACHER_ENGINE_ARGS
 from services.teacher import engine_vllm
 from services.teacher.jobs import EncodedSequence, ScoreJob
 from tests.teacher_app import GOOD, score, serving
@@ -315,6 +316,17 @@ def test_options_become_arguments_and_the_users_own_win(folder: str) -> None:
     assert (arguments["tensor_parallel_size"], arguments["shutdown_timeout"]) == (2, 1)
     assert engine_vllm.engine_arguments(config.model_copy(update={"max_model_len": 999}))["max_model_len"] == 256
     engine_vllm.AsyncEngineArgs(**arguments)
+
+
+def test_weights_are_read_from_safetensors_unless_told_otherwise(folder: str) -> None:
+    config = TeacherConfig(model=folder, engine="vllm")
+    assert engine_vllm.engine_arguments(config)["load_format"] == "safetensors"
+    told = config.model_copy(update={"engine_args": {"load_format": "runai_streamer"}})
+    assert engine_vllm.engine_arguments(told)["load_format"] == "runai_streamer"
+
+
+def test_what_is_reserved_is_what_vllm_has() -> None:
+    assert set(_RESERVED_TEACHER_ENGINE_ARGS) <= set(engine_vllm.AsyncEngineArgs.__dataclass_fields__)
 
 
 def test_an_argument_that_vllm_does_not_have_is_refused(folder: str) -> None:

@@ -114,13 +114,19 @@ def test_a_stalled_or_lost_server_is_named_with_the_stage(error: Exception) -> N
         control(servers).update_weights({})
 
 
-REFUSALS = [httpx.Response(500), httpx.ReadTimeout("slow"), httpx.ConnectError("gone")]
-
-
-@pytest.mark.parametrize("refusal", REFUSALS, ids=["an error", "a timeout", "a lost server"])
-def test_clearing_an_abandoned_update_expects_refusals(refusal: httpx.Response | Exception) -> None:
-    stages = ("finish_weight_update", "shutdown_weight_transfer_engine")
-    servers = Servers({f"a/{stage}": refusal for stage in stages} | {"b/finish_weight_update": refusal})
+def test_clearing_what_an_earlier_trainer_left_is_one_call_to_every_server() -> None:
+    servers = Servers()
     control(servers).clear_abandoned_update()
-    assert [host for host, path, _ in servers.calls if path == "shutdown_weight_transfer_engine"] == ["a", "b", "c"]
-    assert {json.dumps(body) for body in servers.bodies("finish_weight_update").values()} == {"{}"}
+    assert sorted(servers.calls) == [(host, "v1/weights/clear", None) for host in "abc"]
+
+
+def test_a_server_that_cannot_be_cleared_is_named_with_its_reason() -> None:
+    problem = httpx.Response(500, json={"detail": "clear failed in worker 1: RuntimeError: lost"})
+    with pytest.raises(WeightSyncError, match=r"v1/weights/clear on http://b answered 500 after .* worker 1: Runtime"):
+        control(Servers({"b/v1/weights/clear": problem})).clear_abandoned_update()
+
+
+def test_what_is_no_problem_document_is_shown_as_it_came() -> None:
+    for answer in (httpx.Response(502, text="<html>"), httpx.Response(502, json=["<html>"])):
+        with pytest.raises(WeightSyncError, match="<html>"):
+            control(Servers({"b/resume": answer})).resume()

@@ -3,8 +3,9 @@
 import pytest
 
 from services.clients import TeacherClient
-from services.config import RunConfig, Secrets, TeacherConfig
+from services.config import RunConfig, TeacherConfig
 from services.errors import ConfigError
+from services.keys import Secrets
 from services.vllm_teacher_client import VllmTeacherClient
 from trainer.session import _teacher_client, count_steps
 
