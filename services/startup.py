@@ -3,6 +3,7 @@
 Every failure is one line with the option's name, its value and the fix.
 """
 
+import errno
 import shutil
 import socket
 from pathlib import Path
@@ -19,20 +20,47 @@ def bind(section: str, host: str, port: int) -> socket.socket:
     """A socket bound to the address, not yet listening.
 
     Raises:
-        StartupError: the port cannot be had.
+        StartupError: the port cannot be had, or the host is no address of this machine.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        family = address_family(host)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:  # no such name, or a kernel without IPv6
+        raise _not_ours(section, host, error) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL) or isinstance(error, socket.gaierror):
+            raise _not_ours(section, host, error) from error
+        fix = (
+            "ports below 1024 are the system's"
+            if error.errno == errno.EACCES
+            else "stop the program that listens there"
+        )
         raise StartupError(
-            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; stop the program that listens "
-            f"there or pass --{section}.port with a free port"
+            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; {fix}, or pass --{section}.port with a free port"
         ) from error
     return listener
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    """Of an address, or of what a name stands for here; of a name with both IPv4, on which vLLM listens too.
+
+    Raises:
+        OSError: there is no such name.
+    """
+    found = {entry[0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return socket.AF_INET if socket.AF_INET in found else socket.AF_INET6
+
+
+def _not_ours(section: str, host: str, error: OSError) -> StartupError:
+    option = f"{section}.host" if section else "host"
+    return StartupError(
+        f"{option} = {host!r} cannot be listened on: {error.strerror}; give an address of this machine, such as 127.0.0.1, or "
+        "0.0.0.0 for all of them"
+    )
 
 
 def check_port(section: str, host: str, port: int) -> None:

@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.text import Text
 
 from services.config import RunConfig, ServerSection, check_output_dir
+from services.connections import async_client
 from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
 from services.panel import last_step, render
@@ -265,7 +266,7 @@ class Supervisor:
                 self._print(prefix + Text.from_ansi(text))
 
     async def _wait_ready(self, role: str, url: str, timeout_s: float) -> None:
-        async with httpx.AsyncClient(timeout=5.0) as client:
+        async with async_client([url], timeout_s=5.0) as client:
             try:
                 async with asyncio.timeout(timeout_s):
                     while not await _is_ready(client, url):

@@ -13,6 +13,7 @@ import torch
 
 from services.causal_lm import load_model_config
 from services.config import RunConfig, Secrets, require_key_beyond_loopback
+from services.connections import SERVER_IDLE_S
 from services.rollout.settings import RolloutSettings
 from services.startup import check_model_folder, check_port
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
@@ -79,6 +80,7 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the weight routes exist only then; the guard keeps the others shut
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(SERVER_IDLE_S),
         **RolloutSettings.from_config(config).to_environment(),
     }
     environment = {**vllm_defaults(), **os.environ, **fixed}

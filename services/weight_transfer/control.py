@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from services.connections import blocking_client, describe
 from services.errors import ClientClosedError, WeightSyncError
 
 
@@ -36,8 +37,7 @@ class WeightControlClient:
         self.urls, self.world_sizes = urls, world_sizes
         self.version: str | None = None
         """What the next finish announces; set before each push."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=stage_timeout_s, transport=transport)
+        self._http = blocking_client(urls, stage_timeout_s, key, transport)
         self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
 
     # ---- vLLM's protocol
@@ -107,13 +107,13 @@ class WeightControlClient:
         started = time.monotonic()
         try:
             response = self._http.post(f"{url}/{stage}", json=body)
-        except httpx.HTTPError as error:
+        except httpx.RequestError as error:
             elapsed = time.monotonic() - started
+            said = describe(error, "weight_sync.stage_timeout_s")
+            raise WeightSyncError(f"{stage} on {url} failed after {elapsed:.1f} s: it {said}") from error
+        if not response.is_success:
+            elapsed, status = time.monotonic() - started, response.status_code
+            key = "; give its key in DISTILLSERVE_ROLLOUT_KEY" if status in (401, 403) else ""
             raise WeightSyncError(
-                f"{stage} on {url} failed after {elapsed:.1f} s: {type(error).__name__} {error}"
-            ) from error
-        if response.is_error:
-            elapsed = time.monotonic() - started
-            raise WeightSyncError(
-                f"{stage} on {url} answered {response.status_code} after {elapsed:.1f} s: {response.text[:300]}"
+                f"{stage} on {url} answered {status} after {elapsed:.1f} s: {response.text[:300]}{key}"
             )
