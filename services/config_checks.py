@@ -28,6 +28,7 @@ def check(config: "RunConfig") -> None:
     _check_work(config)
     _check_master_weights(config)
     _check_urls(config)
+    _check_addresses(config)
     _check_passed_on(config)
     _check_servers(config)
     _check_sampled_policy(config)
@@ -90,10 +91,22 @@ def _check_urls(config: "RunConfig") -> None:
                 raise ValueError(
                     f"{option} and {owner} both name {url}; a server has one model: give each its own server"
                 )
-    if is_wildcard(config.weight_sync.master_address):
+
+
+def _check_addresses(config: "RunConfig") -> None:
+    """Addresses that one of the programs in use does not take."""
+    address, host = config.weight_sync.master_address, config.rollout.host
+    if "%" in host:
+        raise ValueError(f"rollout.host = {host}: vLLM listens on no address of a single link; give another one, or ::")
+    if is_wildcard(address):
         raise ValueError(
-            f"weight_sync.master_address = {config.weight_sync.master_address} is no address at which rollout servers reach "
-            "the trainer; give that of this machine"
+            f"weight_sync.master_address = {address} is no address at which rollout servers reach the trainer; give one of "
+            "this machine"
+        )
+    if ":" in address and config.weight_sync_backend() == "nccl":
+        raise ValueError(
+            f"weight_sync.master_address = {address} cannot be used by nccl, whose rendezvous in vLLM is over IPv4 alone; give "
+            "an IPv4 address, or weight_sync.backend = gloo"
         )
 
 

@@ -7,6 +7,7 @@ import errno
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -23,16 +24,16 @@ def bind(section: str, host: str, port: int) -> socket.socket:
         StartupError: the port cannot be had, or the host is no address of this machine.
     """
     try:
-        family = address_family(host)
+        family, address = socket_address(host, port)
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:  # no such name, or a kernel without IPv6
         raise _not_ours(section, host, error) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
     except OSError as error:
         listener.close()
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL) or isinstance(error, socket.gaierror):
+        if error.errno == errno.EADDRNOTAVAIL:
             raise _not_ours(section, host, error) from error
         fix = (
             "ports below 1024 are the system's"
@@ -45,14 +46,15 @@ def bind(section: str, host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_family(host: str) -> socket.AddressFamily:
-    """Of an address, or of what a name stands for here; of a name with both IPv4, on which vLLM listens too.
+def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address for a socket, zone included; of a name with both families IPv4, on which vLLM listens too.
 
     Raises:
         OSError: there is no such name.
     """
-    found = {entry[0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    return socket.AF_INET if socket.AF_INET in found else socket.AF_INET6
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, address
 
 
 def _not_ours(section: str, host: str, error: OSError) -> StartupError:
