@@ -91,13 +91,13 @@ def checked_host(host: str) -> str:
     """
     if not host or host != host.strip():
         raise ValueError(f"{host!r} is no host; give an address such as 127.0.0.1 or ::1, or a name")
-    if "/" in host or "@" in host:
+    if "/" in host or "@" in host or host.count(":") == 1:
         raise ValueError(f"{shown(host)!r} must be a host alone, e.g. 10.0.0.5; leave out everything around it")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if ":" in bare:
         return _ipv6(bare)
-    if "[" in bare or "]" in bare:
-        raise ValueError(f"{host!r} has half a pair of brackets; an IPv6 address is given as ::1 or [::1]")
+    if "[" in host or "]" in host:
+        raise ValueError(f"{host!r} has brackets, which only an IPv6 address may have; it is given as ::1 or [::1]")
     return _ipv4_or_name(bare)
 
 

@@ -4,6 +4,7 @@ Our servers are reached directly: the environment's proxies and netrc are for th
 from the neighbour they are asked for. Only its certificates (SSL_CERT_FILE, SSL_CERT_DIR) count, for servers behind TLS.
 """
 
+import asyncio
 import os
 import socket
 import ssl
@@ -22,7 +23,11 @@ SERVER_IDLE_S = 30
 NAME_GRACE_S = 20.0
 """How long a name that does not resolve is asked for: those of containers are known once they start."""
 
+TLS_ALERT = 0x15
+"""What a server behind TLS says first to a request without it."""
+
 _MOST_CONNECTIONS = 256
+_FEW_BYTES = 32
 _UNRESOLVED = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
@@ -111,6 +116,25 @@ def is_unresolved(error: Exception) -> bool:
     return isinstance(cause, socket.gaierror) and cause.errno in _UNRESOLVED
 
 
+async def first_words(url: str, patience_s: float = 2.0) -> bytes:
+    """What a server says first to a plain GET, a few bytes; none where nothing came, or nobody could be asked.
+
+    For a connection that ended without an answer: another protocol's server did speak, which httpx does not tell.
+    """
+    parts = httpx.URL(url)
+    writer = None
+    try:
+        async with asyncio.timeout(patience_s):
+            reader, writer = await asyncio.open_connection(parts.host, parts.port or 80)
+            writer.write(b"GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % parts.netloc)
+            return await reader.read(_FEW_BYTES)
+    except OSError:  # TimeoutError is one
+        return b""
+    finally:
+        if writer is not None:
+            writer.close()
+
+
 def describe(error: httpx.RequestError, timeout_option: str) -> str:
     """What became of a request, as what follows its URL: "cannot be reached: ...", "is slow: ...".
 
@@ -160,10 +184,12 @@ def _describe_cause(error: httpx.RequestError) -> str:
 def _first_cause(error: BaseException) -> BaseException:
     """The operating system's word, or TLS's, under those of httpx, httpcore and anyio; the error itself without one."""
     found: BaseException = error
-    below: BaseException | None = error
+    below: BaseException | None = error if isinstance(error, httpx.NetworkError) else None
     while below is not None:
         if isinstance(below, OSError) and not isinstance(below, TimeoutError):
             found = below
-        # Of several addresses of a name, each of which failed, the first.
-        below = below.exceptions[0] if isinstance(below, BaseExceptionGroup) else below.__cause__
+        if isinstance(below, BaseExceptionGroup):  # of the addresses of a name, each of which failed
+            below = below.exceptions[0]
+        else:  # httpcore does not always say what it raises its own from; under an OSError is what a caller was busy with
+            below = below.__cause__ or (None if isinstance(below, OSError) else below.__context__)
     return found

@@ -21,8 +21,10 @@ from services.addresses import checked_urls
 from services.connections import (
     CONNECT_TIMEOUT_S,
     NAME_GRACE_S,
+    TLS_ALERT,
     async_client,
     describe,
+    first_words,
     is_final,
     is_unresolved,
 )
@@ -131,6 +133,11 @@ class ServerClient:
         try:
             response = await self._http.get(f"{url}{self._READY_PATH}", timeout=CONNECT_TIMEOUT_S)
         except httpx.RequestError as error:
+            if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and url.startswith("http:"):
+                said = await first_words(url)
+                if said and not said.startswith(b"HTTP/"):
+                    fix = "give it with https://" if said[0] == TLS_ALERT else "correct it"
+                    return _NotReady(f"speaks no HTTP (it says {said!r}); {fix} in {self._SECTION}.urls", 0.0)
             patience_s = 0.0 if is_final(error) else NAME_GRACE_S if is_unresolved(error) else math.inf
             return _NotReady(describe(error, f"{self._SECTION}.startup_timeout_s"), patience_s)
         self._reached = True

@@ -111,7 +111,7 @@ BAD_OPTIONS = [
     (["--teacher.named", '{"maths": "http://a:1"}'], ["teacher.named.maths", "list", "'http://a:1'"]),
     (
         ["--teacher.named", '{"maths": ["http://a:1", "http://b:2/"], "code": ["http://c:3", "http://b:2"]}'],
-        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each teacher its own"],
+        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each its own server"],
     ),
     (
         ["--teacher.named", MATHS, "--teacher.urls", '["http://a:1/"]'],
@@ -180,6 +180,28 @@ BAD_OPTIONS = [
     (["--rollout.urls", '["https://a", "b:1"]'], ["rollout.urls: 'b:1' must begin with http://"]),
     (["--teacher.named", 'maths=["a:1"]'], ["teacher.named.maths: 'a:1' must begin with http://"]),
     (["--rollout.urls", '["http://a:1/", "http://a:1"]'], ["rollout.urls names http://a:1 twice", "once"]),
+    (["--rollout.urls", '["http://a", "HTTP://A:80/"]'], ["rollout.urls names http://a twice", "once"]),
+    (["--rollout.urls", '["http://a:1/v1"]'], ["rollout.urls: 'http://a:1/v1' has the path '/v1'", "leave it out"]),
+    (["--rollout.urls", '["http://a:1/students"]'], ["has the path '/students'", "leave it out"]),
+    (["--rollout.urls", "http://me:s3cret@a:1"], ["rollout.urls: 'http://...@a:1' has a user or password"]),
+    (["--teacher.url", "http://me:s3cret@a:1"], ["--teacher.url is not an option", "--teacher.urls"]),
+    (["--teacher.named", '{"maths": "http://me:s3cret@a:1"}'], ["teacher.named.maths", "(got 'http://...@a:1')"]),
+    (
+        ["--teacher.named", '{"maths": ["http://a:99999"]}'],
+        ["teacher.named.maths: 'http://a:99999' has the port '99999'"],
+    ),
+    (
+        ["--rollout.urls", '["http://[0::1]:1"]', "--teacher.urls", '["http://[::1]:1"]'],
+        ["teacher.urls and rollout.urls both name http://[::1]:1", "give each its own server"],
+    ),
+    (["--rollout.host", "http://10.0.0.5"], ["rollout.host: 'http://10.0.0.5' must be a host alone"]),
+    (["--teacher.host", ""], ["teacher.host: '' is no host", "127.0.0.1"]),
+    (["--rollout.host", "fe80::1%eth0"], ["rollout.host = fe80::1%eth0", "vLLM"]),
+    (["--weight_sync.master_address", "::"], ["weight_sync.master_address = ::", "give one of this machine"]),
+    (
+        ["--weight_sync.master_address", "[::1]", "--weight_sync.backend", "nccl"],
+        ["weight_sync.master_address = ::1", "weight_sync.backend = gloo"],
+    ),
     (
         ["--student.model_init_kwargs", '{"dtype": "bfloat16"}'],
         ["model_init_kwargs.dtype = 'bfloat16'", "student.dtype"],
@@ -555,16 +577,17 @@ def test_a_public_server_without_a_key_does_not_start(
 def test_servers_are_found_at_their_urls_or_at_host_and_port(urls: list[str]) -> None:
     section = TeacherConfig(urls=urls, host="0.0.0.0", port=9)
     assert section.server_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
-    assert TeacherConfig(host="::1", port=9).server_urls() == ["http://[::1]:9"]
+    for host, url in (("::1", "[::1]"), ("[0:0::1]", "[::1]"), ("::", "[::1]"), ("LocalHost", "localhost")):
+        assert TeacherConfig(host=host, port=9).server_urls() == [f"http://{url}:9"]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "::ffff:10.0.0.1", "::ffff:0:0"])
 def test_listening_beyond_loopback_needs_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match="DISTILLSERVE_TEACHER_KEY"):
         require_key_beyond_loopback("teacher", host, None)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2", "::ffff:127.0.0.1"])
 def test_loopback_needs_none(host: str) -> None:
     require_key_beyond_loopback("teacher", host, None)
 
