@@ -23,11 +23,10 @@ SERVER_IDLE_S = 30
 NAME_GRACE_S = 20.0
 """How long a name that does not resolve is asked for: those of containers are known once they start."""
 
-TLS_ALERT = 0x15
-"""What a server behind TLS says first to a request without it."""
-
 _MOST_CONNECTIONS = 256
-_FEW_BYTES = 32
+_PROBE_S, _FEW_BYTES = 2.0, 32
+# What many servers behind TLS say first to a request without it; others just close.
+_TLS_ALERT = 0x15
 _UNRESOLVED = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
@@ -116,23 +115,51 @@ def is_unresolved(error: Exception) -> bool:
     return isinstance(cause, socket.gaierror) and cause.errno in _UNRESOLVED
 
 
-async def first_words(url: str, patience_s: float = 2.0) -> bytes:
-    """What a server says first to a plain GET, a few bytes; none where nothing came, or nobody could be asked.
+async def what_is_spoken(url: str) -> str | None:
+    """What it is that a server speaks instead of plain HTTP; None where it cannot be told.
 
-    For a connection that ended without an answer: another protocol's server did speak, which httpx does not tell.
+    For a connection that ended without an answer, which httpx reports alike for a server of another protocol, one behind
+    TLS, and a proxy whose own server is still starting.
     """
     parts = httpx.URL(url)
-    writer = None
+    port = parts.port or 80
+    said = await _first_bytes(
+        parts.host, port, b"GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % parts.netloc
+    )
+    if said is None or said.startswith(b"HTTP/"):
+        return None
+    if said and said[0] != _TLS_ALERT:
+        return f"no HTTP (it says {said!r})"
+    return "TLS: give it with https://" if said or await _shakes_hands(parts.host, port) else None
+
+
+async def _first_bytes(host: str, port: int, request: bytes) -> bytes | None:
+    """What comes first; None when nobody could be asked."""
     try:
-        async with asyncio.timeout(patience_s):
-            reader, writer = await asyncio.open_connection(parts.host, parts.port or 80)
-            writer.write(b"GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % parts.netloc)
-            return await reader.read(_FEW_BYTES)
+        async with asyncio.timeout(_PROBE_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(request)
+                return await reader.read(_FEW_BYTES)
+            except ConnectionResetError:
+                return b""
+            finally:
+                writer.close()
     except OSError:  # TimeoutError is one
-        return b""
-    finally:
-        if writer is not None:
+        return None
+
+
+async def _shakes_hands(host: str, port: int) -> bool:
+    """Whether TLS begins there, with whatever certificate; nothing is sent over it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
             writer.close()
+            return True
+    except OSError:
+        return False
 
 
 def describe(error: httpx.RequestError, timeout_option: str) -> str:

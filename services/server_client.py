@@ -21,12 +21,11 @@ from services.addresses import checked_urls
 from services.connections import (
     CONNECT_TIMEOUT_S,
     NAME_GRACE_S,
-    TLS_ALERT,
     async_client,
     describe,
-    first_words,
     is_final,
     is_unresolved,
+    what_is_spoken,
 )
 from services.errors import ClientClosedError, InputError, PeerError, ProblemError
 
@@ -133,11 +132,9 @@ class ServerClient:
         try:
             response = await self._http.get(f"{url}{self._READY_PATH}", timeout=CONNECT_TIMEOUT_S)
         except httpx.RequestError as error:
-            if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and url.startswith("http:"):
-                said = await first_words(url)
-                if said and not said.startswith(b"HTTP/"):
-                    fix = "give it with https://" if said[0] == TLS_ALERT else "correct it"
-                    return _NotReady(f"speaks no HTTP (it says {said!r}); {fix} in {self._SECTION}.urls", 0.0)
+            is_connected = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            if is_connected and url.startswith("http:") and (spoken := await what_is_spoken(url)) is not None:
+                return _NotReady(f"speaks {spoken}; correct {self._SECTION}.urls", 0.0)
             patience_s = 0.0 if is_final(error) else NAME_GRACE_S if is_unresolved(error) else math.inf
             return _NotReady(describe(error, f"{self._SECTION}.startup_timeout_s"), patience_s)
         self._reached = True

@@ -320,10 +320,11 @@ class TeacherClient(ServerClient):
             began = now if began is None else began
             if self._replicas.has_untried(tried):
                 continue
-            left_s = began + self._patience_s(all(unresolved.values())) - now
+            patience_s = self._patience_s(all(unresolved.values()))
+            left_s = began + patience_s - now
             if left_s <= 0:
                 said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
-                raise PeerError(f"no teacher has answered for {now - began:.3g} s (teacher.outage_s): {said}")
+                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher.outage_s): {said}")
             await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
             num_waits += 1
             tried.clear()

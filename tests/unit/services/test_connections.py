@@ -213,7 +213,7 @@ STRANGERS = {
     ),
     "a redirect": (REDIRECT, "points to https://...@other/; give the URL of the server itself in teacher.urls"),
     "no HTTP": (b"-ERR unknown\r\n\r\n", "(speaks no HTTP|no HTTP is spoken there)"),
-    "TLS": (b"\x15\x03\x01\x00\x02\x02F", "(speaks no HTTP|no HTTP is spoken there)"),
+    "TLS": (b"\x15\x03\x01\x00\x02\x02F", "speaks TLS: give it with https://"),
     "not what it says": (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", "DecodingError"),
 }
 
@@ -250,7 +250,7 @@ async def test_tls_where_http_is_expected_is_not_waited_for(tmp_path: Path) -> N
     with answering(HTTP_200, server_context(tmp_path)) as place:
         async with asyncio.timeout(20.0), RolloutClient([f"http://{place}"]) as client:
             with pytest.raises(
-                PeerError, match=f"http://{place} speaks no HTTP .*https:// in rollout.urls|is it https://"
+                PeerError, match=f"http://{place} speaks TLS: give it with https://; correct rollout.urls"
             ):
                 await client.wait_ready(600.0)
 
