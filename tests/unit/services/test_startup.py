@@ -138,7 +138,7 @@ def test_arguments_that_a_model_does_not_take_are_named(tmp_path: Path) -> None:
 def test_the_rollout_command_looks_for_a_hub_id_before_vllm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StartupError, match="there is no folder 'ours/studnet' here"):
-        server.run(RunConfig(student={"model": "ours/studnet"}))
+        server.run(RunConfig(student={"model": "ours/studnet"}, rollout={"port": free_port(LOOPBACK, 0)}))
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
