@@ -23,6 +23,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from services.addresses import checked_urls
 from services.config import RunConfig
 from services.dict_options import with_tables_as_json
 from services.errors import ConfigError, DistillServeError, describe_validation_error
@@ -323,6 +324,13 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long to go on asking while no teacher answers, seconds (default: %(default)s)",
     )
+    teacher.add_argument(
+        "--timeout-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="how long to wait for the answer to one request, seconds (default: %(default)s)",
+    )
 
 
 def _positive_int(text: str) -> int:
@@ -336,10 +344,16 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if not 0.01 <= arguments.temperature <= 100:
         raise ConfigError(f"--temperature = {arguments.temperature} must be between 0.01 and 100")
-    if not arguments.outage_s > 0:
-        raise ConfigError(f"--outage-s = {arguments.outage_s} must be above 0")
-    urls = arguments.url or ["http://127.0.0.1:8101"]
-    teacher = TeacherOptions(urls, arguments.top_k, arguments.temperature, arguments.outage_s)
+    for option, seconds in (("--outage-s", arguments.outage_s), ("--timeout-s", arguments.timeout_s)):
+        if not seconds > 0:
+            raise ConfigError(f"{option} = {seconds} must be above 0")
+    try:
+        urls = checked_urls("--url", arguments.url or ["http://127.0.0.1:8101"], base_path=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    teacher = TeacherOptions(
+        urls, arguments.top_k, arguments.temperature, outage_s=arguments.outage_s, timeout_s=arguments.timeout_s
+    )
     given = {name: getattr(arguments, name) for name in _FILE_ONLY if getattr(arguments, name) is not None}
     if arguments.input is None:
         if arguments.prompt is None or arguments.completion is None:

@@ -7,12 +7,14 @@ Units are in the names, ranges on the fields, checks across options in services/
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from services import config_checks
+from services import addresses, config_checks
 from services.errors import ConfigError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+Host = Annotated[str, AfterValidator(addresses.checked_host)]
+"""A name, an IPv4 address, or an IPv6 one with or without brackets."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Role = Literal["rollout", "teacher", "train", "up"]
 
@@ -49,8 +51,8 @@ class ServerSection(Section):
 
     urls: list[str] = []
     """Servers the trainer attaches to, e.g. ["http://10.0.0.5:8100"]; default: the host and port of this section."""
-    host: str = "127.0.0.1"
-    """Address to listen on; anything beyond loopback requires a key in the environment."""
+    host: Host = "127.0.0.1"
+    """Address to listen on, of either family; anything beyond loopback requires a key in the environment."""
     port: Port
     """TCP port to listen on; `up` takes the next free one when it is in use."""
     dtype: Dtype = "float32"
@@ -63,10 +65,9 @@ class ServerSection(Section):
     """How long the trainer waits for the answer to one request, seconds."""
 
     def server_urls(self) -> list[str]:
-        """The URLs to attach to, without trailing slashes."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        host = f"[{host}]" if ":" in host else host
-        return [url.rstrip("/") for url in self.urls] or [f"http://{host}:{self.port}"]
+        """The URLs to attach to, each in its one spelling."""
+        own = addresses.url_of(addresses.reachable(self.host), self.port)
+        return [addresses.checked_url(url, base_path=True) for url in self.urls or [own]]
 
 
 class RolloutConfig(ServerSection):
@@ -345,8 +346,8 @@ class WeightSyncConfig(Section):
     """Weights sent in one broadcast, MiB."""
     stage_timeout_s: float = Field(120.0, gt=0)
     """Deadline of each stage of a push, seconds."""
-    master_address: str = "127.0.0.1"
-    """Address at which rollout servers reach the trainer."""
+    master_address: Host = "127.0.0.1"
+    """Address at which rollout servers reach the trainer, and on which it listens for them."""
     canary_prompts: int = Field(4, ge=1)
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)

@@ -3,10 +3,10 @@
 Every message names the keys, their values, the constraint and the fix.
 """
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from services import passed_on
+from services.addresses import checked_urls, is_wildcard
 
 if TYPE_CHECKING:
     from services.config import RunConfig, TeacherConfig
@@ -28,6 +28,7 @@ def check(config: "RunConfig") -> None:
     _check_work(config)
     _check_master_weights(config)
     _check_urls(config)
+    _check_addresses(config)
     _check_passed_on(config)
     _check_servers(config)
     _check_sampled_policy(config)
@@ -80,16 +81,33 @@ def _check_master_weights(config: "RunConfig") -> None:
 
 
 def _check_urls(config: "RunConfig") -> None:
-    """A URL is that of one server, and has a scheme: without, it looks like a server that never comes up."""
-    groups = {"rollout.urls": config.rollout.urls, "teacher.urls": config.teacher.urls}
-    groups |= {f"teacher.named.{name}": urls for name, urls in config.teacher.named.items()}
-    for option, urls in groups.items():
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"{option}: {url!r} must begin with http:// or https://, e.g. http://10.0.0.5:8100")
-        twice = [url for url, count in Counter(url.rstrip("/") for url in urls).items() if count > 1]
-        if twice:
-            raise ValueError(f"{option} names {twice[0]} twice; give each server once")
+    """A URL is that of one server, which is one thing: a rollout server, or the replica of one teacher."""
+    rollout, teacher = config.rollout, config.teacher
+    owners = dict.fromkeys(checked_urls("rollout.urls", rollout.urls), "rollout.urls")
+    teachers = {"teacher.urls": teacher.urls} | {f"teacher.named.{name}": urls for name, urls in teacher.named.items()}
+    for option, urls in teachers.items():
+        for url in checked_urls(option, urls, base_path=True):
+            if (owner := owners.setdefault(url, option)) != option:
+                raise ValueError(
+                    f"{option} and {owner} both name {url}; a server has one model: give each its own server"
+                )
+
+
+def _check_addresses(config: "RunConfig") -> None:
+    """Addresses that one of the programs in use does not take."""
+    address, host = config.weight_sync.master_address, config.rollout.host
+    if "%" in host:
+        raise ValueError(f"rollout.host = {host}: vLLM listens on no address of a single link; give another one, or ::")
+    if is_wildcard(address):
+        raise ValueError(
+            f"weight_sync.master_address = {address} is no address at which rollout servers reach the trainer; give one of "
+            "this machine"
+        )
+    if ":" in address and config.weight_sync_backend() == "nccl":
+        raise ValueError(
+            f"weight_sync.master_address = {address} cannot be used by nccl, whose rendezvous in vLLM is over IPv4 alone; give "
+            "an IPv4 address, or weight_sync.backend = gloo"
+        )
 
 
 def _check_passed_on(config: "RunConfig") -> None:
@@ -132,23 +150,16 @@ def _check_teacher_engine(teacher: "TeacherConfig") -> None:
 
 
 def _check_named_teachers(config: "RunConfig") -> None:
-    """A name stands for one model, so a server has one name."""
+    """A name has servers, and rows that can give it."""
     teacher, data = config.teacher, config.data
     if not teacher.named:
         _refuse_changed(data, "data", ["teacher_column"], "teacher.named names no teachers")
         return
-    owners = dict.fromkeys((url.rstrip("/") for url in teacher.urls), "teacher.urls")
     for name, urls in teacher.named.items():
         if not urls:
             raise ValueError(
                 f"teacher.named.{name} = [] has no server; give the URLs of its replicas or leave the name out"
             )
-        for url in urls:
-            owner = owners.setdefault(url.rstrip("/"), f"teacher.named.{name}")
-            if owner != f"teacher.named.{name}":
-                raise ValueError(
-                    f"teacher.named.{name} and {owner} both name {url}; a server has one model: give each teacher its own"
-                )
 
 
 def _check_columns(config: "RunConfig") -> None:

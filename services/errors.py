@@ -18,17 +18,24 @@ Command-line entry points turn a DistillServeError into one line on stderr and i
 turn a RequestError into `application/problem+json`. Every other exception is a bug and keeps its traceback.
 """
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
+# Greedy, and over slashes: a password may hold each of the characters that end a user in a well-formed URL.
+_CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s'\"]*@")
+
 
 class DistillServeError(Exception):
-    """Base of all errors a user can act on; `str()` is the one line to show."""
+    """Base of all errors a user can act on; `str()` is the one line to show, without the password of any URL in it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return without_credentials(super().__str__())
 
 
 class ConfigError(DistillServeError, ValueError):
@@ -144,6 +151,11 @@ def describe_validation_error(error: ValidationError) -> list[tuple[str, str]]:
             message += f" (got {_shorten(repr(value))})"
         problems.append((field, message))
     return problems
+
+
+def without_credentials(text: str) -> str:
+    """The text, with "..." for the user and password of every URL in it."""
+    return _CREDENTIALS.sub(r"\1...@", text)
 
 
 def _shorten(text: str, limit: int = 80) -> str:

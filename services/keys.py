@@ -4,13 +4,13 @@ A key is read from DISTILLSERVE_<SERVER>_KEY, or from the file that DISTILLSERVE
 one: they name the variable or the file.
 """
 
-import ipaddress
 import os
 import secrets
 from pathlib import Path
 
 from pydantic import SecretStr
 
+from services.addresses import is_loopback
 from services.errors import ConfigError, InputError
 
 # More than any proxy lets through in a header.
@@ -74,14 +74,6 @@ def require_key_beyond_loopback(section: str, host: str, key: SecretStr | None) 
             f"{section}.host = {host!r} is reachable from other machines but {variable} is not set; "
             f"set the key in the environment, or name its file in {variable}_FILE, or listen on 127.0.0.1"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to `host`, an address or a name."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read(variable: str) -> SecretStr | None:

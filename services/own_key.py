@@ -12,8 +12,9 @@ from pathlib import Path
 
 import httpx
 
+from services.addresses import is_loopback
 from services.errors import InputError, StartupError
-from services.keys import is_loopback, key_headers, make_key
+from services.keys import key_headers, make_key
 
 _OTHERWISE = "make the folder writable, or set DISTILLSERVE_ROLLOUT_KEY for the server and the trainer"
 

@@ -1,5 +1,6 @@
 """The client of the rollout servers."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from services.client_arguments import check_spellable, integer, prompts_of_ids
 from services.errors import PeerError, ProblemError
 from services.own_key import OwnKeyAuth
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
-from services.server_client import ServerClient, all_or_first_error, describe_transport_error, raise_for_problem
+from services.server_client import ServerClient, all_or_first_error
 from services.wire import decode_completion, read_frames
 
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
@@ -44,6 +45,9 @@ class RolloutClient(ServerClient):
     """The rollout servers: completions of the student under the weights they hold."""
 
     _KEYLESS_AUTH = OwnKeyAuth()
+    _SERVER = "a distillserve rollout server"
+    _SECTION = "rollout"
+    _TIMEOUT_OPTION = "rollout.request_timeout_s (of a client in Python: timeout_s)"
 
     def __init__(self, urls: list[str], **options: Any) -> None:
         super().__init__(urls, **options)
@@ -129,10 +133,11 @@ class RolloutClient(ServerClient):
         """
         check_spellable("sampling", sampling.model_dump())
         body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump()}
+        started = time.monotonic()
         try:
             completions = await self._read_completions(url, body)
-        except httpx.TransportError as error:
-            raise PeerError(f"{url} cannot be reached: {describe_transport_error(error)}") from error
+        except httpx.RequestError as error:
+            raise self._unanswered(error, 1, time.monotonic() - started) from error
         return sorted(completions, key=lambda c: c.prompt_index)
 
     async def _read_completions(self, url: str, body: dict[str, Any]) -> list[RolloutCompletion]:
@@ -140,7 +145,7 @@ class RolloutClient(ServerClient):
         async with self._http.stream("POST", f"{url}/v1/rollouts", json=body) as response:
             if not response.is_success:
                 await response.aread()
-                raise_for_problem(response)
+                self._raise_for_problem(response)
             return [decode_completion(document) async for document in read_frames(response.aiter_bytes())]
 
 

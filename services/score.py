@@ -45,6 +45,7 @@ class TeacherOptions:
     top_k: int
     temperature: float
     outage_s: float
+    timeout_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class _FileScorer:
 @asynccontextmanager
 async def _client(teacher: TeacherOptions) -> AsyncIterator[TeacherClient]:
     key = reveal(Secrets().teacher_key)
-    async with TeacherClient(teacher.urls, key=key, outage_s=teacher.outage_s) as client:
+    async with TeacherClient(teacher.urls, key=key, timeout_s=teacher.timeout_s, outage_s=teacher.outage_s) as client:
         yield client
 
 

@@ -3,6 +3,7 @@
 Every failure is one line with the option's name, its value and the fix.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -26,20 +28,48 @@ def bind(section: str, host: str, port: int) -> socket.socket:
     """A socket bound to the address, not yet listening.
 
     Raises:
-        StartupError: the port cannot be had.
+        StartupError: the port cannot be had, or the host is no address of this machine.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        family, address = socket_address(host, port)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:  # no such name, or a kernel without IPv6
+        raise _not_ours(section, host, error) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise _not_ours(section, host, error) from error
+        fix = (
+            "ports below 1024 are the system's"
+            if error.errno == errno.EACCES
+            else "stop the program that listens there"
+        )
         raise StartupError(
-            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; stop the program that listens "
-            f"there or pass --{section}.port with a free port"
+            f"{section}.port = {port} cannot be used on {host}: {error.strerror}; {fix}, or pass --{section}.port with a free port"
         ) from error
     return listener
+
+
+def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address for a socket, zone included; of a name with both families IPv4, on which vLLM listens too.
+
+    Raises:
+        OSError: there is no such name.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, address
+
+
+def _not_ours(section: str, host: str, error: OSError) -> StartupError:
+    option = f"{section}.host" if section else "host"
+    return StartupError(
+        f"{option} = {host!r} cannot be listened on: {error.strerror}; give an address of this machine, such as 127.0.0.1, or "
+        "0.0.0.0 for all of them"
+    )
 
 
 def check_port(section: str, host: str, port: int) -> None:

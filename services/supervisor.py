@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from services.config import RunConfig, ServerSection, check_output_dir
+from services.connections import async_client
 from services.digest import cause, how_it_ended, last_lines
 from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
@@ -255,7 +256,7 @@ class Supervisor:
         self.screen.stage(role, "starting", f"({_USUALLY[role]})")
 
     async def _wait_ready(self, role: str, url: str, timeout_s: float) -> None:
-        async with httpx.AsyncClient(timeout=5.0) as client:
+        async with async_client([url], timeout_s=5.0) as client:
             try:
                 async with asyncio.timeout(timeout_s):
                     while not await self._is_ready(client, role, url):

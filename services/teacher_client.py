@@ -11,10 +11,11 @@ import httpx
 import numpy as np
 
 from services.client_arguments import integer, real, teacher_sequences
+from services.connections import NAME_GRACE_S, describe, is_unresolved
 from services.errors import InputError, PeerError, ProblemError
 from services.replicas import Lease, Replicas
 from services.schemas import TeacherInfo, TeacherScores
-from services.server_client import Answer, ServerClient, all_or_first_error, describe_transport_error, may_pass
+from services.server_client import Answer, ServerClient, all_or_first_error, may_pass
 from services.teacher_answers import (
     Sequence,
     check_answer,
@@ -66,7 +67,7 @@ class TeacherClient(ServerClient):
     retried is 408, 429, 5xx and transport errors. Scoring is pure: asking twice is safe.
 
     Args:
-        urls: base URLs of the replicas.
+        urls: base URLs of the replicas; they may be below a path of a reverse proxy ("https://gateway/maths").
         key: bearer token, if the servers ask for one.
         timeout_s: how long to wait for an answer to begin, and between its parts.
         outage_s: how long a score request is asked again while no replica answers it, counted from its first failure.
@@ -74,6 +75,12 @@ class TeacherClient(ServerClient):
         transport, clock: replace the network and the time in tests.
     """
 
+    _SERVER = "a distillserve teacher server"
+    _SECTION = "teacher"
+    _TIMEOUT_OPTION = (
+        "teacher.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
+    )
+    _HAS_BASE_PATH = True
     _MOST_ROWS_PER_REQUEST = 1 << 40
 
     def __init__(
@@ -295,8 +302,9 @@ class TeacherClient(ServerClient):
             ProblemError: a replica refused the request for good.
         """
         problems: dict[str, str] = {}
+        unresolved: dict[str, bool] = {}
         tried: set[str] = set()
-        deadline: float | None = None
+        began: float | None = None
         num_waits = 0
         while True:
             with self._replicas.lease(tried) as lease:
@@ -304,33 +312,46 @@ class TeacherClient(ServerClient):
                     answer = await send(lease.url)
                     self._replicas.answered(lease)
                     return answer
-                except (httpx.TransportError, PeerError) as error:
+                except (httpx.RequestError, PeerError) as error:
                     problems[lease.url] = self._judge(lease, error)
+                    unresolved[lease.url] = is_unresolved(error)
             tried.add(lease.url)
             now = self._clock()
-            deadline = now + self._outage_s if deadline is None else deadline
+            began = now if began is None else began
             if self._replicas.has_untried(tried):
                 continue
-            if now >= deadline:
+            patience_s = self._patience_s(all(unresolved.values()))
+            left_s = began + patience_s - now
+            if left_s <= 0:
                 said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
-                raise PeerError(f"no teacher has answered for {self._outage_s:g} s (teacher.outage_s): {said}")
-            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), deadline - now))
+                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher.outage_s): {said}")
+            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
             num_waits += 1
             tried.clear()
+
+    def _patience_s(self, none_resolves: bool) -> float:
+        """How long to go on asking. Names that were never right are no outage, those of a server that is being moved are."""
+        return min(self._outage_s, NAME_GRACE_S) if none_resolves and not self._reached else self._outage_s
 
     def _rest_s(self) -> float:
         """How long every replica wants to be left alone, a little longer, so that those refused together part."""
         return self._replicas.rest_s() * random.uniform(1.0, 1.25)
 
-    def _judge(self, lease: Lease, error: httpx.TransportError | PeerError) -> str:
-        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised."""
+    def _judge(self, lease: Lease, error: httpx.RequestError | PeerError) -> str:
+        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised.
+
+        Raises:
+            PeerError: it will not pass.
+        """
         if not may_pass(error):
             self._replicas.answered(lease)
-            raise error
-        if isinstance(error, httpx.TransportError):
-            said = describe_transport_error(error)
+            if isinstance(error, PeerError):
+                raise error
+            raise PeerError(f"{lease.url} {describe(error, self._TIMEOUT_OPTION)}") from error
+        if isinstance(error, httpx.RequestError):
+            said = describe(error, self._TIMEOUT_OPTION)
             self._replicas.failed(lease, said)
-            return f"cannot be reached ({said})"
+            return said
         assert isinstance(error, ProblemError)  # no other PeerError passes
         detail = error.problem.get("detail") or error.problem.get("title")
         said = f"answered {error.status}" + (f" ({detail})" if detail else "")

@@ -57,6 +57,7 @@ class VllmTeacherClient(TeacherClient):
     """
 
     _READY_PATH = "/health"
+    _SERVER = "a plain `vllm serve`, which teacher.protocol = vllm promises"
     # Some MiB of JSON with the usual top-k.
     _MOST_ROWS_PER_REQUEST = 2048
 

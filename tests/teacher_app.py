@@ -20,7 +20,7 @@ async def serving(folder: str, *, key: str | None = None, wait: bool = True, **o
         while wait and app.state.service.scorer is None:
             await asyncio.sleep(0.01)
         transport = httpx.ASGITransport(guard, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher", trust_env=False) as client:
             client.app, client.guard = app, guard  # type: ignore[attr-defined]
             yield client
 

@@ -18,9 +18,10 @@ from services.causal_lm import (
     tokenizer_fingerprint,
 )
 from services.clients import RolloutClient, TeacherClient
-from services.config import LossConfig, RunConfig, TeacherConfig
+from services.config import LossConfig, RunConfig, ServerSection, TeacherConfig
 from services.errors import StartupError
 from services.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+from services.server_client import ServerClient, all_or_first_error
 from services.teacher_answers import first_replica_problem
 from services.vllm_teacher_client import TeacherTokens
 from trainer.teacher_scores import Support
@@ -41,15 +42,22 @@ async def attach(
         PeerError: a server does not become ready in time.
         StartupError: a server speaks another protocol, or the servers of a teacher are not replicas of one model.
     """
-    await rollout_client.wait_ready(config.rollout.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+    waits = [_wait_ready(rollout_client, config.rollout)]
+    for name, client in teacher_clients.items():
+        waits.append(_wait_ready(client, config.teacher, name))
+    await all_or_first_error(waits)  # all at once: a wrong URL of one must not wait for the model of another
     rollouts = await rollout_client.info()
     _check_protocol(rollout_client.urls, rollouts)
-    return rollouts, Teachers([await _attach_teacher(config, *named) for named in teacher_clients.items()])
+    return rollouts, Teachers([await _attach_teacher(*named) for named in teacher_clients.items()])
 
 
-async def _attach_teacher(config: RunConfig, name: str | None, client: TeacherClient) -> Teacher:
+async def _wait_ready(client: ServerClient, section: ServerSection, name: str | None = None) -> None:
     with naming(name):
-        await client.wait_ready(config.teacher.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+        await client.wait_ready(section.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
+
+
+async def _attach_teacher(name: str | None, client: TeacherClient) -> Teacher:
+    with naming(name):
         infos = await client.info()
         _check_protocol(client.urls, infos)
         if (problem := first_replica_problem(client.urls, infos)) is not None:

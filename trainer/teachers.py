@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from services.addresses import checked_urls
 from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import ConfigError, DistillServeError
@@ -66,7 +67,8 @@ def teacher_urls(teacher: TeacherConfig, in_rows: set[str | None]) -> dict[str |
     if None in in_rows or not teacher.named:
         urls[None] = teacher.server_urls()
     for name, own in teacher.named.items():
-        if shared := {url.rstrip("/") for url in own} & {*urls.get(None, [])}:
+        own = checked_urls(f"teacher.named.{name}", own, base_path=True)
+        if shared := {*own} & {*urls.get(None, [])}:
             raise ConfigError(
                 f"teacher.named.{name} names {shared.pop()}, where rows without a teacher are scored (teacher.host and "
                 "teacher.port); give their teacher with teacher.urls, or name one in every row"

@@ -14,7 +14,6 @@ residual is reported as a metric. A failed push is repeated once in full, over a
 
 import asyncio
 import logging
-import socket
 import time
 from typing import Any
 
@@ -30,6 +29,7 @@ from services.padding import cut_by_padded_tokens, pad_rows, predicting_position
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.weight_transfer import trainer_engine
 from services.weight_transfer.control import WeightControlClient
+from services.weight_transfer.rendezvous import listen_on
 from trainer.model import evaluating, student_logprobs
 from trainer.prompts import Prompt
 
@@ -121,8 +121,7 @@ class WeightSync:
     def _connect(self) -> Any:
         self._control.clear_abandoned_update()
         sync = self._config.weight_sync
-        with socket.socket() as probe:
-            probe.bind(("", 0))
+        with listen_on(sync.master_address, 0) as probe:  # a port that is free where the rendezvous will be
             port = probe.getsockname()[1]
         return trainer_engine.build(
             self._config.weight_sync_backend(),

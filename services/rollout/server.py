@@ -13,6 +13,7 @@ import torch
 
 from services.causal_lm import load_model_config
 from services.config import RunConfig
+from services.connections import SERVER_IDLE_S
 from services.keys import Secrets, require_key_beyond_loopback
 from services.own_key import check_own_key_folder, own_key_path
 from services.rollout.settings import RolloutSettings
@@ -92,6 +93,7 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # /pause and /resume exist only then; the guard keeps the others shut
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(SERVER_IDLE_S),
         **RolloutSettings.from_config(config).to_environment(),
     }
     environment = {**vllm_defaults(), **os.environ, **fixed}

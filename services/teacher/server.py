@@ -29,6 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from services.config import RunConfig, TeacherConfig
+from services.connections import SERVER_IDLE_S
 from services.errors import DistillServeError, RequestError
 from services.guard import OPEN_PATHS, Guard, problem_response
 from services.keys import Secrets, require_key_beyond_loopback, reveal
@@ -46,8 +47,6 @@ from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60
-# How long an idle connection stays open, seconds: well above the 5 of httpx, or both ends close while a request is sent.
-_KEEP_ALIVE_S = 30
 # Copied in less time than it takes to wake another thread.
 _SMALL_NUM_CANDIDATES = 8192
 
@@ -280,7 +279,7 @@ def run(config: RunConfig) -> None:
         log_config=None,
         log_level="warning",
         access_log=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=SERVER_IDLE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
     server = DrainingServer(options, service)

@@ -6,13 +6,13 @@ the first server that fails makes the call fail, with its name, the stage and th
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
 
+from services.connections import blocking_client, describe
 from services.errors import ClientClosedError, WeightSyncError
-from services.keys import key_headers
 from services.own_key import OwnKeyAuth
 
 
@@ -38,8 +38,7 @@ class WeightControlClient:
         self.urls, self.world_sizes = urls, world_sizes
         self.version: str | None = None
         """What the next finish announces; set before each push."""
-        auth = None if key else OwnKeyAuth()
-        self._http = httpx.Client(headers=key_headers(key), auth=auth, timeout=stage_timeout_s, transport=transport)
+        self._http = blocking_client(urls, stage_timeout_s, key, transport, None if key else OwnKeyAuth())
         self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
 
     # ---- vLLM's protocol
@@ -87,7 +86,8 @@ class WeightControlClient:
             self._executor.submit(self._call, url, stage, body)
             for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
         ]
-        for call in calls:
+        wait(calls, return_when=FIRST_EXCEPTION)  # what one refuses at once, another may wait for until its deadline
+        for call in sorted(calls, key=lambda call: not call.done()):
             call.result()
 
     def _check_open(self) -> None:
@@ -98,16 +98,14 @@ class WeightControlClient:
         started = time.monotonic()
         try:
             response = self._http.post(f"{url}/{stage}", json=body)
-        except httpx.HTTPError as error:
+        except httpx.RequestError as error:
             elapsed = time.monotonic() - started
-            raise WeightSyncError(
-                f"{stage} on {url} failed after {elapsed:.1f} s: {type(error).__name__} {error}"
-            ) from error
-        if response.is_error:
-            elapsed = time.monotonic() - started
-            raise WeightSyncError(
-                f"{stage} on {url} answered {response.status_code} after {elapsed:.1f} s: {_reason(response)}"
-            )
+            said = describe(error, "weight_sync.stage_timeout_s")
+            raise WeightSyncError(f"{stage} on {url} failed after {elapsed:.1f} s: it {said}") from error
+        if not response.is_success:
+            elapsed, status = time.monotonic() - started, response.status_code
+            key = "; give its key in DISTILLSERVE_ROLLOUT_KEY" if status in (401, 403) else ""
+            raise WeightSyncError(f"{stage} on {url} answered {status} after {elapsed:.1f} s: {_reason(response)}{key}")
 
 
 def _reason(response: httpx.Response) -> str:

@@ -14,8 +14,10 @@ travel. Works for CPU and CUDA tensors. Left out: overlap of packing and sending
 import hashlib
 import logging
 import math
+import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Self
@@ -35,8 +37,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from services.weight_transfer.reload import discard_partial_update, modules_without_weights, repack_cpu_linears
+from services.weight_transfer.rendezvous import listen_on, own_address
 
 _DIGEST_BYTES = 16
+_ARRIVED = "distillserve/arrived"
+"""In the store, how many workers have come."""
+_POLL_S = 0.01
 
 
 @dataclass
@@ -181,11 +187,11 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             )
             # The workers block in their half of the rendezvous until ours has happened.
             with ThreadPoolExecutor(max_workers=1) as executor:
-                joined = executor.submit(client.init_weight_transfer_engine, asdict(worker))
+                told = executor.submit(client.init_weight_transfer_engine, asdict(worker))
                 engine.group = join_group(
-                    init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
+                    init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s, told
                 )
-                joined.result()
+                told.result()
         return engine
 
     def send_weights(self) -> None:
@@ -234,11 +240,53 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 # ------------------------------------------------------------------------------------- the bytes on the wire
 
 
-def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
-    """A gloo group of its own, apart from torch's default one; rank 0 hosts the rendezvous store."""
+def join_group(
+    address: str, port: int, rank: int, world_size: int, timeout_s: float, told: "Future[Any] | None" = None
+) -> ProcessGroupGloo:
+    """A gloo group of its own, apart from torch's default one; rank 0 hosts the rendezvous store, on `address` alone.
+
+    Args:
+        told: for rank 0, what tells the others to come; once that has failed they are not waited for.
+
+    Raises:
+        TimeoutError: not everybody has come in time.
+    """
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-    return ProcessGroupGloo(store, rank, world_size, timeout)
+    listener = listen_on(address, port).detach() if rank == 0 else None  # the store closes it
+    store = TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    if rank == 0:
+        _await_workers(store, world_size - 1, timeout_s, told)
+    else:
+        store.add(_ARRIVED, 1)
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return ProcessGroupGloo(store, rank, world_size, timeout)
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stubs
+    options._timeout = timeout
+    # Torch's own choice is the address of the machine's name, which many networks do not know, or know as 127.0.1.1.
+    options._devices = [ProcessGroupGloo.create_device(hostname=own_address(address, port))]
+    return ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _await_workers(store: TCPStore, num_workers: int, timeout_s: float, told: "Future[Any] | None") -> None:
+    deadline = time.monotonic() + timeout_s
+    while (arrived := store.add(_ARRIVED, 0)) < num_workers:
+        if told is not None and told.done():
+            told.result()
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{arrived} of {num_workers} workers of the rollout servers came to {store.host}:{store.port} within "
+                f"{timeout_s:g} s; they must reach weight_sync.master_address there (name, firewall), or raise "
+                "weight_sync.stage_timeout_s"
+            )
+        time.sleep(_POLL_S)
 
 
 def broadcast(group: ProcessGroupGloo, tensor: torch.Tensor) -> None:

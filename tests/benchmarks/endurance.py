@@ -123,7 +123,7 @@ async def measure(teacher: Server, folder: str) -> dict[str, Any]:
     headers = {**HEADERS, "Accept": SAFETENSORS_MEDIA_TYPE}
     limits = httpx.Limits(max_connections=FLOOD_CLIENTS)
     figures: dict[str, Any] = {}
-    async with httpx.AsyncClient(headers=headers, limits=limits, **options) as client:
+    async with httpx.AsyncClient(headers=headers, limits=limits, trust_env=False, **options) as client:
         for work in (soak, flood):
             asker = Asker(client, folder)
             outcome = await work(asker, teacher)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from services.addresses import url_of
 from services.startup import free_port
 from services.vllm_environment import vllm_defaults
 
@@ -26,7 +27,8 @@ class Server:
     log: Path
 
     def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60.0, **options)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False, **options)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -91,15 +93,17 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def server(role: str, log: Path, *arguments: str, engine: Engine | None = None) -> Iterator[Server]:
+def server(
+    role: str, log: Path, *arguments: str, engine: Engine | None = None, host: str = "127.0.0.1"
+) -> Iterator[Server]:
     """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end.
 
     Args:
         engine: switches for the engine of a teacher.
     """
-    port = free_port("127.0.0.1", 0)
-    words = command(role, f"--{role}.port", str(port), *arguments, engine=engine)
-    with _running(port, log, words, environment(), "/ready") as running:
+    port = free_port(host, 0)
+    words = command(role, f"--{role}.host", host, f"--{role}.port", str(port), *arguments, engine=engine)
+    with _running(url_of(host, port), log, words, environment(), "/ready") as running:
         yield running
 
 
@@ -109,17 +113,18 @@ def plain_vllm(model: str, log: Path, *arguments: str) -> Iterator[Server]:
     port = free_port("127.0.0.1", 0)
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     words += ["--dtype", "float32", "--api-key", KEY, "--enforce-eager", *arguments]
-    with _running(port, log, words, {**vllm_defaults(), **os.environ}, "/health") as running:
+    url = f"http://127.0.0.1:{port}"
+    with _running(url, log, words, {**vllm_defaults(), **os.environ}, "/health") as running:
         yield running
 
 
 @contextmanager
-def _running(port: int, log: Path, words: list[str], environment: dict[str, str], ready_path: str) -> Iterator[Server]:
+def _running(url: str, log: Path, words: list[str], environment: dict[str, str], ready_path: str) -> Iterator[Server]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    running = Server(f"http://127.0.0.1:{port}", process, log)
+    running = Server(url, process, log)
     try:
         _wait_ready(running, ready_path)
         yield running
@@ -147,7 +152,7 @@ def _wait_ready(running: Server, path: str) -> None:
         if running.process.poll() is not None:
             raise RuntimeError(f"exited with {running.process.returncode}:\n{running.log.read_text()[-3000:]}")
         try:
-            if httpx.get(f"{running.url}{path}", timeout=5.0).is_success:
+            if httpx.get(f"{running.url}{path}", timeout=5.0, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass

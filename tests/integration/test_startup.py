@@ -7,6 +7,7 @@ import subprocess
 import httpx
 import pytest
 
+from services.startup import free_port
 from tests.integration.processes import KEY, command, environment, server
 
 pytestmark = pytest.mark.integration
@@ -34,12 +35,12 @@ def test_a_taken_port_ends_a_server_with_one_line(role: str, models: dict[str, s
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        (["rollout", "--student.model", "./no-such-model", "--rollout.port", "18100"], "student.model"),
-        (["teacher", "--teacher.model", "./no-such-model", "--teacher.port", "18101"], "teacher.model"),
+        (["rollout", "--student.model", "./no-such-model", "--rollout.port"], "student.model"),
+        (["teacher", "--teacher.model", "./no-such-model", "--teacher.port"], "teacher.model"),
     ],
 )
 def test_a_missing_model_ends_a_server_with_one_line(arguments: list[str], key: str) -> None:
-    done = refused(*arguments)
+    done = refused(*arguments, str(free_port("127.0.0.1", 0)))
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1].startswith(f"distillserve: {key} = './no-such-model' is no model folder")
 
@@ -70,6 +71,6 @@ def test_sigterm_ends_the_teacher_with_success(models: dict[str, str], tmp_path)
         body = {"sequences": [{"prompt": "2+2=", "completion": "4"}], "top_k": 3}
         with running.client() as client:
             assert client.post("/v1/teacher/logprobs", json=body).status_code == 200
-        assert httpx.post(f"{running.url}/v1/teacher/logprobs", json=body).status_code == 401
+        assert httpx.post(f"{running.url}/v1/teacher/logprobs", json=body, trust_env=False).status_code == 401
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=30) == 0

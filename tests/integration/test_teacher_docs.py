@@ -31,7 +31,8 @@ def send(line: str, url: str) -> httpx.Response:
     words = shlex.split(line.replace("$DISTILLSERVE_TEACHER_KEY", KEY).replace("$TEACHER", url))
     options = parser.parse_args(words[1:])
     headers = dict(header.split(": ", 1) for header in options.H)
-    return httpx.request("GET" if options.d is None else "POST", options.url, headers=headers, content=options.d)
+    method = "GET" if options.d is None else "POST"
+    return httpx.request(method, options.url, headers=headers, content=options.d, trust_env=False)
 
 
 def test_every_curl_line_of_the_page_works_and_every_route_has_one(tmp_path: Path, models: dict[str, str]) -> None:

@@ -99,6 +99,7 @@ def test_generated_requests_are_answered_as_documented(
     operation = schema[path]["POST" if path == SCORE_PATH else "GET"]
     keyed = {"Authorization": f"Bearer {KEY}"}
     with requests.Session() as session:
+        session.trust_env = False
 
         @seed(SEED)
         @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))

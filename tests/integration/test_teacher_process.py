@@ -47,7 +47,7 @@ def held_requests(teacher: Server, engine: Engine, count: int) -> Iterator[list[
 
 
 def ready(teacher: Server) -> httpx.Response:
-    return httpx.get(f"{teacher.url}/ready")
+    return httpx.get(f"{teacher.url}/ready", trust_env=False)
 
 
 def refuses_connections(teacher: Server) -> bool:
@@ -89,7 +89,7 @@ def test_a_signal_lets_accepted_work_finish_and_turns_new_work_away(
         wait_until(lambda: ready(teacher).status_code != 200)
         told = ready(teacher)
         refused = client.post("/v1/teacher/logprobs", json=BODY)
-        alive = httpx.get(f"{teacher.url}/health").status_code
+        alive = httpx.get(f"{teacher.url}/health", trust_env=False).status_code
         assert not any(request.done() for request in working)
         engine.release()
         answers = [request.result(timeout=60) for request in working]
@@ -125,7 +125,7 @@ def test_an_engine_that_dies_ends_the_process_and_whoever_waits_is_told(teacher:
     # A server that ends may close its port before it is asked; if it answers, then as what it is.
     for path in ("/health", "/ready"):
         with suppress(httpx.TransportError):
-            assert httpx.get(f"{teacher.url}{path}").status_code == 503
+            assert httpx.get(f"{teacher.url}{path}", trust_env=False).status_code == 503
     assert sorted(answer.status_code for answer in answers) == [500, 503, 503, 503, 503]
     for answer in answers:
         assert answer.headers["content-type"] == PROBLEM_MEDIA_TYPE and "bus" not in answer.text

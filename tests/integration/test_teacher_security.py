@@ -56,7 +56,7 @@ def routes() -> list[tuple[str, str]]:
 def test_no_route_answers_without_the_key_except_health_and_readiness(
     headers: dict[str, str], teacher_server: Server
 ) -> None:
-    with httpx.Client(base_url=teacher_server.url, headers=headers) as client:
+    with httpx.Client(base_url=teacher_server.url, headers=headers, trust_env=False) as client:
         for method, path in routes():
             response = client.request(method, f"{path}?key={KEY}&authorization=Bearer%20{KEY}")
             if path in OPEN_PATHS:

@@ -193,7 +193,10 @@ async def test_wait_ready_polls_until_every_server_is_ready(clock: SimpleNamespa
 
 @pytest.mark.parametrize(
     ("answer", "problem"),
-    [(httpx.Response(503), "it answers 503"), (httpx.ConnectError("refused"), "ConnectError refused")],
+    [
+        (httpx.Response(503), "it answers 503"),
+        (httpx.ConnectError("refused"), "it cannot be reached: ConnectError refused"),
+    ],
 )
 async def test_wait_ready_gives_up_after_its_time(
     answer: httpx.Response | Exception, problem: str, clock: SimpleNamespace

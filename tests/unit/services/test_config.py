@@ -109,7 +109,7 @@ BAD_OPTIONS = [
     (["--teacher.named", '{"maths": "http://a:1"}'], ["teacher.named.maths", "list", "'http://a:1'"]),
     (
         ["--teacher.named", '{"maths": ["http://a:1", "http://b:2/"], "code": ["http://c:3", "http://b:2"]}'],
-        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each teacher its own"],
+        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each its own server"],
     ),
     (
         ["--teacher.named", MATHS, "--teacher.urls", '["http://a:1/"]'],
@@ -178,6 +178,28 @@ BAD_OPTIONS = [
     (["--rollout.urls", '["https://a", "b:1"]'], ["rollout.urls: 'b:1' must begin with http://"]),
     (["--teacher.named", 'maths=["a:1"]'], ["teacher.named.maths: 'a:1' must begin with http://"]),
     (["--rollout.urls", '["http://a:1/", "http://a:1"]'], ["rollout.urls names http://a:1 twice", "once"]),
+    (["--rollout.urls", '["http://a", "HTTP://A:80/"]'], ["rollout.urls names http://a twice", "once"]),
+    (["--rollout.urls", '["http://a:1/v1"]'], ["rollout.urls: 'http://a:1/v1' has the path '/v1'", "leave it out"]),
+    (["--rollout.urls", '["http://a:1/students"]'], ["has the path '/students'", "leave it out"]),
+    (["--rollout.urls", "http://me:s3cret@a:1"], ["rollout.urls: 'http://...@a:1' has a user or password"]),
+    (["--teacher.url", "http://me:s3cret@a:1"], ["--teacher.url is not an option", "--teacher.urls"]),
+    (["--teacher.named", '{"maths": "http://me:s3cret@a:1"}'], ["teacher.named.maths", "(got 'http://...@a:1')"]),
+    (
+        ["--teacher.named", '{"maths": ["http://a:99999"]}'],
+        ["teacher.named.maths: 'http://a:99999' has the port '99999'"],
+    ),
+    (
+        ["--rollout.urls", '["http://[0::1]:1"]', "--teacher.urls", '["http://[::1]:1"]'],
+        ["teacher.urls and rollout.urls both name http://[::1]:1", "give each its own server"],
+    ),
+    (["--rollout.host", "http://10.0.0.5"], ["rollout.host: 'http://10.0.0.5' must be a host alone"]),
+    (["--teacher.host", ""], ["teacher.host: '' is no host", "127.0.0.1"]),
+    (["--rollout.host", "fe80::1%eth0"], ["rollout.host = fe80::1%eth0", "vLLM"]),
+    (["--weight_sync.master_address", "::"], ["weight_sync.master_address = ::", "give one of this machine"]),
+    (
+        ["--weight_sync.master_address", "[::1]", "--weight_sync.backend", "nccl"],
+        ["weight_sync.master_address = ::1", "weight_sync.backend = gloo"],
+    ),
     (
         ["--student.model_init_kwargs", '{"dtype": "bfloat16"}'],
         ["model_init_kwargs.dtype = 'bfloat16'", "student.dtype"],
@@ -544,7 +566,8 @@ def test_a_public_server_without_a_key_does_not_start(
 def test_servers_are_found_at_their_urls_or_at_host_and_port(urls: list[str]) -> None:
     section = TeacherConfig(urls=urls, host="0.0.0.0", port=9)
     assert section.server_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
-    assert TeacherConfig(host="::1", port=9).server_urls() == ["http://[::1]:9"]
+    for host, url in (("::1", "[::1]"), ("[0:0::1]", "[::1]"), ("::", "[::1]"), ("LocalHost", "localhost")):
+        assert TeacherConfig(host=host, port=9).server_urls() == [f"http://{url}:9"]
 
 
 @pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints", ".student.before"])

@@ -1,8 +1,9 @@
 """The bytes of a push: what one end packs the other unpacks, over a real gloo group."""
 
 import json
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -19,6 +20,7 @@ from services.weight_transfer import gloo, trainer_engine
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.plugin import register
 from services.weight_transfer.source import CheckpointSource
+from tests.loopbacks import available_loopbacks
 from tests.models import save_model
 
 TENSORS = {
@@ -53,12 +55,13 @@ def test_a_source_that_yields_something_else_is_an_error() -> None:
             gloo.pack(bucket, iter(items))
 
 
-def test_bytes_and_digest_travel_through_a_group() -> None:
-    port = free_port("127.0.0.1", 0)
+@pytest.mark.parametrize("host", available_loopbacks())
+def test_bytes_and_digest_travel_through_a_group(host: str) -> None:
+    port = free_port(host, 0)
     packed = torch.randint(0, 256, (1000,), dtype=torch.uint8)
 
     def end(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        group = gloo.join_group("127.0.0.1", port, rank, 2, timeout_s=20.0)
+        group = gloo.join_group(host, port, rank, 2, timeout_s=20.0)
         mine = packed if rank == 0 else torch.zeros_like(packed)
         digest = gloo.digest_of(packed) if rank == 0 else torch.zeros(16, dtype=torch.uint8)
         gloo.broadcast(group, mine)
@@ -72,6 +75,22 @@ def test_bytes_and_digest_travel_through_a_group() -> None:
     damaged = received.clone()
     damaged[500] ^= 1
     assert not torch.equal(gloo.digest_of(damaged), digest)
+
+
+def test_workers_that_were_refused_are_not_waited_for() -> None:
+    told: Future[None] = Future()
+    told.set_exception(WeightSyncError("init_weight_transfer_engine on http://a answered 401"))
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="answered 401"):
+        gloo.join_group("127.0.0.1", free_port("127.0.0.1", 0), 0, 2, timeout_s=120.0, told=told)
+    assert time.monotonic() - started < 30.0
+
+
+def test_workers_that_do_not_come_are_said_to_be_missing() -> None:
+    with pytest.raises(
+        TimeoutError, match=r"0 of 2 workers .* came to 127\.0\.0\.1:\d+ within 0\.2 s; .*master_address"
+    ):
+        gloo.join_group("127.0.0.1", free_port("127.0.0.1", 0), 0, 3, timeout_s=0.2)
 
 
 class Model(torch.nn.Module):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
+from vllm import envs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.config import RunConfig, StudentConfig
+from services.connections import CLIENT_IDLE_S
 from services.errors import StartupError
 from services.own_key import OwnKeyAuth, own_key_path
 from services.passed_on import _RESERVED_ROLLOUT_ARGS, check_rollout_engine_args
@@ -40,6 +42,13 @@ def test_the_command_line_says_what_the_run_says() -> None:
     assert option(command, "--logprobs-mode") == "processed_logprobs"
     assert "--max-model-len" not in command and "--trust-remote-code" not in command
     assert command[-2:] == ["--swap-space", "2"]
+
+
+def test_idle_connections_outlast_those_of_every_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else both ends close while a request is on its way; vLLM reads its own when it starts."""
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1")
+    monkeypatch.setattr("os.environ", server.vllm_environment(CONFIG))
+    assert envs.environment_variables["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]() >= 2 * CLIENT_IDLE_S
 
 
 def test_every_flag_that_the_command_line_sets_is_refused_among_the_users_own() -> None:

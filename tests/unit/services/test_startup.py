@@ -29,6 +29,7 @@ from services.startup import (
     free_port,
     reserve_port,
 )
+from tests.loopbacks import available_loopbacks
 from tests.models import save_model
 
 LOOPBACK = "127.0.0.1"
@@ -192,7 +193,7 @@ def test_arguments_that_a_model_does_not_take_are_named(tmp_path: Path) -> None:
 def test_the_rollout_command_looks_for_a_hub_id_before_vllm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StartupError, match="there is no folder 'ours/studnet' here"):
-        server.run(RunConfig(student={"model": "ours/studnet"}))
+        server.run(RunConfig(student={"model": "ours/studnet"}, rollout={"port": free_port(LOOPBACK, 0)}))
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -220,9 +221,40 @@ def test_a_free_port_is_never_one_that_another_role_took(monkeypatch: pytest.Mon
     assert free_port(LOOPBACK, offered, frozenset({offered})) == free
 
 
+@pytest.mark.parametrize("host", available_loopbacks())
+def test_a_port_is_taken_in_its_own_family(host: str) -> None:
+    port = free_port(host, 0)
+    with bind("x", host, port) as listener:
+        listener.listen()
+        assert listener.getsockname()[:2] == (host, port)
+        assert free_port(host, port) != port
+        with pytest.raises(StartupError, match=rf"teacher\.port = {port} cannot be used on {host}: .*stop the program"):
+            check_port("teacher", host, port)
+
+
+@pytest.mark.parametrize(
+    ("found", "family"),
+    [
+        ([("::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)], socket.AF_INET),
+        ([("::1", socket.AF_INET6)], socket.AF_INET6),
+    ],
+)
+def test_a_name_of_both_families_is_listened_on_as_vllm_does(
+    found: list[tuple[str, socket.AddressFamily]], family: socket.AddressFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [(kind, socket.SOCK_STREAM, 6, "", (address, 7)) for address, kind in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
+    assert startup.socket_address("localhost", 7) == (family, (found[-1][0], 7))
+
+
 def test_a_host_that_is_not_ours_is_named() -> None:
-    with pytest.raises(StartupError, match=r"rollout\.port = 8100 cannot be used on 192\.0\.2\.1"):
-        check_port("rollout", "192.0.2.1", 8100)
+    for host in ("192.0.2.1", "2001:db8::1", "no-such-host.invalid"):
+        with pytest.raises(
+            StartupError, match=rf"rollout\.host = '{host}' cannot be listened on: .*an address of this machine"
+        ):
+            check_port("rollout", host, 0)
+    with pytest.raises(StartupError, match=r"host = '192\.0\.2\.1' cannot be listened on"):
+        free_port("192.0.2.1", 0)
 
 
 def test_a_model_file_is_no_model_folder(tmp_path: Path) -> None:

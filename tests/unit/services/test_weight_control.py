@@ -107,11 +107,35 @@ def test_one_server_that_fails_makes_the_call_fail_and_is_named() -> None:
     assert set(servers.bodies("start_weight_update")) == set("abc")
 
 
-@pytest.mark.parametrize("error", [httpx.ReadTimeout("slow"), httpx.ConnectError("gone")])
-def test_a_stalled_or_lost_server_is_named_with_the_stage(error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            httpx.ReadTimeout("slow"),
+            r"it is connected but slow: no answer within 5 s .*raise weight_sync\.stage_timeout_s",
+        ),
+        (httpx.ConnectError("gone"), "it cannot be reached: ConnectError gone"),
+    ],
+)
+def test_a_stalled_or_lost_server_is_named_with_the_stage(error: Exception, said: str) -> None:
     servers = Servers({"c/update_weights": error})
-    with pytest.raises(WeightSyncError, match=rf"update_weights on http://c failed after .* s: {type(error).__name__}"):
+    with pytest.raises(WeightSyncError, match=rf"update_weights on http://c failed after \d+\.\d s: {said}"):
         control(servers).update_weights({})
+
+
+def test_what_one_server_refuses_at_once_is_not_kept_back_by_another_that_waits() -> None:
+    let_go = threading.Event()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "a":
+            assert let_go.wait(20.0)
+        return httpx.Response(200 if request.url.host == "a" else 401)
+
+    client = WeightControlClient(["http://a", "http://b"], [1, 1], None, 5.0, httpx.MockTransport(answer))
+    with pytest.raises(WeightSyncError, match="init_weight_transfer_engine on http://b answered 401"):
+        client.init_weight_transfer_engine({})
+    assert not let_go.is_set()
+    let_go.set()
 
 
 def test_clearing_what_an_earlier_trainer_left_is_one_call_to_every_server() -> None:

@@ -1,8 +1,13 @@
 """A teacher that means other tokens, ends or chats differently is refused before anything is trained."""
 
+import asyncio
+import logging
+
+import httpx
 import pytest
 
 from services.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
+from services.clients import RolloutClient, TeacherClient
 from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import PeerError, StartupError
 from services.schemas import RolloutInfo, TeacherInfo
@@ -371,3 +376,14 @@ async def test_a_template_of_the_same_source_is_the_same_template_however_a_host
     info = info.model_copy(update={"chat_template_hash": "other"})
     with pytest.raises(StartupError, match="the chat templates differ"):
         await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(Servers(info), info))
+
+
+async def test_a_wrong_url_does_not_wait_for_the_model_of_another_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Servers are waited for all at once, and the error says whose URL it is."""
+    caplog.set_level(logging.INFO)
+    rollout = RolloutClient(["http://loading"], transport=httpx.MockTransport(lambda _: httpx.Response(503)))
+    teachers = {"maths": TeacherClient(["http://other"], transport=httpx.MockTransport(lambda _: httpx.Response(404)))}
+    async with asyncio.timeout(20.0):
+        with pytest.raises(PeerError, match=r"teacher\.named\.maths: http://other answers /ready with 404: it is not"):
+            await preflight.attach(RunConfig(), rollout, teachers)
+    assert "waiting for http://loading" in caplog.text
