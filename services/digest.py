@@ -22,8 +22,8 @@ _LAST_LINES, _LAST_LINES_BESIDE_CAUSE = 12, 4
 _EXCEPTION = re.compile(
     r"(?:\([^)]*\) )*(?:ERROR [\d-]+ [\d:]+ \[[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b:? ?.*)"
 )
-# Says only that another process said why.
-_NO_CAUSE = "Engine core initialization failed"
+# Says only that another of vLLM's processes said why.
+_NO_CAUSE = re.compile(r"root cause|EngineDeadError|WorkerProc init")
 
 
 def digest(line: str, *, has_panel: bool) -> tuple[int, str] | None:
@@ -47,7 +47,7 @@ def cause(tail: Sequence[str]) -> str | None:
             return line.removeprefix(ERROR_PREFIX)
     for line in reversed(tail):
         match = _EXCEPTION.fullmatch(line.strip())
-        if match is not None and _NO_CAUSE not in line:
+        if match is not None and _NO_CAUSE.search(line) is None:
             return match[1]
     return None
 

@@ -19,7 +19,7 @@ from typing import Self
 from services.files import cannot_write
 
 _POLL_S = 0.25
-_TAIL_LINES = 40
+_TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
 _LONGEST_LINE = 1 << 20
 _PR_SET_PDEATHSIG = 1
 

@@ -56,12 +56,18 @@ def test_what_is_no_log_line_of_ours_is_not_shown(text: str) -> None:
     assert digest(text, has_panel=False) is None
 
 
+WORKER, CORE = "(Worker pid=11) ERROR 11-27 02:00:00 [x.py:9] ", "(EngineCore pid=9) ERROR 11-27 02:00:01 [core.py:13] "
 VLLM_END = [
-    '(EngineCore pid=9) ERROR 11-27 02:00:01 [core.py:1300]   File "x.py", line 3, in load',
-    "(EngineCore pid=9) ERROR 11-27 02:00:01 [core.py:1300] ValueError: 96 heads do not divide by 5",
+    f"{WORKER}WorkerProc failed to start.",
+    f"{WORKER}Traceback (most recent call last):",
+    f'{WORKER}  File "x.py", line 3, in load',
+    f"{WORKER}ValueError: 96 heads do not divide by 5",
+    f"{CORE}Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace",
+    "Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace",
     "(APIServer pid=7) Traceback (most recent call last):",
     '(APIServer pid=7)   File "y.py", line 4, in start',
     "(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
 ]
 
 
