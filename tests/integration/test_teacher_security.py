@@ -71,7 +71,7 @@ def test_no_route_answers_without_the_key_except_health_and_readiness(
 def test_no_route_answers_a_web_page(teacher_server: Server) -> None:
     for key in (f"Bearer {KEY}", ""):
         headers = {"Origin": teacher_server.url, "Authorization": key}
-        with httpx.Client(base_url=teacher_server.url, headers=headers) as client:
+        with httpx.Client(base_url=teacher_server.url, headers=headers, trust_env=False) as client:
             for method, path in [*routes(), ("OPTIONS", "/v1/teacher/logprobs")]:
                 response = client.request(method, path)
                 assert response.status_code == 403, (method, path)
@@ -79,7 +79,7 @@ def test_no_route_answers_a_web_page(teacher_server: Server) -> None:
 
 
 def test_load_balancers_may_ask_with_head(teacher_server: Server) -> None:
-    with httpx.Client(base_url=teacher_server.url) as client:
+    with httpx.Client(base_url=teacher_server.url, trust_env=False) as client:
         for path in OPEN_PATHS:
             response = client.head(path)
             assert (response.status_code, response.content) == (200, b"")
