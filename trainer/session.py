@@ -19,6 +19,8 @@ from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switc
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, Secrets, TeacherConfig, reveal
 from services.errors import ConfigError, DistillServeError, EvaluationError
+from services.gpu_options import computed
+from services.gpus import check_driver
 from services.schemas import RolloutInfo
 from services.signals import Interruption
 from services.vllm_teacher_client import VllmTeacherClient
@@ -208,8 +210,11 @@ async def open_session(config: RunConfig, interruption: Interruption | None = No
 
 async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     config.require("train")
+    on_gpu = torch.cuda.is_available()
+    check_driver(on_gpu)
+    config = computed(config, "trainer")
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
+        cpu=not on_gpu, log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )
     if accelerator.num_processes > 1:
         raise ConfigError(
@@ -222,7 +227,7 @@ async def _open(config: RunConfig, stack: AsyncExitStack) -> Session:
     record = RunRecord(config, accelerator, tokenizer)
     end_token_ids = eos_token_ids_on_disk(student.model or "", tokenizer, trust_remote_code=student.trust_remote_code)
     files = _read_files(config, tokenizer, end_token_ids)  # a broken file must not wait for the servers to be reported
-    model = load_student(student)
+    model = load_student(student, checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu))
     check_windows_fit(files.texts, model.config.get_text_config())
     servers = await _attach(config, files, stack)
     preflight.check_rope_switch(rope_switch(model), servers.rollout_client.urls, servers.rollouts)
