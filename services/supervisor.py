@@ -29,6 +29,7 @@ from rich.text import Text
 from services.config import RunConfig, ServerSection, check_output_dir
 from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
+from services.gpu_sharing import servers_share_a_gpu
 from services.panel import last_step, render
 from services.startup import check_model_folder, check_output_room, free_port
 
@@ -196,7 +197,7 @@ class Supervisor:
         for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
             await self._start(role, section.cuda_devices)
             wait = asyncio.create_task(self._wait_ready(role, section.server_urls()[0], section.startup_timeout_s))
-            if _share_a_gpu(config):
+            if servers_share_a_gpu(config):
                 if (code := await self._first(wait)) is not None:
                     return code
             else:
@@ -340,14 +341,6 @@ async def _is_ready(client: httpx.AsyncClient, url: str) -> bool:
         return (await client.get(f"{url}/ready")).is_success
     except httpx.TransportError:
         return False
-
-
-def _share_a_gpu(config: RunConfig) -> bool:
-    """Whether the two servers may use the same GPU, as far as the run says."""
-    rollout, teacher = config.rollout.cuda_devices, config.teacher.cuda_devices
-    if rollout is not None and teacher is not None:
-        return bool({*rollout.split(",")} & {*teacher.split(",")} - {""})
-    return Path("/proc/driver/nvidia").exists()
 
 
 def _cause_first(child: Child) -> int:

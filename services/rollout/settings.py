@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from services.config import RunConfig
+from services.gpu_sharing import gpus_of
 
 _VARIABLE = "DISTILLSERVE_ROLLOUT_SETTINGS"
 
@@ -21,6 +22,7 @@ class RolloutSettings:
     max_logprobs: int
     max_completions_per_request: int
     max_body_bytes: int
+    gpu_uuids: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
@@ -30,6 +32,7 @@ class RolloutSettings:
             max_logprobs=config.rollout.max_logprobs,
             max_completions_per_request=config.rollout.max_completions_per_request,
             max_body_bytes=config.rollout.max_body_mib << 20,
+            gpu_uuids=tuple(gpu.uuid for gpu in gpus_of(config, "rollout", strict=False)),
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
@@ -30,6 +31,8 @@ from starlette.exceptions import HTTPException
 
 from services.config import RunConfig, Secrets, TeacherConfig, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
+from services.gpu_options import computed
+from services.gpus import check_driver
 from services.guard import OPEN_PATHS, Guard, problem_response
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder
@@ -254,14 +257,18 @@ def run(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are finished first.
 
     Raises:
-        ConfigError: no teacher, or a public address without a key.
-        StartupError: the port is taken, or the model cannot be loaded.
+        ConfigError: no teacher, a public address without a key, or no room on the GPU.
+        StartupError: the port is taken, the model cannot be loaded, or the GPU cannot be used.
         DistillServeError: the engine broke while it served.
     """
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
     require_key_beyond_loopback("teacher", teacher.host, key)
     check_model_folder("teacher.model", teacher.model or "")
+    is_vllm = teacher.engine == "vllm"
+    if is_vllm or teacher.device != "cpu":
+        check_driver(torch.cuda.is_available(), runs_on_cpu=not is_vllm)
+    teacher = computed(config, "teacher").teacher
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service

@@ -109,7 +109,7 @@ def plain_vllm(model: str, log: Path, *arguments: str) -> Iterator[Server]:
     port = free_port("127.0.0.1", 0)
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     words += ["--dtype", "float32", "--api-key", KEY, "--enforce-eager", *arguments]
-    with _running(port, log, words, {**vllm_defaults(), **os.environ}, "/health") as running:
+    with _running(port, log, words, {**vllm_defaults("float32"), **os.environ}, "/health") as running:
         yield running
 
 
