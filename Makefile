@@ -7,6 +7,8 @@ SEED   ?= 0
 OUTPUT ?= outputs/tiny
 PAIR   ?= outputs/tiny-pair
 ARGS   ?=
+# cpu or gpu; empty: what .venv was made for, in a new one gpu where there is an NVIDIA driver.
+BACKEND ?=
 
 # A caller's own environment must not reach into ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
@@ -19,11 +21,18 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## install everything into .venv (other targets do it by themselves)
 
-$(STAMP): pyproject.toml deploy/setup.sh deploy/locks/cpu.txt deploy/locks/gpu.txt
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash deploy/setup.sh
-	@touch $@
+# The stamp holds what .venv was made for: asked for another build, it is made anew.
+ifneq ($(BACKEND),)
+ifneq ($(BACKEND),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+endif
 
-train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student (SEED=0, ARGS="--option value")
+$(STAMP): pyproject.toml deploy/setup.sh deploy/locks/cpu.txt deploy/locks/gpu.txt
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" BACKEND="$(BACKEND)" bash deploy/setup.sh
+	@echo "$(BACKEND)" > $@
+
+train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student (SEED=0, BACKEND=cpu, ARGS="--option value")
 	@$(BIN)/distillserve tiny --output "$(PAIR)" --seed $(SEED)
 	@$(BIN)/distillserve up deploy/runs/tiny.toml --seed $(SEED) --output.dir "$(OUTPUT)" --output.overwrite true \
 		--student.model "$(PAIR)/student" --teacher.model "$(PAIR)/teacher" \

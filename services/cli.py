@@ -27,6 +27,7 @@ from services.addresses import checked_urls
 from services.config import RunConfig
 from services.dict_options import with_tables_as_json
 from services.errors import ConfigError, DistillServeError, describe_validation_error
+from services.gpus import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
 from services.run_file import run_file_source
 from services.signals import Interrupted, handling, raise_interrupted, run_until_signalled
@@ -146,9 +147,26 @@ def _dispatch(argv: list[str]) -> int:
         print(config.model_dump_json(indent=2))
         return 0
     config.require(arguments.command)
+    _choose_gpus(arguments.command, config)
     if arguments.command == "up":
         return _up(config, arguments.verbose)
     return _COMMANDS[arguments.command](config)
+
+
+def _choose_gpus(command: str, config: RunConfig) -> None:
+    """Let the process of a role see its GPUs alone, before torch is loaded; `up` checks what its children will do."""
+    devices = {
+        "rollout": ("rollout.cuda_devices", config.rollout.cuda_devices),
+        "teacher": ("teacher.cuda_devices", config.teacher.cuda_devices),
+        "train": ("student.cuda_devices", config.student.cuda_devices),
+    }
+    if command == "up":
+        for option in devices.values():
+            check_granted(*option)
+        return
+    make_visible(*devices[command])
+    if command == "train" or (command == "teacher" and config.teacher.engine == "transformers"):
+        keep_segments_expandable()
 
 
 def _option_source(parser: argparse.ArgumentParser) -> CliSettingsSource:
@@ -222,13 +240,18 @@ def option_help() -> dict[str, str]:
     for section, section_field in RunConfig.model_fields.items():
         fields: dict[str, Any] = getattr(section_field.annotation, "model_fields", {})
         for name, field in fields.items():
-            texts[f"{section}.{name}"] = field.description or ""
+            texts[f"{section}.{name}"] = " ".join((field.description or "").split())
     return texts
 
 
 def _up(config: RunConfig, verbose: bool) -> int:
+    from services.gpu_plan import plan
+    from services.gpu_sharing import check_nccl
     from services.supervisor import up
 
+    check_nccl(config)
+    found = plan(config)
+    print("\n".join(found.lines() if found is not None else ()), end="\n" if found else "", flush=True)
     return up(config, verbose=verbose)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from services import addresses, config_checks
+from services.cuda_devices import overlap, parse_devices
 from services.errors import ConfigError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -17,6 +18,10 @@ Host = Annotated[str, AfterValidator(addresses.checked_host)]
 """A name, an IPv4 address, or an IPv6 one with or without brackets."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Role = Literal["rollout", "teacher", "train", "up"]
+# Padded tokens of a forward pass where there is room.
+DEFAULT_TOKENS = 16384
+# Positions that the teacher's head projects at once, and completions in flight, likewise.
+DEFAULT_HEAD_ROWS, DEFAULT_NUM_SEQS = 1024, 256
 
 
 class Section(BaseModel):
@@ -38,12 +43,15 @@ class StudentConfig(Section):
     """Dtype of the trainer's master weights and optimizer state; float16 cannot be trained, bfloat16 loses small steps."""
     disable_dropout: bool = True
     """Set every dropout probability of the student to zero."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the body runs forward and backward; master weights keep `dtype`, the head is float32. auto: bfloat16 on
+    a GPU when rollout.dtype is half precision, else `dtype`."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time; default: on a GPU."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings along; off unless you have read that code."""
     cuda_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of the trainer under `distillserve up`, e.g. "1"."""
+    """GPUs of the trainer, as CUDA_VISIBLE_DEVICES takes them, e.g. "1" or "GPU-8932f937"; "": none. Default: the first one."""
 
 
 class ServerSection(Section):
@@ -58,7 +66,7 @@ class ServerSection(Section):
     dtype: Dtype = "float32"
     """Dtype of the weights on this server."""
     cuda_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of this server under `distillserve up`, e.g. "0"."""
+    """GPUs of this server, as CUDA_VISIBLE_DEVICES takes them, e.g. "0,1" or "GPU-8932f937"; "": none. Default: the first."""
     startup_timeout_s: float = Field(600.0, gt=0)
     """How long the trainer and `up` wait for this server to become ready, seconds."""
     request_timeout_s: float = Field(300.0, gt=0)
@@ -76,15 +84,16 @@ class RolloutConfig(ServerSection):
     port: Port = 8100
     """TCP port to listen on; `up` takes a free one when it is in use."""
     max_model_len: int | None = Field(None, ge=2)
-    """Longest prompt plus completion, tokens; default: what the model's config says."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """Key-value cache on CPU, GiB; on a GPU vLLM sizes it by `gpu_memory_utilization`."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of the GPU's memory vLLM may use."""
+    """Longest prompt plus completion, tokens; default: what data.max_prompt_tokens leaves room for, else 4096 or twice the
+    longest completion (less on a GPU without that much room), at most what the model's config says."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Key-value cache, GiB; default: 1 on a CPU, computed on a GPU that roles share, else what is left of the GPU."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of the GPU's memory vLLM may use; default: computed where roles share the GPU (docs/gpu.md), else 0.9."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs one server spreads the student over."""
-    max_num_seqs: int = Field(256, ge=1)
-    """Completions in flight at once."""
+    max_num_seqs: int | None = Field(None, ge=1)
+    """Completions in flight at once; default: 256, less on a GPU without room for so many."""
     max_logprobs: int = Field(64, ge=1)
     """Largest student top-k a request may ask for."""
     max_body_mib: int = Field(64, ge=1)
@@ -121,15 +130,17 @@ class TeacherConfig(ServerSection):
     device: str = "auto"
     """Torch device: "auto" (cuda when there is one), "cpu", "cuda:1"."""
     tokens_per_forward: int | None = Field(None, ge=1)
-    """Padded tokens in one forward pass; default: 2048 on a CPU, whose caches hold no more, else 16384."""
-    rows_per_head_chunk: int = Field(1024, ge=1)
-    """Positions projected to the vocabulary at once; bounds the memory of the head."""
+    """Padded tokens in one forward pass; default: 2048 on a CPU, whose caches hold no more, else 16384, less on
+    a GPU without room for so many."""
+    rows_per_head_chunk: int | None = Field(None, ge=1)
+    """Positions projected to the vocabulary at once, which bounds the memory of the head; default: 1024, less on a GPU
+    without room for so many."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that vLLM spreads the teacher over."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """vLLM's key-value cache on CPU, GiB; on a GPU it is sized by `gpu_memory_utilization`."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of the GPU's memory vLLM may use."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """vLLM's key-value cache, GiB; default: 1 on a CPU, computed on a GPU that roles share, else what is left of the GPU."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of the GPU's memory vLLM may use; default: computed where roles share the GPU, else 0.9."""
     engine_args: dict[str, Any] = {}
     """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"};
     weights are read from safetensors alone unless {"load_format": ...} says otherwise."""
@@ -329,19 +340,25 @@ class PipelineConfig(Section):
     """Optimizer steps on each batch, before the weights are pushed; from the second on the policy ratio is clipped."""
     texts_per_step: int = Field(32, ge=1)
     """Windows of data.lm_path per batch."""
-    tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Padded tokens in one forward and backward pass of the trainer."""
+    tokens_per_micro_batch: int | None = Field(None, ge=1)
+    """Padded tokens in one forward and backward pass of the trainer; default: 16384, less on a GPU without room for so
+    many."""
     max_staleness: int = Field(0, ge=0, le=0)
     """Steps a sample's policy may lag behind the trainer's; 0 is strictly on-policy, the one value this version has."""
     max_quarantine_rate: float = Field(0.05, ge=0, lt=1)
     """Share of a step's samples that may be set aside for bad teacher rows before the run stops."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.tokens_per_micro_batch or DEFAULT_TOKENS
 
 
 class WeightSyncConfig(Section):
     """How new weights reach the rollout server."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """auto: nccl when student.cuda_devices and rollout.cuda_devices are set and disjoint, else gloo through host memory."""
+    """auto: nccl when student.cuda_devices and rollout.cuda_devices are set, of one kind (numbers or UUIDs) and disjoint,
+    else gloo through host memory."""
     bucket_mib: int = Field(256, ge=1)
     """Weights sent in one broadcast, MiB."""
     stage_timeout_s: float = Field(120.0, gt=0)
@@ -351,7 +368,8 @@ class WeightSyncConfig(Section):
     canary_prompts: int = Field(4, ge=1)
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)
-    """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 in half precision."""
+    """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 where the rollouts or the
+    student's compute_dtype are in half precision."""
 
     @property
     def bucket_bytes(self) -> int:
@@ -422,14 +440,30 @@ class RunConfig(Section):
     def evaluation_max_new_tokens(self) -> int:
         return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
 
+    def compute_dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
+        """What student.compute_dtype stands for: the dtype of the body's products in the trainer."""
+        student = self.student
+        if student.compute_dtype != "auto":
+            return student.compute_dtype
+        half = "bfloat16" in (student.dtype, self.rollout.dtype if on_gpu else None) or (
+            on_gpu and self.rollout.dtype == "float16"
+        )
+        return "bfloat16" if half else "float32"
+
+    def uses_gradient_checkpointing(self, *, on_gpu: bool) -> bool:
+        """What student.gradient_checkpointing stands for."""
+        given = self.student.gradient_checkpointing
+        return on_gpu if given is None else given
+
     def weight_sync_backend(self) -> Literal["nccl", "gloo"]:
         """The backend that "auto" stands for; the server and the trainer both ask here."""
         if self.weight_sync.backend != "auto":
             return self.weight_sync.backend
         ours, theirs = (
-            set(filter(None, (d or "").split(","))) for d in (self.student.cuda_devices, self.rollout.cuda_devices)
+            parse_devices("cuda_devices", section.cuda_devices or "") for section in (self.student, self.rollout)
         )
-        return "nccl" if ours and theirs and not ours & theirs else "gloo"
+        # Not by asking the driver: the two may be on different machines and must come to the same answer.
+        return "nccl" if ours and theirs and overlap(ours, theirs) is False else "gloo"
 
     def require(self, role: Role) -> None:
         """Refuse a config that lacks what `role` cannot do without, or holds options of what it does not do.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from services import passed_on
 from services.addresses import checked_urls, is_wildcard
+from services.cuda_devices import overlap, parse_devices
 
 if TYPE_CHECKING:
     from services.config import RunConfig, TeacherConfig
@@ -30,6 +31,7 @@ def check(config: "RunConfig") -> None:
     _check_urls(config)
     _check_addresses(config)
     _check_passed_on(config)
+    _check_devices(config)
     _check_servers(config)
     _check_sampled_policy(config)
     _check_student_support(config)
@@ -73,6 +75,11 @@ def _check_work(config: "RunConfig") -> None:
 
 
 def _check_master_weights(config: "RunConfig") -> None:
+    if config.student.dtype == "bfloat16" and config.student.compute_dtype == "float32":
+        raise ValueError(
+            "student.compute_dtype = float32 with student.dtype = bfloat16: the weights have no more digits; set "
+            "student.dtype = float32, or leave student.compute_dtype out"
+        )
     if config.student.dtype == "float16":
         raise ValueError(
             "student.dtype = float16 cannot be trained: AdamW's squared gradients underflow and within some steps the logits are "
@@ -107,6 +114,29 @@ def _check_addresses(config: "RunConfig") -> None:
         raise ValueError(
             f"weight_sync.master_address = {address} cannot be used by nccl, whose rendezvous in vLLM is over IPv4 alone; give "
             "an IPv4 address, or weight_sync.backend = gloo"
+        )
+
+
+def _check_devices(config: "RunConfig") -> None:
+    """Lists of GPUs can be read, are long enough, and lie apart where nccl connects them."""
+    devices = {}
+    for name in ("student", "rollout", "teacher"):
+        section = getattr(config, name)
+        if section.cuda_devices is None:
+            continue
+        devices[name] = parse_devices(f"{name}.cuda_devices", section.cuda_devices)
+        size = getattr(section, "tensor_parallel_size", 1)
+        if 0 < len(devices[name]) < size:
+            raise ValueError(
+                f"{name}.tensor_parallel_size = {size} needs as many GPUs, but {name}.cuda_devices = "
+                f"{section.cuda_devices!r}; name more, or lower it"
+            )
+    both = devices.get("student", ()), devices.get("rollout", ())
+    if config.weight_sync.backend == "nccl" and overlap(*both):
+        raise ValueError(
+            f"weight_sync.backend = nccl cannot connect the trainer and the rollout server on one card, but student.cuda_devices = "
+            f"{config.student.cuda_devices!r} and rollout.cuda_devices = {config.rollout.cuda_devices!r}; give them different GPUs, "
+            "or leave weight_sync.backend out"
         )
 
 

@@ -46,6 +46,7 @@ _RESERVED_TEACHER_ENGINE_ARGS = {
             "gpu_memory_utilization",
         )
     },
+    "kv_cache_memory_bytes": "teacher.kv_cache_gib says that; set it instead",
     "max_logprobs": "teacher.max_top_k says that; set it instead",
     "logprobs_mode": "scores must be raw log-probabilities; leave it out",
     "tokenizer": "the scores of texts would be those of other tokens; leave it out",
@@ -81,7 +82,7 @@ _RESERVED_ROLLOUT_ARGS = {
             "gpu-memory-utilization",
         )
     },
-    "kv-cache-memory-bytes": "rollout.kv_cache_gib (CPU) and rollout.gpu_memory_utilization (GPU) say that; set them instead",
+    "kv-cache-memory-bytes": "rollout.kv_cache_gib says that; set it instead",
     "weight-transfer-config": "weight_sync.backend says that; set it instead",
     "logprobs-mode": "logprobs must be those of the policy that samples; leave it out",
     "device-memory-utilization": "rollout.gpu_memory_utilization says that; set it instead",

@@ -109,6 +109,8 @@ class RolloutInfo(WireModel):
     world_size: int
     """Processes that receive weights: tensor x pipeline x data parallel."""
     weight_transfer_backend: str
+    gpu_uuids: list[str] = []
+    """Of the cards it runs on, e.g. "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"; none on a CPU."""
     max_completions_per_request: int = Field(8192, ge=1)
     """Largest prompts times samples of one request."""
 

@@ -27,6 +27,7 @@ from services.digest import cause, how_it_ended, last_lines
 from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
 from services.folder_lock import FolderLock, lock_folder
+from services.gpu_sharing import servers_share_a_gpu
 from services.guard import LAUNCH_HEADER, LAUNCH_VARIABLE
 from services.keys import Secrets, make_key, reveal
 from services.role_process import RoleLog, RoleProcess
@@ -198,7 +199,7 @@ class Supervisor:
         for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
             await self._start(role, section.cuda_devices)
             wait = asyncio.create_task(self._wait_ready(role, section.server_urls()[0], section.startup_timeout_s))
-            if _share_a_gpu(config):
+            if servers_share_a_gpu(config):
                 if (code := await self._first(wait)) is not None:
                     return code
             else:
@@ -342,14 +343,6 @@ def _keys() -> dict[str, str]:
     keys = {"DISTILLSERVE_ROLLOUT_KEY": given.rollout_key, "DISTILLSERVE_TEACHER_KEY": given.teacher_key}
     variables = {name: reveal(key) or make_key() for name, key in keys.items()}
     return variables | {f"{name}_FILE": "" for name in keys}
-
-
-def _share_a_gpu(config: RunConfig) -> bool:
-    """Whether the two servers may use the same GPU, as far as the run says."""
-    rollout, teacher = config.rollout.cuda_devices, config.teacher.cuda_devices
-    if rollout is not None and teacher is not None:
-        return bool({*rollout.split(",")} & {*teacher.split(",")} - {""})
-    return Path("/proc/driver/nvidia").exists()
 
 
 def _cause_first(role: RoleProcess) -> int:

@@ -7,8 +7,12 @@ import torch
 from services.errors import StartupError
 
 
-def vllm_defaults() -> dict[str, str]:
-    """Environment variables that are set where the user has not set them."""
+def vllm_defaults(dtype: str) -> dict[str, str]:
+    """Environment variables that are set where the user has not set them.
+
+    Args:
+        dtype: of the weights.
+    """
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -20,16 +24,30 @@ def vllm_defaults() -> dict[str, str]:
         # vLLM's sampler goes through torch.compile even with --enforce-eager, which needs a C++ compiler: without
         # one the engine dies at its first completion.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
+    if dtype == "float32":
+        # Triton's products of float32 are TF32 by default, which takes attention's logprobs off by 1e-2; torch's are not.
+        defaults["TRITON_F32_DEFAULT"] = "ieee"
     return defaults
+
+
+def float32_head() -> dict[str, str]:
+    """What makes vLLM compute the logits of a half-precision model in float32, as trainer and teacher do, for its
+    --hf-overrides. On a CPU it would widen the whole head at every call."""
+    return {"head_dtype": "float32"} if torch.cuda.is_available() else {}
 
 
 # Whole GiB only, and it wins over what the options say.
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
-def kv_cache_bytes(gib: float) -> int | None:
-    """Size of the key-value cache on CPU, bytes; None on a GPU, where the share of its memory decides."""
-    return None if torch.cuda.is_available() else int(gib * (1 << 30))
+_CPU_KV_CACHE_GIB = 1.0
+
+
+def kv_cache_bytes(gib: float | None) -> int | None:
+    """Size of the key-value cache, bytes; None on a GPU where nothing is set: what is left of vLLM's share."""
+    if gib is None and torch.cuda.is_available():
+        return None
+    return int((gib or _CPU_KV_CACHE_GIB) * (1 << 30))
 
 
 def check_libnuma() -> None:

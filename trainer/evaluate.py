@@ -26,7 +26,7 @@ from services.teacher_answers import cut_by_rows
 from trainer.batch import MicroBatch, loss_inputs, pack
 from trainer.exact_match import ExactMatch, count_teacher_matches
 from trainer.loss import estimate_reverse_kl
-from trainer.model import evaluating, head_of, student_logprobs
+from trainer.model import compute_dtype_of, evaluating, head_of, student_logprobs
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
 from trainer.teacher_scores import ScoredSample, Support, score_rollouts
@@ -105,10 +105,11 @@ class Evaluator:
         """Score and measure part after part, so that memory does not grow with the number of completions."""
         support = self._support(model)
         measured, reason = ReverseKL(), ""
+        dtype = compute_dtype_of(self._config, model.device)
         for part in _parts(rollouts, support.size):
             samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
             reason = reason or (quarantined[0].reason if quarantined else "")
-            measured.add(model, samples, self._config.pipeline.tokens_per_micro_batch)
+            measured.add(model, samples, self._config.pipeline.micro_batch_tokens, dtype)
         if not measured.lengths:
             raise PeerError(f"no completion could be scored, the first one because {reason}")
         return measured
@@ -160,12 +161,18 @@ class ReverseKL:
     lengths: list[int] = field(default_factory=list)
     """Tokens of each completion."""
 
-    def add(self, model: PreTrainedModel, samples: list[ScoredSample], tokens_per_micro_batch: int) -> None:
+    def add(
+        self,
+        model: PreTrainedModel,
+        samples: list[ScoredSample],
+        tokens_per_micro_batch: int,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         """Measure further completions."""
         with evaluating(model):
             for batch in pack(samples, LossConfig(), tokens_per_micro_batch, rope_switch(model)):
                 lengths = batch.cu_seqlens.diff().tolist()
-                per_token = _reverse_kl(model, batch.to(model.device)).cpu()
+                per_token = _reverse_kl(model, batch.to(model.device), compute_dtype).cpu()
                 self.sums += [float(part.sum()) for part in per_token.split(lengths)]
                 self.lengths += lengths
 
@@ -191,9 +198,8 @@ def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
 
 
 @torch.no_grad()
-def _reverse_kl(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+def _reverse_kl(model: PreTrainedModel, batch: MicroBatch, compute_dtype: torch.dtype | None) -> Tensor:
     """[N] float64."""
-    output = student_logprobs(
-        model, batch.input_ids, batch.positions, batch.token_ids, batch.support_ids, temperature=1.0
-    )
+    ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
+    output = student_logprobs(model, *ids, temperature=1.0, compute_dtype=compute_dtype)
     return estimate_reverse_kl(loss_inputs(batch, output)).double()

@@ -12,13 +12,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from services.causal_lm import OutputHead, hidden_states, load_causal_lm, output_head
-from services.config import OptimizerConfig, StudentConfig
+from services.config import OptimizerConfig, RunConfig, StudentConfig
 from trainer.dropout import disable_dropout
 from trainer.lm_head import HeadOutput, support_logprobs
 
 
-def load_student(config: StudentConfig) -> PreTrainedModel:
+def load_student(config: StudentConfig, *, checkpointing: bool | None = None) -> PreTrainedModel:
     """The student with master weights in `config.dtype`, ready to train.
+
+    Args:
+        checkpointing: recompute activations in the backward pass; default: where the config says so.
 
     Raises:
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
@@ -33,7 +36,7 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
     )
     if config.disable_dropout:
         disable_dropout(model)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing if checkpointing is None else checkpointing:
         model.gradient_checkpointing_enable()
     output_head(model)  # refuse an unknown head now, not at the first step
     return model.train()
@@ -57,19 +60,23 @@ def student_logprobs(
     token_ids: torch.Tensor,
     support_ids: torch.Tensor,
     temperature: float,
+    compute_dtype: torch.dtype | None = None,
 ) -> HeadOutput:
     """Logprobs of the student at packed completion positions.
+
+    The head is computed in float32 at least, as the teacher's and the rollout server's are.
 
     Args:
         input_ids: [B, T], padded on the right.
         positions: [N] into the B * T hidden states.
         token_ids: [N]; support_ids: [N, K].
         temperature: divides the logits.
+        compute_dtype: of the body's products, where it is not that of the weights.
     """
-    hidden = hidden_states(model, input_ids)
+    hidden = hidden_states(model, input_ids, compute_dtype).flatten(0, 1)[positions]
     head = head_of(model)
     return support_logprobs(
-        hidden.flatten(0, 1)[positions],
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32)),
         head.weight,
         token_ids,
         support_ids,
@@ -78,6 +85,12 @@ def student_logprobs(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
     )
+
+
+def compute_dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the body's products on a device."""
+    found: torch.dtype = getattr(torch, config.compute_dtype(on_gpu=device.type == "cuda"))
+    return found
 
 
 def head_of(model: PreTrainedModel) -> OutputHead:

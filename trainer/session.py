@@ -21,6 +21,8 @@ from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig, TeacherConfig
 from services.errors import ConfigError, DistillServeError, EvaluationError
 from services.folder_lock import lock_folder
+from services.gpu_options import computed
+from services.gpus import check_driver
 from services.keys import Secrets, reveal
 from services.schemas import RolloutInfo
 from services.signals import Interruption
@@ -219,8 +221,11 @@ async def open_session(config: RunConfig, interruption: Interruption | None = No
 
 async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) -> Session:
     Secrets().check()  # before the model is loaded
+    on_gpu = torch.cuda.is_available()
+    check_driver(on_gpu)
+    config = computed(config, "trainer")
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(config.output.trackers) or None, project_dir=config.output.dir
+        cpu=not on_gpu, log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )
     if accelerator.num_processes > 1:
         raise ConfigError(
@@ -233,7 +238,7 @@ async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) ->
     record = RunRecord(config, accelerator, tokenizer)
     end_token_ids = eos_token_ids_on_disk(student.model or "", tokenizer, trust_remote_code=student.trust_remote_code)
     files = _read_files(config, tokenizer, end_token_ids)  # a broken file must not wait for the servers to be reported
-    model = load_student(student)
+    model = load_student(student, checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu))
     check_windows_fit(files.texts, model.config.get_text_config())
     with progress.doing("waiting for the servers"):
         servers = await _attach(config, files, stack)

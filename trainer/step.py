@@ -11,7 +11,7 @@ from services.errors import DistillServeError
 from trainer.batch import MicroBatch, TextBatch, loss_inputs, pack, pack_texts
 from trainer.lm_head import HeadOutput
 from trainer.loss import LossTotals, language_model_loss, merge_metrics, minillm_loss
-from trainer.model import student_logprobs
+from trainer.model import compute_dtype_of, student_logprobs
 from trainer.session import Session
 from trainer.teacher_scores import ScoredSample
 
@@ -36,11 +36,11 @@ def optimize(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
 def _update(run: Session, samples: list[ScoredSample]) -> dict[str, float]:
     config = run.config
     switch = rope_switch(run.model)
-    micro_batches = pack(samples, config.loss, config.pipeline.tokens_per_micro_batch, switch)
+    micro_batches = pack(samples, config.loss, config.pipeline.micro_batch_tokens, switch)
     longest = config.sampling.max_new_tokens
     totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
     texts = [] if run.texts is None else run.texts.take(config.pipeline.texts_per_step)
-    text_batches = pack_texts(texts, config.pipeline.tokens_per_micro_batch, switch)
+    text_batches = pack_texts(texts, config.pipeline.micro_batch_tokens, switch)
     learning_rate = run.schedule.get_last_lr()[0]
     if totals.num_valid_tokens == 0 and not texts:
         run.schedule.step()
@@ -139,4 +139,5 @@ def _student(run: Session, batch: MicroBatch | TextBatch, support_ids: torch.Ten
         batch.token_ids,
         support_ids,
         temperature=temperature,
+        compute_dtype=compute_dtype_of(run.config, run.accelerator.device),
     )

@@ -30,14 +30,13 @@ from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.weight_transfer import trainer_engine
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.rendezvous import listen_on
-from trainer.model import evaluating, student_logprobs
+from trainer.model import compute_dtype_of, evaluating, student_logprobs
 from trainer.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
 _CANARY_NEW_TOKENS = 16
-# Half precision: vLLM and transformers round in different places, so single tokens differ by more.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
+_FLOAT32_TOLERANCE, _HALF_TOLERANCE = 1e-4, 0.05
 
 
 class WeightSync:
@@ -61,6 +60,7 @@ class WeightSync:
     ) -> None:
         self._config, self._model, self._client, self._infos = config, model, client, infos
         self._prompts = [p.token_ids for p in canary_prompts]
+        self._compute_dtype = compute_dtype_of(config, model.device)
         self._control = WeightControlClient(
             client.urls, [info.world_size for info in infos], key, config.weight_sync.stage_timeout_s
         )
@@ -77,6 +77,22 @@ class WeightSync:
                 )
         if len({info.dtype for info in self._infos}) > 1:
             raise StartupError("the rollout servers run in different dtypes; start them with the same rollout.dtype")
+        if backend == "nccl":
+            self._check_own_card()
+
+    def _check_own_card(self) -> None:
+        """nccl connects cards, each of them once; by UUID, for numbers mean something else in every process."""
+        fix = "leave weight_sync.backend out on both sides, or pass gloo"
+        device = self._model.device
+        if device.type != "cuda":
+            raise StartupError(f"weight_sync.backend = nccl needs the trainer on a GPU, it is on {device.type}; {fix}")
+        ours = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).lower().removeprefix('gpu-')}"
+        for url, info in zip(self._client.urls, self._infos, strict=True):
+            if ours in info.gpu_uuids:
+                raise StartupError(
+                    f"weight_sync.backend = nccl, but {url} runs on this trainer's card {ours}, and nccl connects different "
+                    f"ones; give student.cuda_devices another GPU, or {fix}"
+                )
 
     @property
     def rollout_dtype(self) -> str:
@@ -108,6 +124,7 @@ class WeightSync:
 
     def _send(self, version: int) -> None:
         try:
+            self._choose_device()
             if self._engine is None:
                 self._engine = self._connect()
             self._control.version = str(version)
@@ -117,6 +134,14 @@ class WeightSync:
         except (RuntimeError, ValueError, OSError) as error:  # torch reports a lost peer as a RuntimeError
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise WeightSyncError(f"push of version {version}: {reason}") from error
+
+    def _choose_device(self) -> None:
+        """In the thread that pushes: a new thread's device is 0, and nccl packs on streams of its own, which wait for
+        nothing: without this, weights from before the optimizer's step may go out."""
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.synchronize(device)
 
     def _connect(self) -> Any:
         self._control.clear_abandoned_update()
@@ -147,12 +172,15 @@ class WeightSync:
         return max(residuals)
 
     def _check_residual(self, url: str, version: int, differences: np.ndarray) -> float:
-        residual = float(differences.max() if self.rollout_dtype == "float32" else differences.mean())
-        tolerance = self._config.weight_sync.canary_tolerance or _TOLERANCE[self.rollout_dtype]
+        # Half precision on either side rounds in other places, so single tokens differ by more.
+        dtypes = (self.rollout_dtype, str(self._compute_dtype).removeprefix("torch."))
+        half = next((dtype for dtype in dtypes if dtype != "float32"), None)
+        residual = float(differences.mean() if half else differences.max())
+        tolerance = self._config.weight_sync.canary_tolerance or (_HALF_TOLERANCE if half else _FLOAT32_TOLERANCE)
         if not residual <= tolerance:
             raise WeightSyncError(
                 f"canary of version {version} on {url}: its logprobs differ from the trainer's by {residual:.2g}, more than "
-                f"{tolerance:g} ({self.rollout_dtype}); the server holds other weights than the trainer sent"
+                f"{tolerance:g} ({half or 'float32'}); the server holds other weights than the trainer sent"
             )
         return residual
 
@@ -160,7 +188,7 @@ class WeightSync:
     def _differences(self, prompts: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
         """[N] absolute differences between the server's and the trainer's logprobs of the sampled tokens."""
         sequences = [[*prompt, *c.token_ids.tolist()] for prompt, c in zip(prompts, completions, strict=True)]
-        limit, switch = self._config.pipeline.tokens_per_micro_batch, rope_switch(self._model)
+        limit, switch = self._config.pipeline.micro_batch_tokens, rope_switch(self._model)
         found = []
         with evaluating(self._model):
             for group in cut_by_padded_tokens(list(map(len, sequences)), limit, boundary=switch):
@@ -177,7 +205,10 @@ class WeightSync:
         positions = predicting_positions(prompt_lengths, lengths, input_ids.shape[1])
         token_ids = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long().to(device)
         ids, where = input_ids.to(device), positions.to(device)
-        output = student_logprobs(self._model, ids, where, token_ids, token_ids.unsqueeze(-1), temperature=1.0)
+        support = token_ids.unsqueeze(-1)
+        output = student_logprobs(
+            self._model, ids, where, token_ids, support, temperature=1.0, compute_dtype=self._compute_dtype
+        )
         return output.token_logprobs.float().cpu().numpy()
 
     def _disconnect(self) -> None:

@@ -60,6 +60,7 @@ async def get_info(request: Request, settings: RolloutSettings) -> Response:
         max_logprobs=settings.max_logprobs,
         world_size=engine.vllm_config.parallel_config.world_size_across_dp,
         weight_transfer_backend=settings.backend,
+        gpu_uuids=list(settings.gpu_uuids),
         max_completions_per_request=settings.max_completions_per_request,
     )
     return JSONResponse(info.model_dump())

@@ -12,27 +12,30 @@ from pathlib import Path
 import torch
 
 from services.causal_lm import load_model_config
-from services.config import RunConfig
+from services.config import DEFAULT_NUM_SEQS, RunConfig
 from services.connections import SERVER_IDLE_S
+from services.gpu_options import ALONE_UTILIZATION, computed
+from services.gpus import check_driver
 from services.keys import Secrets, require_key_beyond_loopback
 from services.own_key import check_own_key_folder, own_key_path
 from services.rollout.settings import RolloutSettings
 from services.startup import check_port, check_socket_folder, check_weights
-from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, kv_cache_bytes, vllm_defaults
+from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_head, kv_cache_bytes, vllm_defaults
 
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GUARD = "services.rollout.guard.RolloutGuard"
 _SHUTDOWN_S = 5
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
+_OVERRIDES = "--hf-overrides"
 
 
 def run(config: RunConfig) -> None:
     """Replace this process by the rollout server; does not return.
 
     Raises:
-        ConfigError: no student, or a public address without a key.
-        StartupError: the port is taken or the model folder is missing.
+        ConfigError: no student, a public address without a key, or no room on the GPU.
+        StartupError: the port is taken, the model folder is missing, or the GPU cannot be used.
     """
     config.require("rollout")
     key = Secrets().rollout_key
@@ -42,8 +45,10 @@ def run(config: RunConfig) -> None:
     check_weights("student.model", model)
     if not Path(model).exists():  # a hub id; vLLM would end with pages of traceback
         load_model_config(model, trust_remote_code=config.student.trust_remote_code, key="student.model")
+    check_driver(torch.cuda.is_available(), runs_on_cpu=False)
     check_libnuma()
     check_socket_folder()
+    config = computed(config, "rollout")
     if key is None:
         check_own_key_folder(config.rollout.port)
         print(
@@ -64,7 +69,7 @@ def vllm_command(config: RunConfig) -> list[str]:
         "--port": rollout.port,
         "--dtype": rollout.dtype,
         "--seed": rollout.seed,
-        "--max-num-seqs": rollout.max_num_seqs,
+        "--max-num-seqs": rollout.max_num_seqs or DEFAULT_NUM_SEQS,
         "--max-logprobs": rollout.max_logprobs,
         "--tensor-parallel-size": rollout.tensor_parallel_size,
         # The policy that sampled is the one after temperature, top-p and top-k.
@@ -82,14 +87,40 @@ def vllm_command(config: RunConfig) -> list[str]:
     if (cache := kv_cache_bytes(rollout.kv_cache_gib)) is not None:
         options["--kv-cache-memory-bytes"] = cache
     if torch.cuda.is_available():
-        options["--gpu-memory-utilization"] = rollout.gpu_memory_utilization
+        options["--gpu-memory-utilization"] = rollout.gpu_memory_utilization or ALONE_UTILIZATION
     flags = ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
     if not torch.cuda.is_available():
         flags.append("--enforce-eager")  # compiling for CPU costs minutes and gains nothing on short completions
     if student.trust_remote_code:
         flags.append("--trust-remote-code")
     pairs = [text for key, value in options.items() for text in (key, str(value))]
-    return [sys.executable, "-m", _MODULE, *pairs, *flags, *rollout.engine_args]
+    engine_args = list(rollout.engine_args)
+    if rollout.dtype != "float32" and not any("quantization" in argument for argument in engine_args):
+        engine_args = with_overrides(engine_args, float32_head())
+    return [sys.executable, "-m", _MODULE, *pairs, *flags, *engine_args]
+
+
+def with_overrides(engine_args: list[str], ours: dict[str, str]) -> list[str]:
+    """vLLM's arguments with further --hf-overrides, beside the user's, which win: vLLM itself keeps the last ones only,
+    unless all have a name of their own (--hf-overrides.name value)."""
+    if not ours:
+        return engine_args
+    dotted = [text for name, value in ours.items() for text in (f"{_OVERRIDES}.{name}", value)]
+    for index, argument in enumerate(engine_args):
+        flag, equals, value = argument.partition("=")
+        name = flag.replace("_", "-")
+        if name.startswith("--hf-o") and _OVERRIDES.startswith(name):
+            last = index + (0 if equals else 1)
+            value = value if equals else "".join(engine_args[last : last + 1])
+            return [*engine_args[:index], _OVERRIDES, _merged(ours, value), *engine_args[last + 1 :]]
+    return [*dotted, *engine_args]
+
+
+def _merged(ours: dict[str, str], theirs: str) -> str:
+    try:
+        return json.dumps(ours | json.loads(theirs))
+    except (ValueError, TypeError):  # vLLM will say what is wrong with it
+        return theirs
 
 
 def vllm_environment(config: RunConfig) -> dict[str, str]:
@@ -99,6 +130,6 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(SERVER_IDLE_S),
         **RolloutSettings.from_config(config).to_environment(),
     }
-    environment = {**vllm_defaults(), **os.environ, **fixed}
+    environment = {**vllm_defaults(config.rollout.dtype), **os.environ, **fixed}
     environment.pop(KV_CACHE_VARIABLE, None)
     return environment

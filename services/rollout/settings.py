@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from services.config import RunConfig
+from services.gpu_sharing import gpus_of
 
 _VARIABLE = "DISTILLSERVE_ROLLOUT_SETTINGS"
 
@@ -22,6 +23,7 @@ class RolloutSettings:
     max_completions_per_request: int
     max_body_bytes: int
     port: int = 0  # names the file of the key that the server makes when it was given none
+    gpu_uuids: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
@@ -32,6 +34,7 @@ class RolloutSettings:
             max_completions_per_request=config.rollout.max_completions_per_request,
             max_body_bytes=config.rollout.max_body_mib << 20,
             port=config.rollout.port,
+            gpu_uuids=tuple(gpu.uuid for gpu in gpus_of(config, "rollout", strict=False)),
         )
 
     @classmethod

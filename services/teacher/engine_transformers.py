@@ -21,7 +21,7 @@ from services.causal_lm import (
     rope_switch,
     tokenizer_fingerprint,
 )
-from services.config import TeacherConfig
+from services.config import DEFAULT_HEAD_ROWS, DEFAULT_TOKENS, TeacherConfig
 from services.errors import RequestError, StartupError
 from services.model_fingerprint import model_fingerprint
 from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
@@ -34,7 +34,7 @@ from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 _FLOPS_PER_THREAD = 4e9
 _MOST_PARALLEL_FORWARDS = 4
 # Padded tokens of a forward pass: fewer run faster on a CPU, whose caches hold no more.
-_CPU_TOKENS_PER_FORWARD, _TOKENS_PER_FORWARD = 2048, 16384
+_CPU_TOKENS_PER_FORWARD = 2048
 
 
 class TransformersEngine:
@@ -51,7 +51,7 @@ class TransformersEngine:
         assert config.model is not None
         self._config = config
         self._device = _device(config.device)
-        usual = _CPU_TOKENS_PER_FORWARD if self._device.type == "cpu" else _TOKENS_PER_FORWARD
+        usual = _CPU_TOKENS_PER_FORWARD if self._device.type == "cpu" else DEFAULT_TOKENS
         self.tokens_per_forward = config.tokens_per_forward or usual
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             config.model, trust_remote_code=config.trust_remote_code, key="teacher.model"
@@ -71,7 +71,7 @@ class TransformersEngine:
         self.parallel_forwards = self._num_parallel_forwards()
         self._threads_per_forward = max(1, torch.get_num_threads() // self.parallel_forwards)
         output = output_head(self._model)
-        self._head = ScoringHead(output, config.rows_per_head_chunk)
+        self._head = ScoringHead(output, config.rows_per_head_chunk or DEFAULT_HEAD_ROWS)
         self.info = self._describe(len(output.weight))
 
     def _num_parallel_forwards(self) -> int:

@@ -40,12 +40,14 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.causal_lm import load_tokenizer
 from services.config import TeacherConfig
 from services.errors import DistillServeError, StartupError
+from services.gpu_options import ALONE_UTILIZATION
 from services.metrics import TeacherMetrics
+from services.model_shape import read_shape
 from services.startup import check_socket_folder
 from services.tail import log_mass_left
 from services.teacher.jobs import ScoreItem, ScoreJob, engine_failed, shutting_down
 from services.teacher.vllm_info import describe, longest_sequence
-from services.vllm_environment import kv_cache_bytes
+from services.vllm_environment import float32_head, kv_cache_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +260,7 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "gpu_memory_utilization": config.gpu_memory_utilization or ALONE_UTILIZATION,
         "kv_cache_memory_bytes": kv_cache_bytes(config.kv_cache_gib),
         "max_logprobs": -1,  # all of the vocabulary; what a request may ask is checked before it gets here
         "enable_prefix_caching": False,  # never read for prompt logprobs
@@ -269,7 +271,17 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
     if config.max_model_len is not None:
         # Room for the token that vLLM samples.
         arguments["max_model_len"] = min(config.max_model_len + 1, longest_sequence(config))
+    theirs = config.engine_args.get("hf_overrides", {})
+    if config.dtype != "float32" and isinstance(theirs, dict) and not _is_quantised(config):
+        arguments["hf_overrides"] = float32_head() | theirs
+        return arguments | {name: v for name, v in config.engine_args.items() if name != "hf_overrides"}
     return arguments | config.engine_args
+
+
+def _is_quantised(config: TeacherConfig) -> bool:
+    """Whether the head may be, which vLLM then computes in no other dtype."""
+    shape = read_shape(config.model or "")
+    return "quantization" in config.engine_args or shape is None or shape.stored_bytes is not None
 
 
 def sampling_params(item: ScoreItem) -> SamplingParams:

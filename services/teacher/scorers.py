@@ -57,7 +57,7 @@ def load_scorer(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Call
 def _load_vllm(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Callable[[Exception], None]) -> Scorer:
     check_libnuma()
     # This process has threads, which a fork would leave with locks that nobody releases.
-    for name, value in {**vllm_defaults(), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
+    for name, value in {**vllm_defaults(config.dtype), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
         os.environ.setdefault(name, value)
     os.environ.pop(KV_CACHE_VARIABLE, None)
     try:

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -31,6 +32,8 @@ from starlette.exceptions import HTTPException
 from services.config import RunConfig, TeacherConfig
 from services.connections import SERVER_IDLE_S
 from services.errors import DistillServeError, RequestError
+from services.gpu_options import computed
+from services.gpus import check_driver
 from services.guard import OPEN_PATHS, Guard, problem_response
 from services.keys import Secrets, require_key_beyond_loopback, reveal
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
@@ -260,16 +263,20 @@ def run(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are finished first.
 
     Raises:
-        ConfigError: no teacher, or a public address without a key.
-        StartupError: the port is taken, or the model cannot be loaded.
+        ConfigError: no teacher, a public address without a key, or no room on the GPU.
+        StartupError: the port is taken, the model cannot be loaded, or the GPU cannot be used.
         DistillServeError: the engine broke while it served.
     """
     config.require("teacher")
     teacher, key = config.teacher, Secrets().teacher_key
     require_key_beyond_loopback("teacher", teacher.host, key)
+    is_vllm = teacher.engine == "vllm"
     # transformers says in one line that it finds no weights that it may read, vLLM in pages.
-    is_checked = teacher.engine == "vllm" and "load_format" not in teacher.engine_args
+    is_checked = is_vllm and "load_format" not in teacher.engine_args
     (check_weights if is_checked else check_model_folder)("teacher.model", teacher.model or "")
+    if is_vllm or teacher.device != "cpu":
+        check_driver(torch.cuda.is_available(), runs_on_cpu=not is_vllm)
+    teacher = computed(config, "teacher").teacher
     listener = bind("teacher", teacher.host, teacher.port)
     app = create_app(teacher)
     service: TeacherService = app.state.service

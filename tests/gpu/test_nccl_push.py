@@ -35,7 +35,6 @@ async def test_server_and_trainer_agree_after_pushes_over_nccl(tmp_path: Path, m
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        torch.cuda.set_device(1)
         config = RunConfig(student={"model": folder}, weight_sync={"backend": "nccl"}, sampling={"max_new_tokens": 16})
         model = load_student(config.student).to("cuda:1")
         async with RolloutClient([running.url], key=KEY) as client:

@@ -114,7 +114,7 @@ def plain_vllm(model: str, log: Path, *arguments: str) -> Iterator[Server]:
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     words += ["--dtype", "float32", "--api-key", KEY, "--enforce-eager", *arguments]
     url = f"http://127.0.0.1:{port}"
-    with _running(url, log, words, {**vllm_defaults(), **os.environ}, "/health") as running:
+    with _running(url, log, words, {**vllm_defaults("float32"), **os.environ}, "/health") as running:
         yield running
 
 

@@ -99,6 +99,20 @@ BAD_OPTIONS = [
     ),
     (["--rollout.port", "70000"], ["rollout.port", "70000", "65535"]),
     (["--rollout.port", "8101"], ["rollout.port and teacher.port are both 8101", "different ports"]),
+    (["--rollout.cuda_devices", "first"], ["rollout.cuda_devices = 'first'", "no GPU", "nvidia-smi -L"]),
+    (["--teacher.cuda_devices", "0,GPU-12"], ["teacher.cuda_devices = '0,GPU-12'", "mixes numbers and UUIDs"]),
+    (
+        ["--rollout.cuda_devices", "0", "--rollout.tensor_parallel_size", "2"],
+        ["rollout.tensor_parallel_size = 2", "rollout.cuda_devices = '0'", "name more, or lower it"],
+    ),
+    (
+        ["--teacher.engine_args", '{"kv_cache_memory_bytes": 1}'],
+        ["teacher.engine_args.kv_cache_memory_bytes", "teacher.kv_cache_gib"],
+    ),
+    (
+        ["--student.dtype", "bfloat16", "--student.compute_dtype", "float32"],
+        ["student.compute_dtype = float32", "student.dtype = bfloat16"],
+    ),
     (["--rollout.kv_cache_gib", "0"], ["rollout.kv_cache_gib", "greater than 0"]),
     (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
@@ -602,11 +616,31 @@ def test_up_refuses_a_finished_run_before_it_starts_anything(
 
 @pytest.mark.parametrize(
     ("student", "rollout", "expected"),
-    [("1", "0", "nccl"), ("0", "0", "gloo"), ("0,1", "1,2", "gloo"), (None, "0", "gloo"), ("", "0", "gloo")],
+    [
+        ("1", "0", "nccl"),
+        ("0", "0", "gloo"),
+        ("0,1", "1,2", "gloo"),
+        (None, "0", "gloo"),
+        ("", "0", "gloo"),
+        ("GPU-8932f937", "GPU-0a1b2c3d", "nccl"),
+        ("GPU-8932f937", "GPU-8932F937-d72c", "gloo"),
+        ("GPU-8932f937", "0", "gloo"),  # nobody can tell without that machine's driver
+        ("MIG-1", "MIG-2", "gloo"),
+    ],
 )
 def test_auto_takes_nccl_only_between_different_gpus(student: str | None, rollout: str, expected: str) -> None:
     config = RunConfig(student={"cuda_devices": student}, rollout={"cuda_devices": rollout})
     assert config.weight_sync_backend() == expected
+
+
+@pytest.mark.parametrize(("student", "rollout"), [("0", "0"), ("1,0", "2,1"), ("GPU-8932f937", "GPU-8932f937-d72c")])
+def test_nccl_on_one_card_is_refused(student: str, rollout: str) -> None:
+    sections = {"student": {"cuda_devices": student}, "rollout": {"cuda_devices": rollout}}
+    with pytest.raises(
+        ValueError, match=r"nccl cannot connect the trainer and the rollout server on one card.*different GPUs"
+    ):
+        RunConfig(**sections, weight_sync={"backend": "nccl"})
+    RunConfig(**sections, weight_sync={"backend": "gloo"})
 
 
 def test_every_option_has_a_help_text() -> None:

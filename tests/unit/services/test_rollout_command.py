@@ -3,6 +3,7 @@
 import ctypes
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from services.config import RunConfig, StudentConfig
 from services.connections import CLIENT_IDLE_S
 from services.errors import StartupError
+from services.gpu_options import computed
 from services.own_key import OwnKeyAuth, own_key_path
 from services.passed_on import _RESERVED_ROLLOUT_ARGS, check_rollout_engine_args
 from services.rollout import server
@@ -23,6 +25,7 @@ from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
 from services.rollout.settings import RolloutSettings
 from services.startup import free_port
 from tests.models import save_model
+from tests.unit.services.fake_gpus import UUIDS, install_gpus
 
 CONFIG = RunConfig(
     student={"model": "m"},
@@ -134,14 +137,88 @@ def test_what_the_user_sets_wins_except_what_the_weight_push_needs(monkeypatch: 
     assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG" and environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 
-@pytest.mark.parametrize(("cuda", "cache"), [(False, ["--kv-cache-memory-bytes", str(1 << 29)]), (True, [])])
-def test_the_cache_on_cpu_may_be_half_a_gib(cuda: bool, cache: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's environment variable takes whole GiB only, and would win."""
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(("gib", "cache"), [(0.5, 1 << 29), (None, None)])
+def test_the_cache_may_be_half_a_gib(
+    cuda: bool, gib: float | None, cache: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's environment variable takes whole GiB only, and would win. Unset, it is 1 GiB on a CPU, the rest on a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
-    command = server.vllm_command(CONFIG)
-    at = command.index("--kv-cache-memory-bytes") if cache else len(command)
-    assert command[at : at + 2] == cache and "VLLM_CPU_KVCACHE_SPACE" not in server.vllm_environment(CONFIG)
+    config = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"kv_cache_gib": gib})})
+    command = server.vllm_command(config)
+    expected = cache or (None if cuda else 1 << 30)
+    found = option(command, "--kv-cache-memory-bytes") if "--kv-cache-memory-bytes" in command else None
+    assert found == (None if expected is None else str(expected))
+    assert ("--gpu-memory-utilization" in command) == cuda
+    assert "VLLM_CPU_KVCACHE_SPACE" not in server.vllm_environment(config)
+
+
+def test_on_a_shared_gpu_cache_and_utilization_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpus(tmp_path, monkeypatch, [24 << 30])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = save_model(tmp_path / "model", "qwen3")
+    config = RunConfig(student={"model": folder}, teacher={"model": folder}, data={"path": "d"})
+    command = server.vllm_command(computed(config, "rollout"))
+    assert 0 < float(option(command, "--gpu-memory-utilization")) < 0.5
+    assert int(option(command, "--kv-cache-memory-bytes")) > 0 and option(command, "--max-model-len") == "256"
+    alone = server.vllm_command(computed(RunConfig(student={"model": folder}), "rollout"))
+    assert option(alone, "--gpu-memory-utilization") == "0.9" and "--kv-cache-memory-bytes" not in alone
+    settings = RolloutSettings.from_config(config)
+    assert settings.gpu_uuids == (UUIDS[0],)
+
+
+def test_a_sequence_may_be_as_long_as_a_small_cache_holds(tmp_path: Path) -> None:
+    """On a CPU too: of a model of 40,960 positions vLLM would ask for a cache of 4.7 GB, and not start."""
+    folder = save_model(tmp_path / "model", "qwen3", max_position_embeddings=40_960)
+    for sections, expected in (
+        ({}, 4096),
+        ({"sampling": {"max_new_tokens": 3000}}, 6000),
+        ({"data": {"max_prompt_tokens": 100}}, 356),
+        ({"rollout": {"max_model_len": 9000}}, 9000),
+    ):
+        config = computed(RunConfig(**{"student": {"model": folder}} | sections), "rollout")
+        assert option(server.vllm_command(config), "--max-model-len") == str(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_rollouts_compute_attention_in_float32(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    config = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"dtype": dtype})})
+    assert server.vllm_environment(config).get("TRITON_F32_DEFAULT") == ("ieee" if dtype == "float32" else None)
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    assert server.vllm_environment(config)["TRITON_F32_DEFAULT"] == "tf32"  # a user's own wish
+
+
+def overrides(engine_args: list[str], dtype: str = "bfloat16") -> Any:
+    """What vLLM's own parser makes of --hf-overrides."""
+    section = CONFIG.rollout.model_copy(update={"engine_args": engine_args, "dtype": dtype})
+    command = server.vllm_command(CONFIG.model_copy(update={"rollout": section}))
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:]).hf_overrides
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "expected"),
+    [
+        ([], {}),
+        (["--hf-overrides", '{"a": 1}'], {"a": 1}),
+        (['--hf-overrides={"a": 1}'], {"a": 1}),
+        (["--hf_overrides", '{"a": {"b": 2}}', "--max-num-batched-tokens", "9"], {"a": {"b": 2}}),
+        (["--hf-overrides.a.b", "2"], {"a": {"b": 2}}),
+        (["--hf_overrides.a=2"], {"a": 2}),
+        (["--hf-overrides", '{"head_dtype": "model"}'], {"head_dtype": "model"}),
+        (["--hf-overrides.head_dtype", "model"], {"head_dtype": "model"}),
+    ],
+)
+def test_a_half_precision_head_is_float32_on_a_gpu_beside_what_the_user_overrides(
+    engine_args: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert overrides(engine_args) == {"head_dtype": "float32"} | expected
+    assert overrides(engine_args, "float32") == expected
+    assert overrides([*engine_args, "--quantization", "fp8"]) == expected  # vLLM refuses it for a quantised head
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert overrides(engine_args) == expected  # where it would widen the head at every call
 
 
 @pytest.mark.parametrize("cuda", [True, False])

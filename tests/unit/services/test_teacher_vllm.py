@@ -1,19 +1,23 @@
 """The teacher's vLLM engine over a fake AsyncLLM: how its answers become rows, what it refuses, how it ends."""
 
 import asyncio
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -327,6 +331,42 @@ def test_weights_are_read_from_safetensors_unless_told_otherwise(folder: str) ->
 
 def test_what_is_reserved_is_what_vllm_has() -> None:
     assert set(_RESERVED_TEACHER_ENGINE_ARGS) <= set(engine_vllm.AsyncEngineArgs.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("theirs", [{}, {"a": 1}, {"head_dtype": "model"}])
+def test_a_half_precision_head_is_float32_on_a_gpu_unless_it_may_be_quantised(
+    theirs: dict[str, Any], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def overrides(**changes: Any) -> Any:
+        arguments = {"hf_overrides": theirs} if theirs else {}
+        section = {"model": folder, "dtype": "bfloat16", "engine": "vllm"} | changes
+        config = TeacherConfig(**section | {"engine_args": arguments | section.get("engine_args", {})})
+        return engine_vllm.engine_arguments(config).get("hf_overrides", {})
+
+    assert overrides() == {"head_dtype": "float32"} | theirs
+    assert overrides(dtype="float32") == theirs
+    assert overrides(engine_args={"quantization": "fp8"}) == theirs
+    quantised = tmp_path / "quantised"
+    shutil.copytree(folder, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert overrides(model=str(quantised)) == theirs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert overrides() == theirs
+
+
+def test_a_gpu_of_its_own_is_taken_as_vllm_takes_it(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(**options: Any) -> tuple[float, int | None]:
+        arguments = engine_vllm.engine_arguments(TeacherConfig(model=folder, engine="vllm", **options))
+        return arguments["gpu_memory_utilization"], arguments["kv_cache_memory_bytes"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sizes() == (0.9, None)
+    assert sizes(gpu_memory_utilization=0.2, kv_cache_gib=0.5) == (0.2, 1 << 29)  # as on a shared one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sizes() == (0.9, 1 << 30)
 
 
 def test_an_argument_that_vllm_does_not_have_is_refused(folder: str) -> None:

@@ -27,7 +27,7 @@ TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.j
 
 def session(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Any:
     """What `optimize` needs of a Session, with plain SGD so that updates can be followed by hand."""
-    config = RunConfig(student={"model": folder}, **sections)
+    config = RunConfig(**sections | {"student": {"model": folder} | sections.get("student", {})})
     model = load_student(config.student)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     return SimpleNamespace(

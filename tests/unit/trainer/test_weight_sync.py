@@ -1,7 +1,10 @@
 """A push is repeated once in full, then the run stops; nothing wrong passes the canary."""
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +74,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("m"), "llama")
 
 
-def attach(server: Server, folder: str, monkeypatch: pytest.MonkeyPatch, **info: object) -> WeightSync:
-    config = RunConfig(student={"model": folder})
+def attach(
+    server: Server,
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    student: dict[str, Any] | None = None,
+    **info: object,
+) -> WeightSync:
+    config = RunConfig(student={"model": folder} | (student or {}))
     model = load_student(config.student)
     canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
     sync = WeightSync(config, model, server, [rollout_info(**info)], canaries, None)  # type: ignore[arg-type]
@@ -204,3 +213,70 @@ def test_a_canary_is_compared_without_the_students_dropout(folder: str, monkeypa
     completion = completion_of([60, 61, 62], torch.zeros(3))
     first, second = (sync._differences([PROMPT], [completion]) for _ in range(2))
     assert first.tolist() == second.tolist() and sync._model.training
+
+
+def test_a_student_in_half_precision_is_judged_as_half_precision_rollouts_are(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = attach(Server([]), folder, monkeypatch, student={"compute_dtype": "bfloat16"})
+    assert sync._check_residual(URL, 1, np.array([0.08, 0.0])) == pytest.approx(0.04)
+    with pytest.raises(WeightSyncError, match=r"by 0\.06, more than 0\.05 \(bfloat16\)"):
+        sync._check_residual(URL, 1, np.array([0.06, 0.06]))
+
+
+CARD = "8932f937-d72c-4106-c12f-20bd9faed9f6"
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, uuid: str) -> Any:
+    """A model that says that it is on GPU 1, and a torch that knows that card."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    return SimpleNamespace(device=torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("uuid", [CARD, CARD.upper(), f"GPU-{CARD}"])
+def test_nccl_to_a_server_on_the_trainers_own_card_is_refused(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = RunConfig(weight_sync={"backend": "nccl"}), on_cuda(monkeypatch, uuid)
+    infos = [
+        rollout_info(weight_transfer_backend="nccl", gpu_uuids=[f"GPU-{card}"]) for card in (CARD[::-1].lower(), CARD)
+    ]
+    client = SimpleNamespace(urls=["http://far", URL])
+    with pytest.raises(StartupError, match=rf"{URL} runs on this trainer's card GPU-{CARD}.*give student.cuda_devices"):
+        WeightSync(config, model, client, infos, [], None)  # type: ignore[arg-type]
+    WeightSync(config, model, SimpleNamespace(urls=["http://far"]), infos[:1], [], None)  # type: ignore[arg-type]
+
+
+def test_nccl_from_a_cpu_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = RunConfig(weight_sync={"backend": "nccl"}), SimpleNamespace(device=torch.device("cpu"))
+    client, infos = SimpleNamespace(urls=[URL]), [rollout_info(weight_transfer_backend="nccl")]
+    with pytest.raises(StartupError, match="needs the trainer on a GPU, it is on cpu"):
+        WeightSync(config, model, client, infos, [], None)  # type: ignore[arg-type]
+
+
+async def test_a_push_from_a_gpu_waits_for_the_optimizer_on_the_models_device_in_its_own_thread(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, calls = Server(["works"]), []
+    sync = attach(server, folder, monkeypatch)
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda d, name=name: calls.append((name, d, threading.get_ident())))
+    send = server.send_weights
+    monkeypatch.setattr(server, "send_weights", lambda: (calls.append(("send", None, threading.get_ident())), send()))
+    connect = sync._connect
+    monkeypatch.setattr(
+        sync, "_connect", lambda: (calls.append(("connect", None, threading.get_ident())), connect())[1]
+    )
+    on_cpu = sync._model
+    sync._model = on_cuda(monkeypatch, CARD)
+
+    async def no_canary(version: int) -> float:
+        return 0.0
+
+    monkeypatch.setattr(sync, "_run_canary", no_canary)
+    await sync.push(0)
+    assert [name for name, *_ in calls] == ["set_device", "synchronize", "connect", "send"]
+    assert {device for _, device, _ in calls[:2]} == {torch.device("cuda:1")}
+    assert len({thread for *_, thread in calls}) == 1 and calls[0][2] != threading.get_ident()
+    calls.clear()
+    sync._model, server.script = on_cpu, ["works"]
+    await sync.push(1)
+    assert [name for name, *_ in calls] == ["send"]

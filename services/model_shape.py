@@ -1,0 +1,134 @@
+"""What the memory of a model depends on, from its config.json and the headers of its weights; loads no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
+from huggingface_hub.utils import SafetensorsRepoMetadata
+
+# Other names that architectures have for the same number.
+_NAMES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "vocab_size": ("vocab_size",),
+}
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Of the experts that see a token, together."""
+    vocab_size: int
+    max_positions: int | None
+    stored_bytes: int | None
+    """Of quantised weights, which keep their size whatever the dtype; else None."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], weights: SafetensorsRepoMetadata | None = None) -> Self:
+        """Read a config.json.
+
+        Args:
+            weights: headers of the weights; without them the parameters of a usual decoder are counted.
+
+        Raises:
+            KeyError: it lacks a number that is needed.
+        """
+        text = {**config, **config.get("text_config", {})}
+        sizes = {name: _first(text, names) for name, names in _NAMES.items()}
+        heads, hidden = sizes["num_heads"], sizes["hidden_size"]
+        experts = text.get("num_experts") or text.get("num_local_experts") or 0
+        inner = text.get("intermediate_size") or text.get("n_inner") or 4 * hidden
+        of_expert = text.get("moe_intermediate_size") or inner
+        shape = cls(
+            num_parameters=0,
+            **sizes,
+            num_kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or hidden // heads,
+            intermediate_size=of_expert * (text.get("num_experts_per_tok") or 1) if experts else inner,
+            max_positions=next((text[name] for name in _POSITIONS if text.get(name)), None),
+            stored_bytes=None,
+        )
+        tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
+        fields = dict(vars(shape))
+        if weights is None:
+            fields["num_parameters"] = shape._usual_parameters(tied, experts, of_expert)
+        else:
+            fields["num_parameters"] = _num_elements(weights, tied)
+            fields["stored_bytes"] = _num_bytes(weights) if text.get("quantization_config") else None
+        return cls(**fields)
+
+    def _usual_parameters(self, tied: bool, num_experts: int, of_expert: int) -> int:
+        hidden, queries = self.hidden_size, self.num_heads * self.head_dim
+        attention = 2 * hidden * (queries + self.num_kv_heads * self.head_dim) + 2 * self.head_dim
+        feed_forward = 3 * hidden * of_expert * num_experts + hidden * num_experts
+        if not num_experts:
+            feed_forward = 3 * hidden * self.intermediate_size
+        return (
+            self.num_layers * (attention + feed_forward + 2 * hidden)
+            + hidden
+            + self.vocab_size * hidden * (1 if tied else 2)
+        )
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of one embedding, the largest tensor of most models."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+def read_shape(model: str) -> ModelShape | None:
+    """The shape of a folder or hub id; None when it cannot be read, which whoever loads the model will explain."""
+    try:
+        config = Path(model, "config.json")
+        if not config.is_file():
+            config = Path(hf_hub_download(model, "config.json"))
+        return ModelShape.from_config(json.loads(config.read_text()), _weights(model, config.parent))
+    except Exception:  # of the network, of the hub, of a file that is none
+        return None
+
+
+def _weights(model: str, folder: Path) -> SafetensorsRepoMetadata | None:
+    """The headers of a model's weights: from its folder, which may be the hub's cache, else from the hub."""
+    try:
+        return get_local_safetensors_metadata(folder)
+    except Exception:
+        if Path(model).exists():
+            return None
+    try:
+        return get_safetensors_metadata(model)
+    except Exception:
+        return None
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    return int(next((config[name] for name in names if config.get(name)), None) or config[names[0]])
+
+
+def _num_elements(weights: SafetensorsRepoMetadata, tied: bool) -> int:
+    tensors = {name: t for file in weights.files_metadata.values() for name, t in file.tensors.items()}
+    if tied and any("embed" in name for name in tensors):
+        tensors.pop("lm_head.weight", None)  # some checkpoints hold it although it is the embedding
+    return sum(tensor.parameter_count for tensor in tensors.values())
+
+
+def _num_bytes(weights: SafetensorsRepoMetadata) -> int:
+    tensors = [t for file in weights.files_metadata.values() for t in file.tensors.values()]
+    return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors)

@@ -1,0 +1,144 @@
+"""bfloat16 around the body over float32 master weights: in training, in the canary and in the evaluation alike."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.config import RunConfig
+from tests.unit.trainer.test_batch import SAMPLES
+from tests.unit.trainer.test_preflight import rollout_info
+from tests.unit.trainer.test_step import session
+from tests.unit.trainer.test_weight_sync import Server
+from trainer import evaluate
+from trainer import model as model_module
+from trainer.batch import pack
+from trainer.model import compute_dtype_of, load_student, student_logprobs
+from trainer.step import optimize
+from trainer.weight_sync import WeightSync
+
+HALF = {"compute_dtype": "bfloat16"}
+
+
+@pytest.fixture
+def student(tiny_model_folder: Any) -> Any:
+    return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student)
+
+
+@pytest.fixture
+def head_dtypes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """The dtypes of the hidden states that reach the head."""
+    seen: list[torch.dtype] = []
+    real = model_module.support_logprobs
+
+    def recording(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(hidden.dtype)
+        return real(hidden, *arguments, **options)
+
+    monkeypatch.setattr(model_module, "support_logprobs", recording)
+    yield seen
+
+
+def product_dtypes(model: Any) -> set[torch.dtype]:
+    """Filled with the dtypes that linear layers of the body put out from now on."""
+    seen: set[torch.dtype] = set()
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "down_proj")):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    return seen
+
+
+def logprobs(model: Any, dtype: torch.dtype | None) -> Tensor:
+    (batch,) = pack(SAMPLES, RunConfig().loss, 10_000)
+    ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
+    return student_logprobs(model, *ids, temperature=1.0, compute_dtype=dtype).token_logprobs
+
+
+def test_the_body_is_in_half_precision_and_the_head_is_not(student: Any, head_dtypes: list[torch.dtype]) -> None:
+    seen = product_dtypes(student)
+    half = logprobs(student, torch.bfloat16)
+    assert seen == {torch.bfloat16} and head_dtypes == [torch.float32] and half.dtype == torch.float32
+    exact = logprobs(student, None)
+    difference = (half - exact).abs()
+    assert 0 < difference.max().item() < 0.05 and not torch.equal(half, exact)
+    torch.testing.assert_close(logprobs(student, torch.float32), exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_near_those_of_float32_and_masters_stay(checkpointing: bool, tiny_model_folder: Any) -> None:
+    gradients = []
+    for dtype in (None, torch.bfloat16):
+        config = RunConfig(student={"model": tiny_model_folder("qwen3")}).student
+        model = load_student(config, checkpointing=checkpointing)
+        assert model.is_gradient_checkpointing is checkpointing
+        logprobs(model, dtype).sum().backward()
+        assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}  # type: ignore[union-attr]
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    exact, half = gradients
+    assert torch.nn.functional.cosine_similarity(exact, half, dim=0).item() > 0.999
+    assert not torch.equal(exact, half)
+
+
+def test_half_precision_masters_have_a_float32_head_as_well(
+    tiny_model_folder: Any, head_dtypes: list[torch.dtype]
+) -> None:
+    config = RunConfig(student={"model": tiny_model_folder("llama"), "dtype": "bfloat16"})
+    logprobs(load_student(config.student), compute_dtype_of(config, torch.device("cpu"))).sum().backward()
+    assert head_dtypes == [torch.float32]
+
+
+async def test_training_canary_and_evaluation_compute_alike(
+    tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(tiny_model_folder("qwen3"), student=HALF)
+    seen = product_dtypes(run.model)
+    optimize(run, SAMPLES)
+    assert seen == {torch.bfloat16}
+    seen.clear()
+
+    async def scored(*_: Any, **__: Any) -> tuple[list[Any], list[Any]]:
+        return SAMPLES, []
+
+    monkeypatch.setattr(evaluate, "score_rollouts", scored)
+    teacher = SimpleNamespace(info=SimpleNamespace(padded_vocab_size=300, max_top_k=300))
+    evaluator = evaluate.Evaluator(run.config, [], *(None, None), [teacher], [])  # type: ignore[arg-type]
+    await evaluator._reverse_kl(run.model, [sample.rollout for sample in SAMPLES])
+    assert seen == {torch.bfloat16}
+    seen.clear()
+    sync = WeightSync(run.config, run.model, Server([]), [rollout_info()], [], None)  # type: ignore[arg-type]
+    rollout = SAMPLES[0].rollout
+    sync._differences([rollout.prompt.token_ids], [rollout.completion])
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("student", "rollout", "on_gpu", "expected"),
+    [
+        ({}, "float32", True, "float32"),  # the canary asks for 1e-4
+        ({}, "bfloat16", True, "bfloat16"),
+        ({}, "float16", True, "bfloat16"),
+        ({}, "bfloat16", False, "float32"),
+        (HALF, "float32", False, "bfloat16"),
+        ({"compute_dtype": "float32"}, "bfloat16", True, "float32"),
+        ({"dtype": "bfloat16"}, "float32", False, "bfloat16"),
+    ],
+)
+def test_auto_is_half_precision_on_a_gpu_beside_half_precision_rollouts(
+    student: dict[str, Any], rollout: str, on_gpu: bool, expected: str
+) -> None:
+    config = RunConfig(student=student, rollout={"dtype": rollout})
+    assert config.compute_dtype(on_gpu=on_gpu) == expected
+
+
+def test_checkpointing_is_on_by_default_on_a_gpu_alone() -> None:
+    for given, on_gpu, expected in (
+        (None, True, True),
+        (None, False, False),
+        (False, True, False),
+        (True, False, True),
+    ):
+        config = RunConfig(student={"gradient_checkpointing": given})
+        assert config.uses_gradient_checkpointing(on_gpu=on_gpu) is expected
