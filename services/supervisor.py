@@ -197,7 +197,7 @@ class Supervisor:
         self.screen.say(f"this run is in {self._output}, what its roles say in {self._output / 'logs'}")
         ready = []
         for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
-            await self._start(role, section.cuda_devices)
+            await self._start(role)
             wait = asyncio.create_task(self._wait_ready(role, section.server_urls()[0], section.startup_timeout_s))
             if servers_share_a_gpu(config):
                 if (code := await self._first(wait)) is not None:
@@ -206,7 +206,7 @@ class Supervisor:
                 ready.append(wait)
         if ready and (code := await self._first(asyncio.gather(*ready))) is not None:
             return code
-        await self._start("trainer", config.student.cuda_devices)
+        await self._start("trainer")
         code = await self._first(None)
         assert code is not None
         return code
@@ -241,11 +241,9 @@ class Supervisor:
         # A server that ends by itself has failed, whatever code it gives.
         return code if code > 0 else 128 - code if code < 0 else StartupError.exit_code
 
-    async def _start(self, role: str, cuda_devices: str | None) -> None:
+    async def _start(self, role: str) -> None:
         environment = {**_SHARED_CORES, **os.environ, **self._keys, **self._lock.environment()}
         environment[LAUNCH_VARIABLE] = self._launch
-        if cuda_devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
         self._roles[role] = await RoleProcess.start(
             role,
             self._command(role, self._run_file),
