@@ -6,7 +6,7 @@ the first server that fails makes the call fail, with its name, the stage and th
 """
 
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import httpx
@@ -86,8 +86,7 @@ class WeightControlClient:
             self._executor.submit(self._call, url, stage, body)
             for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
         ]
-        wait(calls, return_when=FIRST_EXCEPTION)  # what one refuses at once, another may wait for until its deadline
-        for call in sorted(calls, key=lambda call: not call.done()):
+        for call in as_completed(calls):  # what one refuses at once, another may wait for until its deadline
             call.result()
 
     def _check_open(self) -> None:

@@ -80,6 +80,15 @@ def test_every_route_but_health_and_readiness_is_documented_to_need_the_key(docu
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
+@pytest.fixture
+def without_proxies(teacher_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """schemathesis asks some questions in sessions of its own; the teacher runs already, in the environment as it is."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for spelling in (name, name.upper()):
+            monkeypatch.delenv(spelling, raising=False)
+
+
+@pytest.mark.usefixtures("without_proxies")
 @pytest.mark.parametrize(
     ("path", "mode", "examples"),
     [
