@@ -125,7 +125,7 @@ def test_up_shows_what_is_computed_or_refuses_it_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[RunConfig] = []
-    monkeypatch.setattr("services.supervisor.up", lambda config: started.append(config) or 0)
+    monkeypatch.setattr("services.supervisor.up", lambda config, verbose: started.append(config) or 0)
     folder = save_model(tmp_path / "model", "qwen3")
     assert up_on_one_gpu(folder) == 0 and len(started) == 1
     table = capsys.readouterr().out.splitlines()
