@@ -22,6 +22,7 @@ _LAST_LINES, _LAST_LINES_BESIDE_CAUSE = 12, 4
 _EXCEPTION = re.compile(
     r"(?:\([^)]*\) )*(?:ERROR [\d-]+ [\d:]+ \[[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b:? ?.*)"
 )
+_PROGRESS_BAR = re.compile(r"\d+%\|")
 # Says only that another of vLLM's processes said why.
 _NO_CAUSE = re.compile(r"root cause|EngineDeadError|WorkerProc init")
 
@@ -53,8 +54,9 @@ def cause(tail: Sequence[str]) -> str | None:
 
 
 def last_lines(tail: Sequence[str]) -> list[str]:
-    """The lines to show of a role that failed: few where one of them says the cause."""
-    return list(tail)[-(_LAST_LINES if cause(tail) is None else _LAST_LINES_BESIDE_CAUSE) :]
+    """The lines to show of a role that failed, few where one of them says the cause; progress bars are none."""
+    lines = [line for line in tail if not _PROGRESS_BAR.search(line)]
+    return lines[-(_LAST_LINES if cause(tail) is None else _LAST_LINES_BESIDE_CAUSE) :]
 
 
 def how_it_ended(code: int) -> str:

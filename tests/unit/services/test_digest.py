@@ -91,6 +91,7 @@ def test_the_cause_is_the_error_line_or_else_the_last_exception(tail: list[str],
 def test_few_lines_are_repeated_where_one_of_them_says_why() -> None:
     lines = [f"line {n}" for n in range(40)]
     assert last_lines(lines) == lines[-12:]
+    assert last_lines([*lines, "Loading weights: 100%|####| 24/24 [00:00<00:00]"]) == lines[-12:]
     known = [*lines, "distillserve: because"]
     assert last_lines(known) == known[-4:]
 
