@@ -1,9 +1,9 @@
 """What the containers of compose.yaml need before the first role starts; run as root by its service `prepare`.
 
-    outputs    the folder of the results. Everything runs as its owner, so that the caller needs no sudo to use them.
-               Docker makes a missing one as root: then it is given to the owner of the clone.
-    cache      a volume, given to the same owner
-    keys       a volume a server with its random key, for that owner alone; a key that is there is kept
+outputs    the folder of the results. Everything runs as its owner, so that the caller needs no sudo to use them.
+           Docker makes a missing one as root: then it is given to the owner of the clone.
+cache      a volume, given to the same owner
+keys       a volume a server with its random key, for that owner alone; a key that is there is kept
 """
 
 import os
@@ -98,6 +98,8 @@ def give(path: Path, owner: Owner) -> None:
 
 if __name__ == "__main__":
     try:
-        print(f"the roles run as {prepare(Folders())}, the owner of the results; the servers' keys are in their volumes")
+        print(
+            f"the roles run as {prepare(Folders())}, the owner of the results; the servers' keys are in their volumes"
+        )
     except PrepareError as error:
         sys.exit(f"prepare: {error}")
