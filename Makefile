@@ -56,7 +56,8 @@ images:  ## build the container image (BACKEND=gpu or cpu)
 	@$(COMPOSE) build
 
 up:  ## one run in containers: ends with its trainer and its exit code (BACKEND=gpu or cpu)
-	@$(COMPOSE) up --build --exit-code-from trainer
+	@$(if $(filter cpu,$(BACKEND)),OVERWRITE=true) $(COMPOSE) up --build --exit-code-from trainer \
+		|| { code=$$?; echo "up: ended with $$code; make logs shows what each container said"; exit $$code; }
 
 down:  ## remove the containers; keys and caches stay in their volumes
 	@$(COMPOSE) down --remove-orphans
