@@ -49,6 +49,8 @@ def prepare(folders: Folders) -> Owner:
     """
     owner = results_owner(folders)
     give(folders.outputs, owner)
+    # Docker gives an empty volume the owner that its folder has in the image, at every container that is made.
+    (folders.cache / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
     if Owner.of(folders.cache) != owner:
         for path in folders.cache.rglob("*"):
             give(path, owner)

@@ -104,6 +104,17 @@ def test_a_key_that_was_not_written_whole_is_made_again(tmp_path: Path, monkeypa
     assert len((tmp_path / "keys/teacher/key").read_text().strip()) == 64
 
 
+def test_no_volume_is_left_empty_which_docker_would_give_back_to_the_owner_in_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, {"clone": CALLER, "outputs": CALLER})
+    for folder in (stage.folders.cache, *stage.folders.keys):
+        for path in folder.iterdir():
+            path.rmdir()
+    stage.run()
+    assert all(any(folder.iterdir()) for folder in (stage.folders.cache, *stage.folders.keys))
+
+
 def test_the_keys_are_not_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
