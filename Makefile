@@ -12,10 +12,10 @@ ARGS   ?=
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long check bench lock clean up down logs images
+.PHONY: help setup train test test-long test-containers check bench lock clean up down logs images
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## install everything into .venv (other targets do it by themselves)
 
@@ -34,6 +34,9 @@ test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
 
 test-long: $(STAMP)  ## the tests that take many minutes
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+test-containers: $(STAMP)  ## the CPU stack in real containers, from a new clone; needs Docker
+	@$(BIN)/python -m pytest -m containers $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/ruff check .
