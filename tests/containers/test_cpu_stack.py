@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from services.startup import free_port
+
 CLONE = Path(__file__).parents[2]
 BUILD_AND_RUN_S = 2400
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(3000)]
@@ -26,6 +28,7 @@ class Stack:
         name = f"distillserve-test-{os.getpid()}"
         self.environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "COMPOSE_PROJECT_NAME": name}
         self.environment |= {key: os.environ[key] for key in ("BASE_IMAGE", "DOCKER_HOST") if key in os.environ}
+        self.environment["TEACHER_BIND"] = f"127.0.0.1:{free_port('127.0.0.1', 0)}"
         has_plugin = subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
         self.compose = ["docker", "compose"] if has_plugin else ["docker-compose"]
         subprocess.run(["git", "clone", "--quiet", str(CLONE), str(folder)], check=True)
