@@ -169,3 +169,9 @@ def test_the_tiny_pair_is_where_its_run_looks_for_it() -> None:
             mounts({**GPU.get(service, {}), **CPU[service]} if service != "trainer" else GPU[service])["/app/outputs"]
             == "./outputs"
         )
+
+
+def test_every_variable_is_in_the_documentation() -> None:
+    text = (CLONE / "docs" / "deployment.md").read_text()
+    named = set(variables(GPU_FILE)) | {name for name, value in GPU["trainer"]["environment"].items() if value is None}
+    assert len(named) > 9 and not [name for name in named if f"`{name}`" not in text]
