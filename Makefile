@@ -14,10 +14,10 @@ BACKEND ?=
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long check bench lock clean up down images
+.PHONY: help setup train test test-long test-containers check bench lock clean up down logs images
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## install everything into .venv (other targets do it by themselves)
 
@@ -44,6 +44,9 @@ test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
 test-long: $(STAMP)  ## the tests that take many minutes
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
+test-containers: $(STAMP)  ## the CPU stack in real containers, from a new clone; needs Docker
+	@$(BIN)/python -m pytest -m containers $(ARGS)
+
 check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -56,14 +59,23 @@ bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json (ARGS="hea
 lock: $(STAMP)  ## write deploy/locks/*.txt anew from the tested environment
 	@$(BIN)/python deploy/locks/freeze.py
 
-images:  ## build the containers (BACKEND=gpu or cpu)
-	@BACKEND="$(or $(BACKEND),gpu)" bash docker/build.sh
+# BACKEND=cpu and PROFILE=several-gpus choose the stack (docs/deployment.md).
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+	$(if $(PROFILE),--env-file deploy/profiles/$(PROFILE).env) \
+	-f compose.yaml $(if $(filter-out gpu,$(BACKEND)),-f deploy/compose.$(BACKEND).yaml)
 
-up:  ## docker compose up on this machine (GPU stack)
-	docker compose -f deploy/compose.yaml up
+images:  ## build the container image (BACKEND=gpu or cpu)
+	@$(COMPOSE) build
 
-down:  ## end the containers
-	docker compose -f deploy/compose.yaml down
+up:  ## one run in containers: ends with its trainer and its exit code (BACKEND=gpu or cpu)
+	@$(if $(filter cpu,$(BACKEND)),OVERWRITE=true) $(COMPOSE) up --build --exit-code-from trainer \
+		|| { code=$$?; echo "up: ended with $$code; make logs shows what each container said"; exit $$code; }
+
+down:  ## remove the containers; keys and caches stay in their volumes
+	@$(COMPOSE) down --remove-orphans
+
+logs:  ## what the containers say
+	@$(COMPOSE) logs --follow --tail 100
 
 clean:  ## remove .venv, caches and outputs
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

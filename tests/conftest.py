@@ -11,8 +11,10 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs a GPU or many minutes runs only where it is asked for: `make test ARGS="-m gpu"`, `make test-long`."""
+    """What needs a GPU, a container engine or many minutes runs only where it is asked for: `make test ARGS="-m gpu"`,
+    `make test-containers`, `make test-long`."""
     asked = config.getoption("-m") or ""
-    left_out = [i for i in items if any(i.get_closest_marker(name) and name not in asked for name in ("gpu", "long"))]
+    special = ("gpu", "containers", "long")
+    left_out = [i for i in items if any(i.get_closest_marker(name) and name not in asked for name in special)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
