@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_the_readmes_own_models_fit_one_gpu(total: float, gpus: Any) -> None:
     assert gpu.needed <= usable_bytes(gpu.gpu.total_bytes)
     longest_answers = 8 * 512 * 114_688
     assert gpu.shares["rollout"].kv_cache >= longest_answers
+
+
+@pytest.mark.parametrize("total", [24e9, 24 * GIB, 80e9])
+def test_the_run_of_the_containers_fits_one_gpu_in_every_role(total: float, gpus: Any) -> None:
+    gpus(total)
+    written = tomllib.loads(Path("deploy/runs/qwen3.toml").read_text())
+    for section, model in (("student", "student"), ("teacher", "teacher")):
+        written[section]["model"] = model
+    for section in ("student", "rollout", "teacher"):
+        written[section]["cuda_devices"] = "0"  # as compose.yaml says
+    config = RunConfig(**written)
+    for role in (*ROLES, None):
+        (gpu,) = planned(config, role).gpus
+        assert list(gpu.shares) == list(ROLES) and gpu.needed <= usable_bytes(gpu.gpu.total_bytes)
 
 
 def test_what_the_readmes_example_comes_to_on_24_and_80_gb(gpus: Any) -> None:
