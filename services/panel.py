@@ -80,17 +80,19 @@ def render(
     times = f"{clock(elapsed_s)} elapsed{_time_left(row)}"
     bar.add_row(ProgressBar(total=total or 1, completed=step, width=40), f"step {step}/{total or '?'}", times)
     table.add_row(bar)
-    numbers = {
-        "reverse KL": _number(row, "single_step_kl", ".4f"),
-        "k1": _number(row, "reverse_kl_k1", ".4f"),
-        "loss": _number(row, "loss", ".4f"),
-        "staleness": _number(row, "staleness", ".0f"),
-    }
-    table.add_row(_named(numbers))
+    if row:
+        numbers = {
+            "reverse KL": _number(row, "single_step_kl", ".4f"),
+            "k1": _number(row, "reverse_kl_k1", ".4f"),
+            "loss": _number(row, "loss", ".4f"),
+            "staleness": _number(row, "staleness", ".0f"),
+        }
+        table.add_row(_named(numbers))
     if evaluation:
         table.add_row(_named(_held_out(evaluation)))
-    table.add_row(_named(_completions(row)))
-    table.add_row(_named({"time": describe_step_time(row) if row else "-"}))
+    if row:
+        table.add_row(_named(_completions(row)))
+        table.add_row(_named({"time": describe_step_time(row)}))
     table.add_row(_named({role: _role(role, row, stages, now) for role in ("rollout", "teacher", "trainer")}))
     return table
 

@@ -51,8 +51,7 @@ class Screen:
     def say(self, message: str, role: str = "up", style: str = "") -> None:
         """A line, with who it is about."""
         self._spoke = time.monotonic()
-        prefix = Text(f"{role:<8}| ", style=_COLOURS.get(role, "bold"))
-        self._print(prefix + Text(message, style=style))
+        self._print(Text.assemble((f"{role:<8}| ", _COLOURS.get(role, "bold")), (message, style)))
 
     def stage(self, role: str, doing: str, more: str = "") -> None:
         """A role begins something.
@@ -100,6 +99,8 @@ class Screen:
             while True:
                 row = last_step(self._metrics, self._started)
                 evaluation = last_evaluation(self._metrics, self._started) or evaluation
+                if row and "trainer" in self.stages and self.stages["trainer"].doing == "starting":
+                    self.stages["trainer"] = Stage("training", time.monotonic())
                 elapsed_s = time.time() - self._started
                 live.update(render(row, evaluation, self.stages, elapsed_s, time.monotonic()), refresh=True)
                 await asyncio.sleep(_POLL_S)
