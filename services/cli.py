@@ -245,13 +245,8 @@ def option_help() -> dict[str, str]:
 
 
 def _up(config: RunConfig, verbose: bool) -> int:
-    from services.gpu_plan import plan
-    from services.gpu_sharing import check_nccl
     from services.supervisor import up
 
-    check_nccl(config)
-    found = plan(config)
-    print("\n".join(found.lines() if found is not None else ()), end="\n" if found else "", flush=True)
     return up(config, verbose=verbose)
 
 
