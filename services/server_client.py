@@ -112,12 +112,14 @@ class ServerClient:
 
     async def _wait_ready(self, url: str, timeout_s: float, on_wait: Callable[[str], None] | None) -> None:
         started, announced = time.monotonic(), ""
-        while (problem := await self._readiness_problem(url)) is not None:
+        waited_s, option = 0.0, f"{self._SECTION}.startup_timeout_s"
+        while (problem := await self._readiness_problem(url, timeout_s - waited_s)) is not None:
             waited_s = time.monotonic() - started
             if problem.patience_s == 0:
                 raise PeerError(f"{url} {problem.said}")
             if waited_s > min(timeout_s, problem.patience_s):
-                more = "" if waited_s <= timeout_s else f"; look at its log, or raise {self._SECTION}.startup_timeout_s"
+                more = "" if waited_s <= timeout_s else "; look at its log"
+                more += f", or raise {option}" if more and option not in problem.said else ""
                 limit = min(timeout_s, problem.patience_s)
                 raise PeerError(f"{url} is not ready after {limit:.0f} s: it {problem.said}{more}")
             if on_wait is not None and not announced:
@@ -129,10 +131,11 @@ class ServerClient:
                 announced = problem.said
             await asyncio.sleep(_POLL_S)
 
-    async def _readiness_problem(self, url: str) -> _NotReady | None:
+    async def _readiness_problem(self, url: str, left_s: float) -> _NotReady | None:
         self._check_open()
         try:
-            response = await self._http.get(f"{url}{self._READY_PATH}", timeout=CONNECT_TIMEOUT_S)
+            wait_s = min(CONNECT_TIMEOUT_S, max(left_s, _POLL_S))
+            response = await self._http.get(f"{url}{self._READY_PATH}", timeout=wait_s)
         except httpx.RequestError as error:
             is_connected = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             if is_connected and url.startswith("http:") and (spoken := await what_is_spoken(url)) is not None:

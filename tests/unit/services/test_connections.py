@@ -231,6 +231,15 @@ async def test_a_proxy_whose_server_is_to_come_is_waited_for() -> None:
                 await client.wait_ready(1.0)
 
 
+async def test_a_server_that_takes_connections_and_answers_nothing_is_slow_and_the_option_named_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        async with asyncio.timeout(8.0), RolloutClient([url]) as client:
+            with pytest.raises(PeerError, match=r"is not ready after 1 s: it is connected but slow: ") as error:
+                await client.wait_ready(1.0)
+    assert str(error.value).count("rollout.startup_timeout_s") == 1 and "look at its log" in str(error.value)
+
+
 async def test_tls_where_http_is_expected_is_not_waited_for(tmp_path: Path) -> None:
     with answering(HTTP_200, server_context(tmp_path)) as place:
         async with asyncio.timeout(20.0), RolloutClient([f"http://{place}"]) as client:
