@@ -29,7 +29,7 @@ from services.gpu_memory import (
     trainer_share,
     vllm_share,
 )
-from services.gpu_sharing import gpus_of, neighbours
+from services.gpu_sharing import gpus_of, neighbours, num_parts
 from services.gpus import Gpu
 from services.model_shape import ModelShape, read_shape
 
@@ -245,13 +245,13 @@ def _share(config: RunConfig, role: str, shape: ModelShape, sizes: Sizes, gpu: G
         section.dtype,
         sizes,
         gpu.total_bytes,
-        num_gpus=section.tensor_parallel_size,
+        num_gpus=num_parts(config, role),
         kv_tokens=kv_tokens,
         bucket_bytes=bucket if role == "rollout" else 0,
         scores_prompts=role == "teacher",
     )
     tokens = _least_cache_tokens(sizes.max_model_len)
-    least = kv_bytes_per_token(shape, section.dtype) * tokens // section.tensor_parallel_size
+    least = kv_bytes_per_token(shape, section.dtype) * tokens // num_parts(config, role)
     return _as_set(share, section.kv_cache_gib, section.gpu_memory_utilization, least, gpu)
 
 

@@ -6,6 +6,7 @@ cuda_devices are all set, which is how containers on one card say it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 from services.addresses import is_loopback
@@ -111,12 +112,30 @@ def gpus_of(config: RunConfig, role: str, *, strict: bool) -> list[Gpu]:
     return [gpu for place in places if place < len(seen) and isinstance(gpu := seen[place], Gpu)]
 
 
+def num_parts(config: RunConfig, role: str) -> int:
+    """GPUs that vLLM spreads one model of a server over."""
+    size: int = getattr(config, SECTIONS[role]).tensor_parallel_size
+    return size * _engine_size(config, role, "pipeline_parallel_size", "-pp")
+
+
+def _engine_size(config: RunConfig, role: str, name: str, short: str) -> int:
+    """A number of GPUs in `engine_args`, which for the rollout server are the words of a command line; 1 where there is none."""
+    value: object = 1
+    if role == "teacher":
+        value = config.teacher.engine_args.get(name, 1)
+    else:
+        words = [part for word in config.rollout.engine_args for part in word.split("=", 1)]
+        for flag, following in pairwise(words):
+            if flag == short or flag.replace("_", "-") == f"--{name.replace('_', '-')}":
+                value = following
+    # What is no such number, vLLM refuses.
+    return max(1, int(str(value))) if str(value).isdecimal() else 1
+
+
 def _places(config: RunConfig, role: str) -> Sequence[int]:
     """Which of the GPUs that it sees a role uses."""
-    if role == "rollout":
-        return range(config.rollout.tensor_parallel_size)
-    if role == "teacher" and config.teacher.engine == "vllm":
-        return range(config.teacher.tensor_parallel_size)
+    if role == "rollout" or (role == "teacher" and config.teacher.engine == "vllm"):
+        return range(num_parts(config, role) * _engine_size(config, role, "data_parallel_size", "-dp"))
     if role == "teacher" and config.teacher.device not in ("auto", "cuda"):
         kind, _, number = config.teacher.device.partition(":")
         return [int(number)] if kind == "cuda" and number.isdecimal() else []

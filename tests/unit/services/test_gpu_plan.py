@@ -194,6 +194,27 @@ def test_a_vllm_teacher_gets_a_share_and_a_cache(gpus: Any) -> None:
     RunConfig.model_validate(with_shares(config, "teacher", found).model_dump())  # nothing that would be ignored is set
 
 
+@pytest.mark.parametrize(
+    ("section", "engine_args", "parts"),
+    [
+        ("teacher", {"pipeline_parallel_size": 2}, 2),
+        ("teacher", {"data_parallel_size": 2}, 1),
+        ("rollout", ["--pipeline-parallel-size", "2"], 2),
+        ("rollout", ["--enforce-eager", "--data_parallel_size=2"], 1),
+        ("rollout", ["-pp", "2"], 2),
+    ],
+)
+def test_gpus_that_engine_args_ask_for_are_counted(section: str, engine_args: Any, parts: int, gpus: Any) -> None:
+    gpus(80e9, 80e9)
+    engine = {"engine": "vllm"} if section == "teacher" else {}
+    found = planned(run(**{section: {"engine_args": engine_args, **engine}}))
+    shape = QWEN3_1_7B if section == "teacher" else QWEN3_0_6B
+    assert [gpu.shares[section].weights for gpu in found.gpus] == [2 * shape.num_parameters // parts] * 2
+    gpus(80e9)
+    with pytest.raises(ConfigError, match=f"needs 2 GPUs, the {section} sees 1"):
+        planned(run(**{section: {"engine_args": engine_args, **engine}}))
+
+
 @pytest.mark.parametrize("total", [26 * GIB, 48 * GIB, 80e9])
 @pytest.mark.parametrize("options", [{}, {"gpu_memory_utilization": 0.3}, {"kv_cache_gib": 1.0}])
 def test_the_cache_of_a_vllm_teacher_holds_the_longest_sequence_that_it_takes(
