@@ -89,6 +89,7 @@ class Screen:
         while True:
             await asyncio.sleep(_POLL_S)
             if time.monotonic() - self._spoke >= _SILENCE_S:
+                self._note_training(last_step(self._metrics, self._started))
                 waiting = [(role, stage) for role, stage in self.stages.items() if stage.is_waiting]
                 for role, stage in waiting[-1:]:
                     self.say(stage.describe(time.monotonic()), role)
@@ -99,11 +100,15 @@ class Screen:
             while True:
                 row = last_step(self._metrics, self._started)
                 evaluation = last_evaluation(self._metrics, self._started) or evaluation
-                if row and "trainer" in self.stages and self.stages["trainer"].doing == "starting":
-                    self.stages["trainer"] = Stage("training", time.monotonic())
+                self._note_training(row)
                 elapsed_s = time.time() - self._started
                 live.update(render(row, evaluation, self.stages, elapsed_s, time.monotonic()), refresh=True)
                 await asyncio.sleep(_POLL_S)
+
+    def _note_training(self, row: dict[str, Any]) -> None:
+        """A trainer that has done a step is starting no more."""
+        if row and (stage := self.stages.get("trainer")) is not None and stage.doing == "starting":
+            self.stages["trainer"] = Stage("training", stage.since)
 
     def _print(self, what: Text | Table) -> None:
         try:
