@@ -7,6 +7,7 @@ behind and says who held it last.
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NAME = ".lock"
 _INHERITED = "DISTILLSERVE_FOLDER_LOCK"
 _POLL_S = 0.5
+_SILENCE_S = 13.0
 # What file systems without locks answer.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -45,7 +47,7 @@ def lock_folder(
     Args:
         option: what names the folder, e.g. "output.dir", for errors.
         work: what is done in it, for others who want it, e.g. "`distillserve up`".
-        on_wait: wait for the holder instead of refusing; told once who that is.
+        on_wait: wait for the holder instead of refusing; told who that is, now and then.
 
     Raises:
         FolderInUseError: another process holds it; names that process.
@@ -55,8 +57,9 @@ def lock_folder(
         folder.mkdir(parents=True, exist_ok=True)
         inherited = _inherited_descriptor(folder)
         descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644) if inherited is None else inherited
-    except OSError as error:
-        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
     try:
         if inherited is None:
             _acquire(descriptor, folder, option, on_wait)
@@ -68,7 +71,7 @@ def lock_folder(
 
 
 def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str], None] | None) -> None:
-    announced = False
+    announced = -math.inf
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,9 +88,9 @@ def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str]
             raise FolderInUseError(
                 f"{option} = {str(folder)!r} is in use by {holder}; wait until that has ended, or choose another {option}"
             )
-        if not announced:
+        if time.monotonic() - announced >= _SILENCE_S:
             on_wait(holder)
-            announced = True
+            announced = time.monotonic()
         time.sleep(_POLL_S)
 
 
@@ -106,6 +109,6 @@ def _inherited_descriptor(folder: Path) -> int | None:
     word = os.environ.get(_INHERITED, "")
     try:
         ours, theirs = os.fstat(int(word)), (folder / _NAME).stat()
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         return None
     return int(word) if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) else None
