@@ -7,6 +7,7 @@ lets go removes the file; who gets a lock on one that is no longer there tries a
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NAME = ".lock"
 _INHERITED = "DISTILLSERVE_FOLDER_LOCK"
 _POLL_S = 0.5
+_SILENCE_S = 13.0
 # What file systems without locks answer.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -45,7 +47,7 @@ def lock_folder(
     Args:
         option: what names the folder, e.g. "output.dir", for errors.
         work: what is done in it, for others who want it, e.g. "`distillserve up`".
-        on_wait: wait for the holder instead of refusing; told once who that is.
+        on_wait: wait for the holder instead of refusing; told who that is, now and then.
 
     Raises:
         FolderInUseError: another process holds it; names that process.
@@ -55,8 +57,9 @@ def lock_folder(
         folder.mkdir(parents=True, exist_ok=True)
         inherited = _inherited_descriptor(folder)
         descriptor = _acquire(folder, option, on_wait) if inherited is None else inherited
-    except OSError as error:
-        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
     if inherited is not None:
         yield FolderLock(folder, descriptor)
         return
@@ -70,7 +73,7 @@ def lock_folder(
 
 def _acquire(folder: Path, option: str, on_wait: Callable[[str], None] | None) -> int:
     """The descriptor of the locked file."""
-    announced = False
+    announced = -math.inf
     while True:
         descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
         is_locked = _locks(descriptor, folder)
@@ -84,9 +87,9 @@ def _acquire(folder: Path, option: str, on_wait: Callable[[str], None] | None) -
             raise FolderInUseError(
                 f"{option} = {str(folder)!r} is in use by {holder}; wait until that has ended, or choose another {option}"
             )
-        if not announced:
+        if time.monotonic() - announced >= _SILENCE_S:
             on_wait(holder)
-            announced = True
+            announced = time.monotonic()
         time.sleep(_POLL_S)
 
 
@@ -107,7 +110,7 @@ def _is_the_file(descriptor: int, folder: Path) -> bool:
     """Whether a descriptor is of the folder's lock file as it is now."""
     try:
         ours, there = os.fstat(descriptor), (folder / _NAME).stat()
-    except OSError:
+    except (OSError, OverflowError):  # OverflowError: a number that no descriptor has
         return False
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 

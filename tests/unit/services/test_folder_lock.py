@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services import folder_lock
 from services.errors import FolderInUseError, StartupError
 from services.folder_lock import lock_folder
 
@@ -73,16 +74,21 @@ def test_a_fault_inside_is_not_taken_for_one_of_the_folder(tmp_path: Path, monke
                 raise FileNotFoundError("mine")
 
 
-def test_who_waits_is_told_of_the_holder_once_and_goes_on_when_it_ends(tmp_path: Path) -> None:
+def test_who_waits_is_told_of_the_holder_now_and_then_and_goes_on_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(folder_lock, "_POLL_S", 0.0)
     process, told = holder(tmp_path), []
 
     def on_wait(who: str) -> None:
         told.append(who)
-        process.kill()
+        if len(told) == 3:
+            process.kill()
+            process.wait(10)
 
     with lock_folder(tmp_path, "--output", "me", on_wait=on_wait):
-        assert len(told) == 1 and told[0].startswith(f"`a test` (process {process.pid} ")
-    process.wait(10)
+        assert len(told) == 3 and told[0].startswith(f"`a test` (process {process.pid} ")
 
 
 def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
@@ -105,7 +111,7 @@ def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
             pass
 
 
-@pytest.mark.parametrize("word", ["", "x", "-1", "99999"])
+@pytest.mark.parametrize("word", ["", "x", "-1", "99999", "9" * 30])
 def test_a_descriptor_that_is_none_is_no_lock(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = holder(tmp_path)
     monkeypatch.setenv("DISTILLSERVE_FOLDER_LOCK", word)
@@ -131,3 +137,9 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuses)
     with lock_folder(tmp_path, "output.dir", "me"):
         assert f"the file system of {tmp_path} has no locks" in caplog.text
+
+
+def test_a_path_that_no_file_system_takes_is_refused() -> None:
+    expected = r"^output\.dir = 'a.*b' cannot be written: embedded null byte$"
+    with pytest.raises(StartupError, match=expected), lock_folder(Path("a\0b"), "output.dir", "me"):
+        pass
