@@ -75,7 +75,8 @@ if [ -n "$installed" ] && [ "$installed" != "$backend" ]; then
 fi
 
 say "installing for $backend into $venv (usually 2 to 5 min the first time; details in $log)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot create $venv; is the venv module installed?"
+# What was interrupted while it was made has no pip.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" --clear || fail "cannot create $venv; is the venv module installed?"
 : >"$log"
 logging=true
 pip() { quietly "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }

@@ -31,6 +31,7 @@ from services.gpus import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
 from services.run_file import run_file_source
 from services.signals import Interrupted, handling, raise_interrupted, run_until_signalled
+from services.streams import give_up_unwritten, say, set_up_streams, writing_stdout
 
 _EXAMPLES = {
     "up": """examples:
@@ -77,6 +78,7 @@ class _RunSettings(RunConfig, BaseSettings):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, a DistillServeError's code, or 128 + the signal that ended it."""
     argv = sys.argv[1:] if argv is None else argv
+    set_up_streams()
     try:
         with handling(raise_interrupted, signal.SIGTERM):
             code = _dispatch(argv)
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         # The reader of our output is gone; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    give_up_unwritten()
     sys.exit(code)
 
 
@@ -144,7 +147,8 @@ def _dispatch(argv: list[str]) -> int:
     assert source is not None
     config = load_config(arguments.run_file, source, arguments)
     if arguments.dry_run:
-        print(config.model_dump_json(indent=2))
+        with writing_stdout():
+            print(config.model_dump_json(indent=2))
         return 0
     config.require(arguments.command)
     _choose_gpus(arguments.command, config)
@@ -288,13 +292,13 @@ def _add_tiny_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
-    print(f"tiny pair of models: in {arguments.output}, built unless it is there (usually 1 to 2 min)", flush=True)
+    say(f"tiny pair of models: in {arguments.output}, built unless it is there (usually 1 to 2 min)")
     from transformers.utils.logging import disable_progress_bar
 
     from trainer.tiny_pair import build_tiny_pair
 
     disable_progress_bar()
-    build_tiny_pair(Path(arguments.output), seed=arguments.seed, on_progress=partial(print, flush=True))
+    build_tiny_pair(Path(arguments.output), seed=arguments.seed, on_progress=say)
     return 0
 
 

@@ -8,6 +8,8 @@ import re
 import signal
 from collections.abc import Sequence
 
+from rich.text import Text
+
 from services.logs import LogLine
 
 PROGRESS_LOGGER = "trainer.progress"
@@ -18,6 +20,7 @@ ERROR_PREFIX = "distillserve: "
 
 _OURS = ("services.", "trainer.")
 _LAST_LINES, _LAST_LINES_BESIDE_CAUSE = 12, 4
+_LONGEST_LAST_LINE = 400
 # The last line of a traceback, behind the prefixes that vLLM's processes give theirs.
 _EXCEPTION = re.compile(
     r"(?:\([^)]*\) )*(?:ERROR [\d-]+ [\d:]+ \[[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b:? ?.*)"
@@ -46,7 +49,7 @@ def cause(tail: Sequence[str]) -> str | None:
     for line in reversed(tail):
         if line.startswith(ERROR_PREFIX):
             return line.removeprefix(ERROR_PREFIX)
-    for line in reversed(tail):
+    for line in map(plain, reversed(tail)):
         match = _EXCEPTION.fullmatch(line.strip())
         if match is not None and _NO_CAUSE.search(line) is None:
             return match[1]
@@ -56,14 +59,24 @@ def cause(tail: Sequence[str]) -> str | None:
 def last_lines(tail: Sequence[str]) -> list[str]:
     """The lines to show of a role that failed, few where one of them says the cause; progress bars are none."""
     lines = [line for line in tail if not _PROGRESS_BAR.search(line)]
-    return lines[-(_LAST_LINES if cause(tail) is None else _LAST_LINES_BESIDE_CAUSE) :]
+    shown = lines[-(_LAST_LINES if cause(tail) is None else _LAST_LINES_BESIDE_CAUSE) :]
+    return [line if len(line) <= _LONGEST_LAST_LINE else line[:_LONGEST_LAST_LINE] + " ..." for line in shown]
+
+
+def plain(line: str) -> str:
+    """A line without colours, and without what would make a terminal do anything but show it."""
+    text = Text.from_ansi(line).plain if "\x1b" in line else line
+    return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
 
 
 def how_it_ended(code: int) -> str:
     """An exit code, negative for a signal, in words."""
     if code >= 0:
         return f"exited with code {code}"
-    how = f"was ended by {signal.Signals(-code).name}"
+    try:
+        how = f"was ended by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has no name
+        how = f"was ended by signal {-code}"
     if -code == signal.SIGKILL:
         how += ", which this run did not send: the kernel does so when memory runs out (see `dmesg`)"
     return how

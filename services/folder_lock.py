@@ -1,12 +1,13 @@
 """An output folder belongs to one running process: two that write into one folder would mix their files in silence.
 
-The lock is the kernel's (flock), so it ends with the process that holds it, however that ends. `.lock` in the folder stays
-behind and says who held it last.
+The lock is the kernel's (flock) on `.lock` in the folder, so it ends with the process that holds it, however that ends. Who
+lets go removes the file; who gets a lock on one that is no longer there tries again.
 """
 
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NAME = ".lock"
 _INHERITED = "DISTILLSERVE_FOLDER_LOCK"
 _POLL_S = 0.5
+_SILENCE_S = 13.0
 # What file systems without locks answer.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -45,7 +47,7 @@ def lock_folder(
     Args:
         option: what names the folder, e.g. "output.dir", for errors.
         work: what is done in it, for others who want it, e.g. "`distillserve up`".
-        on_wait: wait for the holder instead of refusing; told once who that is.
+        on_wait: wait for the holder instead of refusing; told who that is, now and then.
 
     Raises:
         FolderInUseError: another process holds it; names that process.
@@ -54,41 +56,63 @@ def lock_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inherited = _inherited_descriptor(folder)
-        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644) if inherited is None else inherited
-    except OSError as error:
-        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {error.strerror or error}") from error
+        descriptor = _acquire(folder, option, on_wait) if inherited is None else inherited
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
+    if inherited is not None:
+        yield FolderLock(folder, descriptor)
+        return
     try:
-        if inherited is None:
-            _acquire(descriptor, folder, option, on_wait)
-            _write_holder(descriptor, work)
+        _write_holder(descriptor, work)
         yield FolderLock(folder, descriptor)
     finally:
-        if inherited is None:
-            os.close(descriptor)
+        (folder / _NAME).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str], None] | None) -> None:
-    announced = False
+def _acquire(folder: Path, option: str, on_wait: Callable[[str], None] | None) -> int:
+    """The descriptor of the locked file."""
+    announced = -math.inf
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise StartupError(f"{option} = {str(folder)!r} cannot be locked: {error.strerror}") from error
-            text = "the file system of %s has no locks: see to it that no other run uses this folder"
-            logger.warning(text, folder)
-            return
+        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        is_locked = _locks(descriptor, folder)
+        if is_locked and _is_the_file(descriptor, folder):
+            return descriptor
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        if is_locked:
+            continue  # its holder removed it in the meantime
         if on_wait is None:
             raise FolderInUseError(
                 f"{option} = {str(folder)!r} is in use by {holder}; wait until that has ended, or choose another {option}"
             )
-        if not announced:
+        if time.monotonic() - announced >= _SILENCE_S:
             on_wait(holder)
-            announced = True
+            announced = time.monotonic()
         time.sleep(_POLL_S)
+
+
+def _locks(descriptor: int, folder: Path) -> bool:
+    """Whether nobody else has the lock, which is then ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning("the file system of %s has no locks: see to it that no other run uses this folder", folder)
+    return True
+
+
+def _is_the_file(descriptor: int, folder: Path) -> bool:
+    """Whether a descriptor is of the folder's lock file as it is now."""
+    try:
+        ours, there = os.fstat(descriptor), (folder / _NAME).stat()
+    except (OSError, OverflowError):  # OverflowError: a number that no descriptor has
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _write_holder(descriptor: int, work: str) -> None:
@@ -104,8 +128,4 @@ def _write_holder(descriptor: int, work: str) -> None:
 def _inherited_descriptor(folder: Path) -> int | None:
     """The lock that the process which started this one holds, if it is of this folder."""
     word = os.environ.get(_INHERITED, "")
-    try:
-        ours, theirs = os.fstat(int(word)), (folder / _NAME).stat()
-    except (ValueError, OSError):
-        return None
-    return int(word) if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) else None
+    return int(word) if word.isdecimal() and _is_the_file(int(word), folder) else None

@@ -79,8 +79,9 @@ class LogLine:
     def _parse_json(cls, line: str) -> Self | None:
         try:
             content = json.loads(line)
-            return cls(logging.getLevelNamesMapping()[content["level"]], content["logger"], str(content["message"]))
-        except (ValueError, KeyError, TypeError):
+            level, said_by = logging.getLevelNamesMapping()[content["level"]], content["logger"]
+            return cls(level, said_by, str(content["message"])) if isinstance(said_by, str) else None
+        except (ValueError, KeyError, TypeError, RecursionError):  # an object of another program
             return None
 
 

@@ -16,11 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from services.errors import StartupError
 from services.files import cannot_write
 
 _POLL_S = 0.25
 _TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
 _LONGEST_LINE = 1 << 20
+_LONGEST_KEPT = 4000  # characters of a line in memory
 _PR_SET_PDEATHSIG = 1
 
 OnLine = Callable[[str, str], None]
@@ -46,7 +48,7 @@ class RoleLog:
             raise cannot_write(path, error) from error
 
     def add(self, line: str) -> None:
-        self.tail.append(line)
+        self.tail.append(line[:_LONGEST_KEPT])
         if self.problem is None:
             try:
                 self._file.write(line.encode() + b"\n")
@@ -79,17 +81,29 @@ class RoleProcess:
         on_line: OnLine,
         pass_fds: tuple[int, ...] = (),
     ) -> Self:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            preexec_fn=_end_with_parent(),
-            pass_fds=pass_fds,
-            limit=_LONGEST_LINE,
-        )
+        """Start it.
+
+        Raises:
+            StartupError: the system has no room for another process.
+        """
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+                preexec_fn=_end_with_parent(),
+                pass_fds=pass_fds,
+                limit=_LONGEST_LINE,
+            )
+        except OSError as error:
+            log.close()
+            raise StartupError(
+                f"the {role} cannot be started: {error.strerror or error}; raise this user's limit of processes or open "
+                "files (`ulimit -a`), or end other programs"
+            ) from error
         return cls(role, process, log, on_line)
 
     @property

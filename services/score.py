@@ -24,6 +24,7 @@ from services.score_rows import InputFile, ShardRows, read_shards_of_rows
 from services.score_shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
 from services.score_table import describe_totals, render_scores
 from services.server_client import all_or_first_error
+from services.streams import writing_stdout
 from services.teacher_answers import first_replica_problem, join_scores, without_sequences
 from services.teacher_client import LogprobDtype, RefusedSequenceError
 
@@ -69,8 +70,9 @@ async def score_pair(teacher: TeacherOptions, prompt: str, completion: str) -> N
         scores = await client.score_text([(prompt, completion)], top_k=teacher.top_k, temperature=teacher.temperature)
         vocabulary = await client.vocabulary()
     console = Console()
-    console.print(render_scores(scores, {index: token for token, index in vocabulary.items()}))
-    console.print(describe_totals(scores), markup=False, highlight=False, soft_wrap=True)
+    with writing_stdout():
+        console.print(render_scores(scores, {index: token for token, index in vocabulary.items()}))
+        console.print(describe_totals(scores), markup=False, highlight=False, soft_wrap=True)
 
 
 async def score_file(teacher: TeacherOptions, options: FileOptions) -> None:

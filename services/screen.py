@@ -16,12 +16,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.digest import digest
+from services.digest import digest, plain
 from services.panel import Stage, last_evaluation, last_step, render
 
 _POLL_S = 0.25
 _SILENCE_S = 13.0
 _SHOWN_ONCE = 100
+_WIDTH = 80
 _COLOURS = {"rollout": "cyan", "teacher": "magenta", "trainer": "green"}
 _LEVELS = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error: ", "red")}
 
@@ -37,6 +38,8 @@ class Screen:
 
     def __init__(self, *, verbose: bool, metrics: Path, on_reader_gone: Callable[[], None]) -> None:
         self._console = Console(highlight=False)
+        if self._console.width < 1:  # COLUMNS=0, with which nothing at all would be shown
+            self._console.width = _WIDTH
         self._verbose, self._metrics, self._on_reader_gone = verbose, metrics, on_reader_gone
         self._started = time.time()
         self._spoke = time.monotonic()
@@ -45,13 +48,14 @@ class Screen:
         """What each role is doing."""
 
     @property
-    def is_terminal(self) -> bool:
-        return self._console.is_terminal
+    def has_panel(self) -> bool:
+        """Whether this is a terminal that can draw one; FORCE_COLOR makes rich call a pipe one."""
+        return self._console.file.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal
 
     def say(self, message: str, role: str = "up", style: str = "") -> None:
         """A line, with who it is about."""
         self._spoke = time.monotonic()
-        self._print(Text.assemble((f"{role:<8}| ", _COLOURS.get(role, "bold")), (message, style)))
+        self._print(Text.assemble((f"{role:<8}| ", _COLOURS.get(role, "bold")), (plain(message), style)))
 
     def stage(self, role: str, doing: str, more: str = "") -> None:
         """A role begins something.
@@ -66,9 +70,9 @@ class Screen:
     def role_said(self, role: str, line: str) -> None:
         """Show a line of a role's output, if a person has to see it."""
         if self._verbose:
-            self.say(Text.from_ansi(line).plain, role)
+            self.say(line, role)
             return
-        found = digest(line, has_panel=self.is_terminal)
+        found = digest(line, has_panel=self.has_panel)
         if found is None:
             return
         level, message = found
@@ -84,11 +88,12 @@ class Screen:
 
     async def run(self) -> None:
         """Keep the panel fresh, or break the silence; ends when it is cancelled."""
-        if self.is_terminal:
+        if self.has_panel:
             await self._show_panel()
         while True:
             await asyncio.sleep(_POLL_S)
             if time.monotonic() - self._spoke >= _SILENCE_S:
+                self._read_last_step()
                 waiting = [(role, stage) for role, stage in self.stages.items() if stage.is_waiting]
                 for role, stage in waiting[-1:]:
                     self.say(stage.describe(time.monotonic()), role)
@@ -97,13 +102,18 @@ class Screen:
         evaluation: dict[str, Any] = {}
         with Live(console=self._console, transient=True, auto_refresh=False) as live:
             while True:
-                row = last_step(self._metrics, self._started)
+                row = self._read_last_step()
                 evaluation = last_evaluation(self._metrics, self._started) or evaluation
-                if row and "trainer" in self.stages and self.stages["trainer"].doing == "starting":
-                    self.stages["trainer"] = Stage("training", time.monotonic())
                 elapsed_s = time.time() - self._started
                 live.update(render(row, evaluation, self.stages, elapsed_s, time.monotonic()), refresh=True)
                 await asyncio.sleep(_POLL_S)
+
+    def _read_last_step(self) -> dict[str, Any]:
+        """The last row, with which the trainer is known to train."""
+        row = last_step(self._metrics, self._started)
+        if row and "trainer" in self.stages and self.stages["trainer"].doing == "starting":
+            self.stages["trainer"] = Stage("training", time.monotonic())
+        return row
 
     def _print(self, what: Text | Table) -> None:
         try:

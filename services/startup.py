@@ -102,27 +102,31 @@ class PortReservation:
         self._socket.close()
 
 
-def reserve_port(host: str, preferred: int) -> PortReservation:
-    """`preferred` if nobody listens on or has reserved it, else any free port."""
+def reserve_port(section: str, host: str, preferred: int) -> PortReservation:
+    """`preferred` if nobody listens on or has reserved it, else any free port.
+
+    Raises:
+        StartupError: the host is no address of this machine; names the section's option.
+    """
     taken: set[int] = set()
     while True:
-        port = free_port(host, preferred, frozenset(taken))
+        port = free_port(host, preferred, frozenset(taken), section)
         try:
             return PortReservation(port)
         except OSError:
             taken.add(port)
 
 
-def free_port(host: str, preferred: int, taken: frozenset[int] = frozenset()) -> int:
+def free_port(host: str, preferred: int, taken: frozenset[int] = frozenset(), section: str = "") -> int:
     """`preferred` (0: no preference) if it is free, else any free port; never one of `taken`."""
     if preferred and preferred not in taken:
         try:
-            check_port("", host, preferred)
+            check_port(section, host, preferred)
             return preferred
         except StartupError:
             pass
     while True:
-        with bind("", host, 0) as probe:
+        with bind(section, host, 0) as probe:
             port = probe.getsockname()[1]
         if port not in taken:
             return port
@@ -135,7 +139,13 @@ def check_socket_folder() -> None:
         StartupError: names the variable, how long it is and how long it may be.
     """
     variable = "VLLM_RPC_BASE_PATH" if os.environ.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
-    folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    try:
+        folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    except OSError as error:
+        raise StartupError(
+            f"TMPDIR = {os.environ.get('TMPDIR', '')!r}, /tmp and /var/tmp cannot be written; free some space there, or set "
+            "TMPDIR to a folder that can"
+        ) from error
     length, most = len(os.fsencode(folder)), _LONGEST_SOCKET_PATH - len("/") - len(str(uuid.UUID(int=0)))
     if length > most:
         raise StartupError(

@@ -14,8 +14,9 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from services.gpu_plan import plan
 from services.gpu_sharing import check_nccl, servers_share_a_gpu
 from services.guard import LAUNCH_HEADER, LAUNCH_VARIABLE
 from services.keys import Secrets, make_key, reveal
+from services.panel import Stage
 from services.role_process import RoleLog, RoleProcess
 from services.screen import Screen
 from services.startup import PortReservation, check_model_folder, check_output_room, check_socket_folder, reserve_port
+from services.streams import say
 from services.summary_table import summary_table
 
 Command = Callable[[str, Path], list[str]]
@@ -87,12 +90,12 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
         for reservation in reservations:
             stack.callback(reservation.release)
         run_file = stack.enter_context(_run_file(output_dir, moved))
-        supervisor = Supervisor(moved, run_file, lock, command, grace_s, verbose)
-        for name in ("rollout", "teacher"):
-            wanted, port = getattr(config, name).port, getattr(moved, name).port
-            if port != wanted:
-                supervisor.screen.say(f"{name}.port = {wanted} is in use, taking {port}")
-        return asyncio.run(supervisor.run())
+        wanted = {name: getattr(config, name).port for name in ("rollout", "teacher")}
+
+        async def supervise() -> int:
+            return await Supervisor(moved, run_file, lock, command, grace_s, verbose).run(wanted)
+
+        return asyncio.run(supervise())
 
 
 def _share_gpus(config: RunConfig) -> None:
@@ -103,7 +106,8 @@ def _share_gpus(config: RunConfig) -> None:
     """
     check_nccl(config)
     found = plan(config)
-    print("\n".join(found.lines() if found is not None else ()), end="\n" if found else "", flush=True)
+    for line in found.lines() if found is not None else ():
+        say(line)
 
 
 @contextmanager
@@ -115,15 +119,18 @@ def _run_file(output_dir: Path, config: RunConfig) -> Iterator[Path]:
     try:
         yield ours
     finally:
-        if not final.exists() or _has_begun(output_dir, ours):
-            ours.replace(final)
-        ours.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has removed the folder meanwhile; how the run ended counts
+            if not final.exists() or _has_begun(output_dir, ours):
+                ours.replace(final)
+            ours.unlink(missing_ok=True)
 
 
 def _has_begun(output_dir: Path, run_file: Path) -> bool:
     """Whether the trainer of this run trains: it writes config.json when every check has passed."""
-    began = output_dir / "config.json"
-    return began.exists() and began.stat().st_mtime_ns >= run_file.stat().st_mtime_ns
+    try:
+        return (output_dir / "config.json").stat().st_mtime_ns >= run_file.stat().st_mtime_ns
+    except OSError:  # not there yet, or somebody has removed the folder
+        return False
 
 
 def refuse_urls(config: RunConfig) -> None:
@@ -152,7 +159,7 @@ def with_free_ports(config: RunConfig) -> tuple[RunConfig, list[PortReservation]
     sections, reservations = {}, []
     for name in ("rollout", "teacher"):
         section = getattr(config, name)
-        reservation = reserve_port(section.host, section.port)
+        reservation = reserve_port(name, section.host, section.port)
         reservations.append(reservation)
         moved = section.model_copy(update={"port": reservation.port, "urls": []})
         sections[name] = moved.model_copy(update={"urls": moved.server_urls()})
@@ -173,20 +180,28 @@ class Supervisor:
         self._roles: dict[str, RoleProcess] = {}
         self._failed: RoleProcess | None = None
         self._why = ""
-        self._interrupted: asyncio.Future[int]
-        self._hurried: asyncio.Future[None]  # by a second Ctrl-C
+        loop = asyncio.get_running_loop()
+        self._interrupted: asyncio.Future[int] = loop.create_future()
+        self._hurried: asyncio.Future[None] = loop.create_future()  # by a second Ctrl-C
         metrics = self._output / "metrics.jsonl"
         self.screen = Screen(
             verbose=verbose, metrics=metrics, on_reader_gone=lambda: self._interrupt(int(signal.SIGPIPE))
         )
 
-    async def run(self) -> int:
-        """Start, watch, end. Returns 0, the exit code of the role that failed, or 128 + the signal's number."""
+    async def run(self, wanted_ports: Mapping[str, int]) -> int:
+        """Start, watch, end. Returns 0, the exit code of the role that failed, or 128 + the signal's number.
+
+        Args:
+            wanted_ports: of each server; said where another one was taken.
+        """
         loop = asyncio.get_running_loop()
-        self._interrupted, self._hurried = loop.create_future(), loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
                 loop.add_signal_handler(number, self._interrupt, number)
+        for name, wanted in wanted_ports.items():
+            port = getattr(self._config, name).port
+            if port != wanted:
+                self.screen.say(f"{name}.port = {wanted} is in use, taking {port}")
         showing = asyncio.create_task(self.screen.run())
         try:
             return await self._run_roles()
@@ -237,13 +252,24 @@ class Supervisor:
             await asyncio.gather(goal, return_exceptions=True)
         if self._interrupted in done:
             return self._interrupted.result()
-        ended = sorted((exits[task] for task in done if task in exits), key=_cause_first)
-        if ended:
-            await ended[0].last_words(_LAST_WORDS_S)
-            return self._note_end(ended[0])
+        if any(task in done for task in exits):
+            role = await self._first_cause()
+            await role.last_words(_LAST_WORDS_S)
+            return self._note_end(role)
         assert goal is not None
         goal.result()
         return None
+
+    async def _first_cause(self) -> RoleProcess:
+        """Of the roles that have ended, the one that is to blame. A trainer fails at once when a server breaks off, the
+        server may need a moment more to end."""
+        servers = [role for role in self._roles.values() if role.role != "trainer"]
+        for _ in range(round(_LAST_WORDS_S / _POLL_S)):
+            role = min((role for role in self._roles.values() if not role.is_running), key=_cause_first)
+            if role in servers or role.process.returncode == 0:
+                break
+            await asyncio.sleep(_POLL_S)
+        return role
 
     def _note_end(self, role: RoleProcess) -> int:
         code = role.process.returncode or 0
@@ -256,15 +282,16 @@ class Supervisor:
         return code if code > 0 else 128 - code if code < 0 else StartupError.exit_code
 
     async def _start(self, role: str) -> None:
-        environment = {**_SHARED_CORES, **os.environ, **self._keys, **self._lock.environment()}
-        environment[LAUNCH_VARIABLE] = self._launch
+        environment = {**_SHARED_CORES, **os.environ, **self._keys, LAUNCH_VARIABLE: self._launch}
+        # The trainer alone writes into the folder. What a server may leave behind when `up` is killed must not hold it.
+        works_in_folder = role == "trainer"
         self._roles[role] = await RoleProcess.start(
             role,
             self._command(role, self._run_file),
-            environment,
+            environment | (self._lock.environment() if works_in_folder else {}),
             RoleLog(self._output / "logs" / f"{role}.log"),
             self.screen.role_said,
-            pass_fds=(self._lock.descriptor,),
+            pass_fds=(self._lock.descriptor,) if works_in_folder else (),
         )
         self.screen.stage(role, "starting", f"({_USUALLY[role]})")
 
@@ -275,7 +302,7 @@ class Supervisor:
                     while not await self._is_ready(client, role, url):
                         await asyncio.sleep(_POLL_S)
             except TimeoutError:
-                self._failed = self._roles[role]
+                self._failed = self._failed or self._roles[role]  # of two, the one that the error names
                 raise StartupError(
                     f"the {role} server at {url} is not ready after {timeout_s:.0f} s; look at its log or raise "
                     f"{role}.startup_timeout_s"
@@ -307,6 +334,8 @@ class Supervisor:
             if role.role == "trainer" and has_begun:
                 grace_s = _SAVING_GRACE_S
                 self.screen.stage("trainer", "saving the student", "first; another Ctrl-C ends everything at once")
+            else:
+                self.screen.stages[role.role] = Stage("ending", time.monotonic())
             role.signal(signal.SIGTERM)
         ended = asyncio.create_task(role.wait())
         waiting: list[asyncio.Future[Any]] = [ended, self._hurried]

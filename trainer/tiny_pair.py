@@ -27,9 +27,11 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from services.errors import OutputError
 from services.files import write_by_rename
 from services.folder_lock import lock_folder
 
@@ -169,9 +171,12 @@ def _build_alone(output_dir: Path, recipe: PairRecipe, seed: int, on_progress: P
     with lock_folder(output_dir, "--output", "`distillserve tiny`", on_wait=waits):
         if (record := _matching_record(record_path, recipe, seed)) is not None:
             return record
-        # The old record goes first: a build that dies half-way must not leave it beside new weights.
-        record_path.unlink(missing_ok=True)
-        record = _build(output_dir, recipe, seed, on_progress)
+        try:
+            # The old record goes first: a build that dies half-way must not leave it beside new weights.
+            record_path.unlink(missing_ok=True)
+            record = _build(output_dir, recipe, seed, on_progress)
+        except (OSError, SafetensorError) as error:  # a disk that is full says so through both
+            raise OutputError(f"--output = {str(output_dir)!r} cannot be written: {error}; free some space") from error
         write_by_rename(record_path, (json.dumps(record, indent=2) + "\n").encode())
     return record
 

@@ -16,7 +16,8 @@ FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "{log}"
 case "$*" in
     *sysconfig*) echo "{headers}" ;;
-    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && rm -f "$3/no-pip" ;;
+    "-m pip --version") [ ! -e "${{0%/bin/python}}/no-pip" ] ;;
     *importlib.metadata*) cat "${{0%/bin/python}}/made-for" ;;
 esac
 """
@@ -57,7 +58,7 @@ class Machine:
 
     @property
     def made_venv(self) -> bool:
-        return f"-m venv {self.venv}" in self.log.read_text().splitlines()
+        return f"-m venv {self.venv} --clear" in self.log.read_text().splitlines()
 
 
 @pytest.fixture
@@ -162,3 +163,11 @@ def test_make_sets_up_again_where_another_build_is_asked_for(tmp_path: Path) -> 
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
         assert ("deploy/setup.sh" in done.stdout) is expected, (stamp, arguments, environment)
         assert "distillserve up deploy/runs/tiny.toml" in done.stdout
+
+
+def test_an_environment_whose_making_was_interrupted_is_made_anew(machine: Machine) -> None:
+    """A Ctrl-C before pip is in it."""
+    machine.set_up(BACKEND="cpu")
+    (machine.venv / "no-pip").touch()
+    assert machine.set_up(BACKEND="cpu").returncode == 0 and machine.made_venv
+    assert machine.set_up(BACKEND="cpu").returncode == 0 and not machine.made_venv

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from services import logs
-from services.digest import cause, digest, how_it_ended, last_lines
+from services.digest import cause, digest, how_it_ended, last_lines, plain
 
 
 def line(logger: str, level: int, message: str, form: str = "text") -> str:
@@ -47,6 +47,9 @@ def test_beside_a_panel_progress_is_not_repeated_but_warnings_are_shown() -> Non
         "WARNING services.x: no time before it",
         '{"level": "WARNING"}',
         '{"level": "LOUD", "logger": "services.x", "message": "m"}',
+        '{"level": "WARNING", "logger": null, "message": "of another program"}',
+        '{"level": ["WARNING"], "logger": "services.x", "message": "m"}',
+        '{"a":' * 100_000,
         "{not json",
         "[1, 2]",
         "",
@@ -106,3 +109,20 @@ def test_few_lines_are_repeated_where_one_of_them_says_why() -> None:
 )
 def test_an_exit_code_is_told_in_words(code: int, expected: str) -> None:
     assert how_it_ended(code).startswith(expected)
+
+
+def test_colours_do_not_hide_the_cause() -> None:
+    assert cause(["\x1b[0;36m(EngineCore pid=9)\x1b[0;0m ValueError: too big"]) == "ValueError: too big"
+
+
+def test_what_is_shown_does_nothing_to_a_terminal_but_appear() -> None:
+    assert plain("\x1b[2J\x1b[31mnaïve\x1b[0m\x07\ta\nb\x0e") == "naïve a b "
+
+
+def test_a_last_line_without_an_end_does_not_fill_the_screen() -> None:
+    (shown,) = last_lines(["y" * 100_000])
+    assert len(shown) < 500 and shown.endswith("y ...")
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert how_it_ended(-40) == "was ended by signal 40"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services import folder_lock
 from services.errors import FolderInUseError, StartupError
 from services.folder_lock import lock_folder
 
@@ -40,16 +41,54 @@ def test_who_holds_a_folder_is_named_to_the_next_and_a_killed_holder_holds_nothi
         assert "me (process " in (tmp_path / ".lock").read_text()
 
 
-def test_who_waits_is_told_of_the_holder_once_and_goes_on_when_it_ends(tmp_path: Path) -> None:
+def test_nothing_of_a_lock_is_left_in_the_folder(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "output.dir", "me"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder of before lets go between our opening the file and our lock on it."""
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not removed:
+            (tmp_path / ".lock").unlink()
+            removed.append(True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock_folder(tmp_path, "output.dir", "me"):
+        monkeypatch.undo()
+        with pytest.raises(FolderInUseError, match="in use by me"), lock_folder(tmp_path, "output.dir", "another"):
+            pass
+
+
+def test_a_fault_inside_is_not_taken_for_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock_folder(tmp_path, "output.dir", "parent") as lock:
+        for word in ({}, lock.environment()):
+            for name, value in word.items():
+                monkeypatch.setenv(name, value)
+            folder = tmp_path if word else tmp_path / "other"
+            with pytest.raises(FileNotFoundError), lock_folder(folder, "output.dir", "me"):
+                raise FileNotFoundError("mine")
+
+
+def test_who_waits_is_told_of_the_holder_now_and_then_and_goes_on_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(folder_lock, "_POLL_S", 0.0)
     process, told = holder(tmp_path), []
 
     def on_wait(who: str) -> None:
         told.append(who)
-        process.kill()
+        if len(told) == 3:
+            process.kill()
+            process.wait(10)
 
     with lock_folder(tmp_path, "--output", "me", on_wait=on_wait):
-        assert len(told) == 1 and told[0].startswith(f"`a test` (process {process.pid} ")
-    process.wait(10)
+        assert len(told) == 3 and told[0].startswith(f"`a test` (process {process.pid} ")
 
 
 def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
@@ -72,7 +111,7 @@ def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
             pass
 
 
-@pytest.mark.parametrize("word", ["", "x", "-1", "99999"])
+@pytest.mark.parametrize("word", ["", "x", "-1", "99999", "9" * 30])
 def test_a_descriptor_that_is_none_is_no_lock(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = holder(tmp_path)
     monkeypatch.setenv("DISTILLSERVE_FOLDER_LOCK", word)
@@ -98,3 +137,9 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuses)
     with lock_folder(tmp_path, "output.dir", "me"):
         assert f"the file system of {tmp_path} has no locks" in caplog.text
+
+
+def test_a_path_that_no_file_system_takes_is_refused() -> None:
+    expected = r"^output\.dir = 'a.*b' cannot be written: embedded null byte$"
+    with pytest.raises(StartupError, match=expected), lock_folder(Path("a\0b"), "output.dir", "me"):
+        pass

@@ -1,9 +1,11 @@
 """The console of a run: what is shown of its roles, and that it is never silent for long."""
 
 import asyncio
+import io
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,23 @@ async def test_what_is_waited_for_is_said_when_nothing_else_is(
     assert all(re.fullmatch(r"rollout \| starting for 0:0\d", text) for text in lines[2:])
 
 
+async def test_a_trainer_that_says_nothing_is_seen_to_train_by_its_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.0)
+    console = shows(tmp_path)
+    console.stage("trainer", "starting")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_steps": 9}\n')
+    running = asyncio.create_task(console.run())
+    said = ""
+    async with asyncio.timeout(20):
+        while "training for 0:0" not in said:
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+    running.cancel()
+
+
 async def test_nothing_is_repeated_while_roles_are_ready_or_talk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,3 +111,55 @@ def test_a_reader_that_has_gone_away_is_noticed(tmp_path: Path, monkeypatch: pyt
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
     assert gone == [True]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "has_panel"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_progress_is_said_where_no_panel_can_be_drawn(
+    file: io.StringIO, environment: dict[str, str], has_panel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", file)
+    console = shows(tmp_path)
+    console.role_said("trainer", "01:02:03 INFO trainer.progress: step 3")
+    assert console.has_panel is has_panel and ("step 3" in file.getvalue()) is not has_panel
+
+
+def test_a_window_without_a_width_shows_what_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    shows(tmp_path).say("here")
+    assert capsys.readouterr().out == "up      | here\n"
+
+
+async def test_without_a_panel_a_trainer_that_says_nothing_is_known_to_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DISTILLSERVE_LOG_LEVEL=WARNING leaves its progress out."""
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.01)
+    console = shows(tmp_path)
+    console.stage("trainer", "starting")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_steps": 2}\n')
+    os.utime(tmp_path / "metrics.jsonl", (time.time() + 9, time.time() + 9))
+    running, said = asyncio.create_task(console.run()), ""
+    async with asyncio.timeout(20):
+        while "trainer | training for 0:0" not in said:
+            await asyncio.sleep(0.01)
+            said += capsys.readouterr().out
+    running.cancel()

@@ -1,5 +1,6 @@
 """What cannot start says so in one line with the fix."""
 
+import errno
 import shutil
 import socket
 import tempfile
@@ -338,15 +339,32 @@ def test_a_path_too_long_for_sockets_is_refused_with_the_fix(variable: str, monk
 
 
 def test_a_port_that_somebody_reserved_or_listens_on_is_not_reserved_again() -> None:
-    first = reserve_port("127.0.0.1", free_port("127.0.0.1", 0))
-    second = reserve_port("127.0.0.1", first.port)
+    first = reserve_port("rollout", "127.0.0.1", free_port("127.0.0.1", 0))
+    second = reserve_port("rollout", "127.0.0.1", first.port)
     assert second.port != first.port
     port = first.port
     first.release()
-    third = reserve_port("127.0.0.1", port)
+    third = reserve_port("rollout", "127.0.0.1", port)
     assert third.port == port
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        assert reserve_port("127.0.0.1", listener.getsockname()[1]).port != listener.getsockname()[1]
+        assert reserve_port("rollout", "127.0.0.1", listener.getsockname()[1]).port != listener.getsockname()[1]
     second.release()
     third.release()
+
+
+def test_a_host_that_is_not_ours_is_named_by_its_option() -> None:
+    with pytest.raises(StartupError, match=r"^rollout\.host = '192\.0\.2\.1' cannot be listened on"):
+        reserve_port("rollout", "192.0.2.1", 8100)
+
+
+def test_no_temporary_folder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", _disk_full)
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    with pytest.raises(StartupError, match=r"^TMPDIR = .* cannot be written; free some space"):
+        check_socket_folder()
+
+
+def _disk_full() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")

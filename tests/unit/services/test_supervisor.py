@@ -549,3 +549,108 @@ def test_servers_of_a_run_have_keys_of_its_own_unless_the_environment_has_them(
     written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
     written += capfd.readouterr().out
     assert not any(key in written for key in [*ours, "from-a-file"])
+
+
+HAS_LOCK = """
+import json, os, sys
+names = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+json.dump([name.endswith("/.lock") for name in names], open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize(("role", "holds"), [("teacher", False), ("trainer", True)])
+def test_what_a_server_leaves_behind_does_not_hold_the_folder(
+    role: str, holds: bool, config: RunConfig, tmp_path: Path
+) -> None:
+    up(config, Replaced(tmp_path, role, HAS_LOCK, str(tmp_path / "seen")))
+    assert any(json.loads((tmp_path / "seen").read_text())) is holds
+
+
+FOREIGN = """
+import json
+for _ in range(3000): print(json.dumps({"level": "INFO", "logger": None, "message": "x" * 100}))
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_line_of_another_program_neither_stops_a_role_nor_its_log(config: RunConfig, tmp_path: Path) -> None:
+    assert up(config, Replaced(tmp_path, "trainer", FOREIGN)) == 0
+    assert len((tmp_path / "out" / "logs" / "trainer.log").read_text().splitlines()) == 3000
+
+
+REMOVES = "import shutil, sys; shutil.rmtree(sys.argv[1])"
+
+
+def test_a_folder_that_is_removed_meanwhile_does_not_change_how_a_run_ended(config: RunConfig, tmp_path: Path) -> None:
+    assert up(config, Replaced(tmp_path, "trainer", REMOVES, config.output.dir)) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    assert up(config, Replaced(tmp_path, "trainer", REMOVES + "; sys.exit(5)", config.output.dir)) == 5
+
+
+# Serves, and ends by itself soon after the trainer has failed for want of it.
+BREAKS_OFF = SERVER.replace(
+    "http.server.HTTPServer(",
+    "import threading, time\n"
+    "def end():\n"
+    "    while not os.path.exists(f'{folder}/broken'): time.sleep(0.01)\n"
+    "    time.sleep(0.3); print('MemoryError: too much', flush=True); os._exit(9)\n"
+    "threading.Thread(target=end).start()\n"
+    "http.server.HTTPServer(",
+)
+MISSES = (
+    "import sys; open(f'{sys.argv[1]}/broken', 'w').close(); print('distillserve: http://x broke off'); sys.exit(4)"
+)
+
+
+def test_a_server_that_ends_just_after_the_trainer_it_fails_is_the_cause(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def command(role: str, run_file: Path) -> list[str]:
+        scripts = {"trainer": [MISSES, str(tmp_path)], "teacher": [BREAKS_OFF, role, str(run_file), str(tmp_path), ""]}
+        return [sys.executable, "-c", *scripts[role]] if role in scripts else Roles(tmp_path)(role, run_file)
+
+    assert up(config, command) == 9
+    assert capfd.readouterr().out.splitlines()[-1] == "up      | the teacher failed: MemoryError: too much"
+
+
+def test_a_role_that_cannot_be_started_is_one_line(config: RunConfig, tmp_path: Path) -> None:
+    def command(role: str, run_file: Path) -> list[str]:
+        return [str(tmp_path / "no-such-program")] if role == "teacher" else Roles(tmp_path)(role, run_file)
+
+    with pytest.raises(StartupError, match=r"^the teacher cannot be started: No such file"):
+        up(config, command)
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_a_reader_that_is_gone_before_the_first_line_ends_the_run_in_order(config: RunConfig, tmp_path: Path) -> None:
+    with socket.socket() as listener:  # the first line says that the port is taken
+        listener.bind(("127.0.0.1", config.teacher.port))
+        listener.listen()
+        reading, writing = os.pipe()
+        os.close(reading)
+        process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path, stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGPIPE and b"Traceback" not in said
+    wait_until_nobody_lives(tmp_path)
+
+
+IGNORES_FOR_A_WHILE = SERVER.replace("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "pass").replace(
+    'print("listening", flush=True)',
+    "import time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), os._exit(0)))",
+)
+
+
+def test_the_end_of_a_slow_server_is_not_silent(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.screen._SILENCE_S", 0.5)
+
+    def command(role: str, run_file: Path) -> list[str]:
+        script = [sys.executable, "-c", IGNORES_FOR_A_WHILE, role, str(run_file), str(tmp_path), ""]
+        return script if role == "teacher" else Roles(tmp_path)(role, run_file)
+
+    assert up(config, command) == 0
+    assert "teacher | ending for 0:0" in capfd.readouterr().out

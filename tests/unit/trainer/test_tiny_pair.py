@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.errors import OutputError
 from trainer.tiny_pair import PairRecipe, addition_rows, build_tiny_pair, build_tokenizer, split_rows
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "intermediate_size": 32, "num_steps": 2, "batch_size": 8}
@@ -76,3 +77,13 @@ def test_a_build_that_was_interrupted_is_done_again(tmp_path: Path) -> None:
 def test_a_teacher_that_learned_too_little_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"below min_teacher_exact_match=0\.99"):
         build_tiny_pair(tmp_path, recipe=replace(recipe(), min_teacher_exact_match=0.99), on_progress=lambda _: None)
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"^--output = .* cannot be written: .*No space left on device; free some"):
+        build_tiny_pair(tmp_path, recipe=recipe(), on_progress=lambda _: None)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "teacher" / "model.safetensors").mkdir(parents=True)  # safetensors has errors of its own
+    with pytest.raises(OutputError, match=r"^--output = .* cannot be written"):
+        build_tiny_pair(tmp_path, recipe=recipe(), on_progress=lambda _: None)
