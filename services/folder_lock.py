@@ -111,4 +111,7 @@ def _inherited_descriptor(folder: Path) -> int | None:
         ours, theirs = os.fstat(int(word)), (folder / _NAME).stat()
     except (ValueError, OverflowError, OSError):
         return None
-    return int(word) if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) else None
+    if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+        return None
+    os.set_inheritable(int(word), False)  # what this process starts works on, maybe for ever, but not in the folder
+    return int(word)

@@ -65,8 +65,9 @@ def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
     with lock_folder(mine, "output.dir", "parent") as lock:
         (word,) = lock.environment().items()
         monkeypatch.setenv(*word)
+        os.set_inheritable(lock.descriptor, True)  # as in a child
         with lock_folder(mine, "output.dir", "child"):
-            pass
+            assert not os.get_inheritable(lock.descriptor)
         assert "parent" in (mine / ".lock").read_text()  # still held, and still by its holder
         process = holder(other)
         with pytest.raises(FolderInUseError), lock_folder(other, "output.dir", "child"):
