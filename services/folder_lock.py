@@ -63,7 +63,9 @@ def lock_folder(
     try:
         if inherited is None:
             _acquire(descriptor, folder, option, on_wait)
-            _write_holder(descriptor, work)
+            _write_holder(descriptor, f"{work} (process {os.getpid()} on {_since()})")
+        else:  # it outlives its parent when that is killed
+            _write_holder(descriptor, f"{_read_holder(descriptor)} and its {work} (process {os.getpid()})")
         yield FolderLock(folder, descriptor)
     finally:
         if inherited is None:
@@ -77,7 +79,7 @@ def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str]
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            holder = _read_holder(descriptor) or "another process"
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise StartupError(f"{option} = {str(folder)!r} cannot be locked: {error.strerror}") from error
@@ -94,12 +96,18 @@ def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str]
         time.sleep(_POLL_S)
 
 
-def _write_holder(descriptor: int, work: str) -> None:
-    since = time.strftime("%H:%M:%S")
-    holder = f"{work} (process {os.getpid()} on {socket.gethostname()}, since {since})\n"
+def _since() -> str:
+    return f"{socket.gethostname()}, since {time.strftime('%H:%M:%S')}"
+
+
+def _read_holder(descriptor: int) -> str:
+    return os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+
+
+def _write_holder(descriptor: int, holder: str) -> None:
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
     except OSError:  # a full disk; the lock holds without a name
         return
 

@@ -76,3 +76,13 @@ def test_a_reader_that_has_gone_away_is_a_broken_pipe_for_what_rich_prints_too()
     done = subprocess.run([sys.executable, "-c", CODE + code], stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (5, b"")
+
+
+def test_a_second_ctrl_c_while_a_command_leaves_shows_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal\nfrom services.command import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "up"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.startswith("distillserve: ") and done.stderr.count("\n") == 1
