@@ -33,6 +33,10 @@ def checked_urls(option: str, urls: Iterable[str], *, base_path: bool = False) -
     twice = [url for url, count in Counter(checked).items() if count > 1]
     if twice:
         raise ValueError(f"{option} names {twice[0]} twice; give each server once")
+    for url, host in ((url, host) for url in checked for host in ("127.0.0.1", "[::1]")):
+        same = url.replace("//localhost", f"//{host}", 1)
+        if same != url and same in checked:
+            raise ValueError(f"{option} names {url} and {same}, one server in two ways; give it once")
     return checked
 
 

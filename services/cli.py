@@ -249,14 +249,8 @@ def option_help() -> dict[str, str]:
 
 
 def _up(config: RunConfig, verbose: bool) -> int:
-    from services.gpu_plan import plan
-    from services.gpu_sharing import check_nccl
     from services.supervisor import up
 
-    check_nccl(config)
-    found = plan(config)
-    for line in found.lines() if found is not None else ():
-        say(line)
     return up(config, verbose=verbose)
 
 

@@ -145,7 +145,8 @@ class TeacherConfig(ServerSection):
     """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"};
     weights are read from safetensors alone unless {"load_format": ...} says otherwise."""
     max_model_len: int | None = Field(None, ge=2)
-    """Longest sequence to score, tokens; default: what the model's config says."""
+    """Longest sequence to score, tokens; default: what the model's config says, in vLLM on a GPU that roles share
+    rollout.max_model_len or its default."""
     max_sequences_per_request: int = Field(4096, ge=1)
     """Sequences in one request."""
     max_tokens_per_request: int = Field(1_048_576, ge=1)

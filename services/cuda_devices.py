@@ -1,12 +1,13 @@
 """What the options `cuda_devices` say: lists as CUDA_VISIBLE_DEVICES takes them, read without a driver.
 
-"0,1" are numbers of GPUs, "GPU-8932f937" is a UUID or the beginning of one, "MIG-..." a part of a GPU; "" and "-1" are
-no GPU at all. None is an option that is not set: the first GPU that the process sees.
+"0,1" are numbers of GPUs, "GPU-8932f937" is a UUID or the beginning of one, "MIG-..." a part of a GPU; "", "-1" and
+Slurm's "NoDevFiles" are no GPU at all. None is an option that is not set: the first GPU that the process sees.
 """
 
 import re
 
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-[0-9a-zA-Z/-]+", re.ASCII)
+_NONE = ("", "-1", "NoDevFiles")
 
 
 def parse_devices(option: str, value: str) -> tuple[str, ...]:
@@ -18,7 +19,7 @@ def parse_devices(option: str, value: str) -> tuple[str, ...]:
     Raises:
         ValueError: it is not a list of numbers or of UUIDs, or names a device twice.
     """
-    if value.strip() in ("", "-1"):
+    if value.strip() in _NONE:
         return ()
     words = [word.strip() for word in value.split(",")]
     wrong = next((word for word in words if not _DEVICE.fullmatch(word)), None)

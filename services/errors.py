@@ -28,6 +28,9 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 # Greedy, and over slashes: a password may hold each of the characters that end a user in a well-formed URL.
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s'\"]*@")
 
+# Options that hold options of other programs.
+_PASSED_ON = ("engine_args", "_kwargs")
+
 
 class DistillServeError(Exception):
     """Base of all errors a user can act on; `str()` is the one line to show, without the password of any URL in it."""
@@ -147,7 +150,9 @@ def describe_validation_error(error: ValidationError) -> list[tuple[str, str]]:
         field = ".".join(str(part) for part in item["loc"]) or "(root)"
         message = item["msg"].removeprefix("Value error, ")
         value = item.get("input")
-        if item["type"] not in ("missing", "value_error") and not isinstance(value, dict):
+        if any(part.endswith(_PASSED_ON) for part in field.split(".")):  # a secret may be among them
+            message += f" (got a {type(value).__name__})"
+        elif item["type"] not in ("missing", "value_error") and not isinstance(value, dict):
             message += f" (got {_shorten(repr(value))})"
         problems.append((field, message))
     return problems

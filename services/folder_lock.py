@@ -1,7 +1,7 @@
 """An output folder belongs to one running process: two that write into one folder would mix their files in silence.
 
-The lock is the kernel's (flock), so it ends with the process that holds it, however that ends. `.lock` in the folder stays
-behind and says who held it last.
+The lock is the kernel's (flock) on `.lock` in the folder, so it ends with the process that holds it, however that ends. Who
+lets go removes the file; who gets a lock on one that is no longer there tries again.
 """
 
 import errno
@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from services.errors import FolderInUseError, StartupError
@@ -56,36 +56,36 @@ def lock_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inherited = _inherited_descriptor(folder)
-        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644) if inherited is None else inherited
+        descriptor = _acquire(folder, option, on_wait) if inherited is None else inherited
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or error
         raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
+    if inherited is not None:  # this process outlives its parent when that is killed
+        _write_holder(descriptor, f"{_read_holder(descriptor)} and its {work} (process {os.getpid()})")
+        yield FolderLock(folder, descriptor)
+        return
     try:
-        if inherited is None:
-            _acquire(descriptor, folder, option, on_wait)
-            _write_holder(descriptor, f"{work} (process {os.getpid()} on {_since()})")
-        else:  # it outlives its parent when that is killed
-            _write_holder(descriptor, f"{_read_holder(descriptor)} and its {work} (process {os.getpid()})")
+        _write_holder(descriptor, f"{work} (process {os.getpid()} on {_since()})")
         yield FolderLock(folder, descriptor)
     finally:
-        if inherited is None:
-            os.close(descriptor)
+        if _is_the_file(descriptor, folder):  # not where somebody removed the folder, and another process made it anew
+            with suppress(OSError):
+                (folder / _NAME).unlink()
+        os.close(descriptor)
 
 
-def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str], None] | None) -> None:
+def _acquire(folder: Path, option: str, on_wait: Callable[[str], None] | None) -> int:
+    """The descriptor of the locked file."""
     announced = -math.inf
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = _read_holder(descriptor) or "another process"
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise StartupError(f"{option} = {str(folder)!r} cannot be locked: {error.strerror}") from error
-            text = "the file system of %s has no locks: see to it that no other run uses this folder"
-            logger.warning(text, folder)
-            return
+        descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        is_locked = _locks(descriptor, folder)
+        if is_locked and _is_the_file(descriptor, folder):
+            return descriptor
+        holder = _read_holder(descriptor) or "another process"
+        os.close(descriptor)
+        if is_locked:
+            continue  # its holder removed it in the meantime
         if on_wait is None:
             raise FolderInUseError(
                 f"{option} = {str(folder)!r} is in use by {holder}; wait until that has ended, or choose another {option}"
@@ -94,6 +94,28 @@ def _acquire(descriptor: int, folder: Path, option: str, on_wait: Callable[[str]
             on_wait(holder)
             announced = time.monotonic()
         time.sleep(_POLL_S)
+
+
+def _locks(descriptor: int, folder: Path) -> bool:
+    """Whether nobody else has the lock, which is then ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning("the file system of %s has no locks: see to it that no other run uses this folder", folder)
+    return True
+
+
+def _is_the_file(descriptor: int, folder: Path) -> bool:
+    """Whether a descriptor is of the folder's lock file as it is now."""
+    try:
+        ours, there = os.fstat(descriptor), (folder / _NAME).stat()
+    except (OSError, OverflowError):  # OverflowError: a number that no descriptor has
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _since() -> str:
@@ -115,11 +137,7 @@ def _write_holder(descriptor: int, holder: str) -> None:
 def _inherited_descriptor(folder: Path) -> int | None:
     """The lock that the process which started this one holds, if it is of this folder."""
     word = os.environ.get(_INHERITED, "")
-    try:
-        ours, theirs = os.fstat(int(word)), (folder / _NAME).stat()
-    except (ValueError, OverflowError, OSError):
-        return None
-    if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+    if not word.isdecimal() or not _is_the_file(int(word), folder):
         return None
     os.set_inheritable(int(word), False)  # what this process starts works on, maybe for ever, but not in the folder
     return int(word)

@@ -67,7 +67,7 @@ def refusal(config: RunConfig, worst: GpuShares, fits: Callable[[RunConfig], boo
 def _what_always_helps(config: RunConfig, worst: GpuShares) -> str:
     largest = max(worst.shares, key=lambda role: worst.shares[role].total)
     option = f"{SECTIONS[largest]}.cuda_devices"
-    if len(worst.shares) > 1:
+    if len(worst.shares) > 1 and worst.shares[largest].total <= usable_bytes(worst.gpu.total_bytes):
         return f"give the {largest} a GPU of its own with {option}, or take smaller models"
     is_vllm = largest == "rollout" or (largest == "teacher" and config.teacher.engine == "vllm")
     spread = f", or spread it over GPUs with {largest}.tensor_parallel_size" if is_vllm else ""

@@ -6,8 +6,7 @@ from services.config import RolloutConfig, RunConfig, TeacherConfig
 from services.gpu_advice import updated
 from services.gpu_memory import GIB
 from services.gpu_plan import MemoryPlan, default_length, plan
-from services.gpu_sharing import check_nccl, gpus_of
-from services.gpus import DRIVER_FILE, uses_cuda
+from services.gpu_sharing import check_nccl, may_use_a_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def computed(config: RunConfig, role: str) -> RunConfig:
     found = plan(config, role)
     for line in found.lines() if found is not None else ():
         logger.info(line)
-    if found is None and (gpus_of(config, role, strict=False) or (uses_cuda() and DRIVER_FILE.exists())):
+    if found is None and may_use_a_gpu(config, role):
         reason = "set the options of docs/gpu.md where it does not fit"
         logger.warning(
             "the %s's share of the GPU is not computed, for want of nvidia-smi or a readable config.json; %s",
@@ -52,7 +51,12 @@ def with_shares(config: RunConfig, role: str, found: MemoryPlan | None) -> RunCo
             rows_per_head_chunk=section.rows_per_head_chunk or sizes.rows_per_head_chunk,
         )
     if role == "teacher":
-        return updated(config, "teacher", **_of_vllm(config.teacher, role, found))
+        longest = config.teacher.max_model_len
+        if longest is None and sizes is not None and _is_shared(role, found):
+            longest = (
+                sizes.max_model_len
+            )  # vLLM wants room in its cache for one sequence, by default the model's longest
+        return updated(config, "teacher", max_model_len=longest, **_of_vllm(config.teacher, role, found))
     longest = config.rollout.max_model_len or (sizes.max_model_len if sizes else default_length(config))
     seqs = config.rollout.max_num_seqs or (sizes.max_num_seqs if sizes else None)
     options = _of_vllm(config.rollout, role, found)
@@ -62,12 +66,15 @@ def with_shares(config: RunConfig, role: str, found: MemoryPlan | None) -> RunCo
 def _of_vllm(section: RolloutConfig | TeacherConfig, role: str, found: MemoryPlan | None) -> dict[str, float]:
     """The share of a vLLM's GPUs, and its cache: of a shared GPU both are said, for each bounds what the other does not."""
     parts = found.share(role) if found is not None else []
-    if not any(shared for _, _, shared in parts) or section.gpu_memory_utilization is not None:
+    if not parts or section.gpu_memory_utilization is not None:
         return {}
     # vLLM asks for its share of each GPU to be free, and compares with a total that is a little less than the driver's.
     utilization = max(share.total / gpu.total_bytes for gpu, share, _ in parts)
-    cache_bytes = min(share.kv_cache for _, share, _ in parts)
-    return {
-        "gpu_memory_utilization": min(1.0, -(-utilization * 1000 // 1) / 1000),
-        "kv_cache_gib": section.kv_cache_gib or cache_bytes / GIB,
-    }
+    options = {"gpu_memory_utilization": min(1.0, -(-utilization * 1000 // 1) / 1000)}
+    if _is_shared(role, found):
+        return options | {"kv_cache_gib": section.kv_cache_gib or min(share.kv_cache for _, share, _ in parts) / GIB}
+    return options if utilization > ALONE_UTILIZATION else {}
+
+
+def _is_shared(role: str, found: MemoryPlan | None) -> bool:
+    return found is not None and any(shared for _, _, shared in found.share(role))

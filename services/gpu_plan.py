@@ -191,10 +191,9 @@ def _shrinkables(
         others = {gpu for other, gpus in roles.items() if other != role for gpu in gpus}
         is_set = section.kv_cache_gib is not None or section.gpu_memory_utilization is not None
         if is_vllm and not is_set and others.intersection(roles.get(role, ())):
-            # Everything in flight at its longest; half of the answers; an eighth, but always one whole sequence, in blocks.
-            one = (longest // _CACHE_BLOCK + 2) * _CACHE_BLOCK
+            # Everything in flight at its longest; half of the answers; an eighth, but always one whole sequence.
             sizes = (in_flight * longest, new_tokens // 2, new_tokens // 8)
-            found.append(Shrinkable(name, *(max(one, size) for size in sizes)))
+            found.append(Shrinkable(name, *(max(_least_cache_tokens(longest), size) for size in sizes)))
     if "rollout" in roles and rollout.max_num_seqs is None:
         found.append(Shrinkable("max_num_seqs", DEFAULT_NUM_SEQS, 64, 32))
     if "trainer" in roles and pipeline.tokens_per_micro_batch is None:
@@ -206,6 +205,11 @@ def _shrinkables(
             rows = max(1, min(DEFAULT_HEAD_ROWS, MAX_CHUNK_ELEMENTS // shapes["teacher"].vocab_size))
             found.append(Shrinkable("rows_per_head_chunk", rows, min(rows, 128), min(rows, 64)))
     return found
+
+
+def _least_cache_tokens(longest: int) -> int:
+    """Of one whole sequence, in blocks."""
+    return (longest // _CACHE_BLOCK + 2) * _CACHE_BLOCK
 
 
 def _shares(
@@ -246,7 +250,8 @@ def _share(config: RunConfig, role: str, shape: ModelShape, sizes: Sizes, gpu: G
         bucket_bytes=bucket if role == "rollout" else 0,
         scores_prompts=role == "teacher",
     )
-    least = kv_bytes_per_token(shape, section.dtype) * sizes.max_model_len // section.tensor_parallel_size
+    tokens = _least_cache_tokens(sizes.max_model_len)
+    least = kv_bytes_per_token(shape, section.dtype) * tokens // section.tensor_parallel_size
     return _as_set(share, section.kv_cache_gib, section.gpu_memory_utilization, least, gpu)
 
 

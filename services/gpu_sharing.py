@@ -5,10 +5,10 @@ tensor_parallel_size. Roles whose servers the trainer reaches through loopback a
 cuda_devices are all set, which is how containers on one card say it.
 """
 
-import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from services.addresses import is_loopback
 from services.config import RunConfig, ServerSection
 from services.cuda_devices import overlap, parse_devices
 from services.errors import ConfigError
@@ -24,10 +24,19 @@ def servers_share_a_gpu(config: RunConfig) -> bool:
     ours, theirs = (gpus_of(config, role, strict=False) for role in ("rollout", "teacher"))
     if ours and theirs:
         return bool(set(ours) & set(theirs))
+    if not all(may_use_a_gpu(config, role) for role in ("rollout", "teacher")):
+        return False
     lists = [config.rollout.cuda_devices, config.teacher.cuda_devices]
-    if not uses_cuda() or not DRIVER_FILE.exists() or None in lists:
-        return uses_cuda() and DRIVER_FILE.exists() and "" not in lists
-    return overlap(*(parse_devices("cuda_devices", value or "") for value in lists)) is not False
+    return None in lists or overlap(*(parse_devices("cuda_devices", value or "") for value in lists)) is not False
+
+
+def may_use_a_gpu(config: RunConfig, role: str) -> bool:
+    """Whether a role that finds a GPU uses it, and there may be one, also where `nvidia-smi` does not tell."""
+    option = f"{SECTIONS[role]}.cuda_devices"
+    if not uses_cuda() or not _places(config, role):
+        return False
+    sees_none = devices_seen(option, getattr(config, SECTIONS[role]).cuda_devices) == ()
+    return not sees_none and (DRIVER_FILE.exists() or bool(find_gpus(None)))
 
 
 def check_nccl(config: RunConfig, role: str | None = None) -> None:
@@ -73,15 +82,8 @@ def _are_together(config: RunConfig, a: str, b: str) -> bool:
 
 def _is_local(section: ServerSection) -> bool:
     """Whether the trainer reaches a server through loopback."""
-    for url in section.urls:
-        host = urlsplit(url).hostname or ""
-        try:
-            if not ipaddress.ip_address(host).is_loopback:
-                return False
-        except ValueError:
-            if host != "localhost":
-                return False
-    return True
+    hosts = [urlsplit(url).hostname or "" for url in section.urls and section.server_urls()]
+    return all(is_loopback(host) for host in hosts)
 
 
 def gpus_of(config: RunConfig, role: str, *, strict: bool) -> list[Gpu]:
@@ -90,6 +92,8 @@ def gpus_of(config: RunConfig, role: str, *, strict: bool) -> list[Gpu]:
     Raises:
         ConfigError: in strict mode, one is not there.
     """
+    if not uses_cuda():
+        return []  # whatever the environment says of devices, of which a scheduler may have its own words
     section = getattr(config, SECTIONS[role])
     option = f"{SECTIONS[role]}.cuda_devices"
     seen = find_gpus(devices_seen(option, section.cuda_devices))

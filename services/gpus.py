@@ -42,7 +42,7 @@ def installed_gpus() -> tuple[Gpu, ...]:
         return ()
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_NVIDIA_SMI_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True) if done.returncode == 0 else ()
@@ -51,9 +51,10 @@ def installed_gpus() -> tuple[Gpu, ...]:
 
 def _gpus(rows: Iterable[list[str]]) -> Iterable[Gpu]:
     for row in rows:
+        row = [cell.strip() for cell in row]
         # A GPU that is cut into parts has less memory for a process than it says.
-        if len(row) == len(_QUERY) and row[2].strip().isdecimal() and row[3].strip() != "Enabled":
-            yield Gpu(int(row[0]), row[1].strip().lower().replace("gpu-", "GPU-"), int(row[2]) << 20)
+        if len(row) == len(_QUERY) and (row[0] + row[2]).isdecimal() and row[3] != "Enabled":
+            yield Gpu(int(row[0]), row[1].lower().replace("gpu-", "GPU-"), int(row[2]) << 20)
 
 
 def devices_seen(option: str, value: str | None) -> tuple[str, ...] | None:

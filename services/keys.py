@@ -4,6 +4,7 @@ A key is read from DISTILLSERVE_<SERVER>_KEY, or from the file that DISTILLSERVE
 one: they name the variable or the file.
 """
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -94,6 +95,8 @@ def _read(variable: str) -> SecretStr | None:
 
 def _file_text(variable: str, path: str) -> str:
     try:
+        if Path(path).is_fifo():  # it would be waited for, and hold the key for one reader alone
+            raise OSError(errno.EINVAL, "it is a pipe")
         with Path(path).open("rb") as file:
             return file.read(_LONGEST_KEY + 64).decode("ascii", errors="replace")
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte

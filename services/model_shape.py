@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
+from huggingface_hub import (
+    get_local_safetensors_metadata,
+    get_safetensors_metadata,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import SafetensorsRepoMetadata
 
 # Other names that architectures have for the same number.
@@ -99,7 +104,9 @@ def read_shape(model: str) -> ModelShape | None:
     try:
         config = Path(model, "config.json")
         if not config.is_file():
-            config = Path(hf_hub_download(model, "config.json"))
+            # What lies in the cache first: without a network the hub is asked for half a minute.
+            cached = try_to_load_from_cache(model, "config.json")
+            config = Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
         return ModelShape.from_config(json.loads(config.read_text()), _weights(model, config.parent))
     except Exception:  # of the network, of the hub, of a file that is none
         return None

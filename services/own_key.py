@@ -29,9 +29,15 @@ def check_own_key_folder(port: int) -> None:
     """Make sure early that `publish_own_key` will find room.
 
     Raises:
-        StartupError: the folder cannot be made or written to.
+        StartupError: the folder cannot be made or written to, or there is no home for it.
     """
-    folder = own_key_path(port).parent
+    try:
+        folder = own_key_path(port).parent
+    except RuntimeError as error:  # a user without an entry in the system's list, and no HOME
+        raise StartupError(
+            "the rollout server has no key, and nowhere to write one: nobody knows this user's home; set HOME, or "
+            "DISTILLSERVE_ROLLOUT_KEY for the server and the trainer"
+        ) from error
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -28,13 +28,15 @@ from services.digest import cause, how_it_ended, last_lines
 from services.errors import ConfigError, StartupError
 from services.files import write_by_rename
 from services.folder_lock import FolderLock, lock_folder
-from services.gpu_sharing import servers_share_a_gpu
+from services.gpu_plan import plan
+from services.gpu_sharing import check_nccl, servers_share_a_gpu
 from services.guard import LAUNCH_HEADER, LAUNCH_VARIABLE
 from services.keys import Secrets, make_key, reveal
 from services.panel import Stage
 from services.role_process import RoleLog, RoleProcess
 from services.screen import Screen
 from services.startup import PortReservation, check_model_folder, check_output_room, check_socket_folder, reserve_port
+from services.streams import say
 from services.summary_table import summary_table
 
 Command = Callable[[str, Path], list[str]]
@@ -71,13 +73,15 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
         verbose: show all that the roles say, not only what a person has to see.
 
     Raises:
-        ConfigError: the run names servers that somebody else starts, or its folder holds an earlier run.
+        ConfigError: the run names servers that somebody else starts, does not fit on its GPUs, or its folder holds an
+            earlier run.
         StartupError: a model folder is missing, or the output folder cannot be used.
     """
     refuse_urls(config)
     check_model_folder("student.model", config.student.model or "")
     check_model_folder("teacher.model", config.teacher.model or "")
     check_socket_folder()
+    _share_gpus(config)
     with ExitStack() as stack:
         lock = stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve up`"))
         output_dir = check_output_dir(config)
@@ -92,6 +96,18 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
             return await Supervisor(moved, run_file, lock, command, grace_s, verbose).run(wanted)
 
         return asyncio.run(supervise())
+
+
+def _share_gpus(config: RunConfig) -> None:
+    """Show what each role is computed to take of its GPU; after what is checked in no time, for a hub may be asked.
+
+    Raises:
+        ConfigError: of `check_nccl` and of `plan`.
+    """
+    check_nccl(config)
+    found = plan(config)
+    for line in found.lines() if found is not None else ():
+        say(line)
 
 
 @contextmanager

@@ -115,6 +115,7 @@ class Session:
             while not thread.done():
                 with suppress(asyncio.CancelledError):  # whoever is in a hurry: half a step is worth nothing
                     await asyncio.wait([thread])
+            thread.exception()  # how it left is of no interest, and asyncio prints what nobody has asked for
             raise
 
     @contextmanager

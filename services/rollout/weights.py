@@ -72,7 +72,7 @@ async def get_status(request: Request, _: RolloutSettings) -> Response:
 async def _body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body() or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(422, "Invalid request", f"the body is no JSON: {error}") from error
     if not isinstance(body, dict):
         raise RequestError(422, "Invalid request", f"the body is a {type(body).__name__}; send a JSON object")

@@ -113,6 +113,13 @@ def test_equal_urls_have_one_spelling(url: str, spelt: str) -> None:
     assert checked_url(spelt, base_path=True) == spelt
 
 
+@pytest.mark.parametrize("other", ["http://127.0.0.1:8100", "http://[0::1]:8100/"])
+def test_localhost_beside_its_address_is_the_same_server_twice(other: str) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.urls names http://localhost:8100 and .* one server in two ways"):
+        checked_urls("rollout.urls", [other, "http://LocalHost:8100"])
+    assert checked_urls("rollout.urls", ["http://127.0.0.1:8100", "http://[::1]:8100", "http://localhost:8101"])
+
+
 def test_the_same_server_twice_is_found_in_every_spelling() -> None:
     with pytest.raises(ValueError, match=r"rollout\.urls names http://\[::1\]:8100 twice; give each server once"):
         checked_urls("rollout.urls", ["http://[::1]:8100", "HTTP://[0::1]:8100/"])

@@ -307,6 +307,36 @@ def test_a_secret_is_refused_and_not_shown(
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            f'[teacher]\nengine_args = \'{{"hf_token": "{SECRET}"}}\'',
+            "teacher.engine_args: Input should be a valid dict",
+        ),
+        (
+            f'[rollout]\nengine_args = "--api-key {SECRET}"',
+            "rollout.engine_args: Input should be a valid list (got a str)",
+        ),
+        (
+            f'[rollout]\nengine_args = [["--api-key", "{SECRET}"]]',
+            "rollout.engine_args.0: Input should be a valid string",
+        ),
+        (
+            f"[student]\nmodel_init_kwargs = ['token={SECRET}']",
+            "student.model_init_kwargs: Input should be a valid dict",
+        ),
+    ],
+)
+def test_a_secret_in_a_run_file_is_not_shown_where_it_is_of_the_wrong_kind(
+    content: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(content)
+    line = refused(capsys, "up", str(run_file), *COMPLETE, "--dry-run")
+    assert expected in line and SECRET not in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         (["enable_thinking=false"], {"enable_thinking": False}),

@@ -12,6 +12,7 @@ from services.cuda_devices import overlap, parse_devices
         ("2, 01", ("2", "1")),
         ("", ()),
         ("-1", ()),
+        ("NoDevFiles", ()),
         ("GPU-8932F937", ("GPU-8932f937",)),
     ],
 )

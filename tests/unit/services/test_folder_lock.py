@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,39 @@ def test_who_holds_a_folder_is_named_to_the_next_and_a_killed_holder_holds_nothi
     process.wait(10)
     with lock_folder(tmp_path, "output.dir", "me"):
         assert "me (process " in (tmp_path / ".lock").read_text()
+
+
+def test_nothing_of_a_lock_is_left_in_the_folder(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "output.dir", "me"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder of before lets go between our opening the file and our lock on it."""
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not removed:
+            (tmp_path / ".lock").unlink()
+            removed.append(True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with lock_folder(tmp_path, "output.dir", "me"):
+        monkeypatch.undo()
+        with pytest.raises(FolderInUseError, match="in use by me"), lock_folder(tmp_path, "output.dir", "another"):
+            pass
+
+
+def test_a_fault_inside_is_not_taken_for_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock_folder(tmp_path, "output.dir", "parent") as lock:
+        for word in ({}, lock.environment()):
+            for name, value in word.items():
+                monkeypatch.setenv(name, value)
+            folder = tmp_path if word else tmp_path / "other"
+            with pytest.raises(FileNotFoundError), lock_folder(folder, "output.dir", "me"):
+                raise FileNotFoundError("mine")
 
 
 def test_who_waits_is_told_of_the_holder_now_and_then_and_goes_on_when_it_ends(
@@ -118,3 +152,14 @@ def test_a_path_that_no_file_system_takes_is_refused() -> None:
     expected = r"^output\.dir = 'a.*b' cannot be written: embedded null byte$"
     with pytest.raises(StartupError, match=expected), lock_folder(Path("a\0b"), "output.dir", "me"):
         pass
+
+
+def test_who_leaves_a_folder_that_was_made_anew_leaves_the_lock_of_another(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with lock_folder(folder, "output.dir", "first"):
+        shutil.rmtree(folder)
+        process = holder(folder)
+    with pytest.raises(FolderInUseError, match=f"process {process.pid} "), lock_folder(folder, "output.dir", "third"):
+        pass
+    process.kill()
+    process.wait(10)

@@ -107,7 +107,16 @@ def test_containers_on_one_card_share_it_when_all_say_so(gpus: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://localhost:9", "http://[::1]:9"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9",
+        "http://localhost:9",
+        "http://[::1]:9",
+        "http://LOCALHOST.:9",
+        "http://[::ffff:127.0.0.1]:9",
+    ],
+)
 def test_servers_behind_loopback_are_on_this_machine(url: str, gpus: Any) -> None:
     gpus(80e9)
     assert len(planned(run(teacher={"urls": [url]}), "trainer").gpus[0].shares) == 3
@@ -119,6 +128,25 @@ def test_a_server_alone_on_its_gpu_keeps_what_vllm_takes_by_itself(gpus: Any) ->
     rollout = with_shares(config, "rollout", planned(config, "rollout")).rollout
     assert (rollout.gpu_memory_utilization, rollout.kv_cache_gib) == (None, None)
     assert rollout.max_model_len == 4096  # the model's own 40,960 would cost 4.7 GB a sequence
+
+
+def test_a_server_alone_that_needs_more_than_vllm_takes_by_itself_is_given_it(gpus: Any) -> None:
+    gpus(4.6 * GIB, 80e9)  # the rollouts of Qwen3-1.7B in bfloat16, whose cache holds 2,048 tokens
+    devices = {"student": {"cuda_devices": "1"}, "teacher": {"cuda_devices": "1"}, "rollout": {"cuda_devices": "0"}}
+    config = run(**devices, data={"max_prompt_tokens": 256}, sampling={"max_new_tokens": 256})
+    utilizations = []
+    for tenths in range(20, 60):
+        gpus(tenths / 10 * GIB, 80e9)
+        try:
+            found = planned(config, "rollout")
+        except ConfigError:
+            continue
+        rollout = with_shares(config, "rollout", found).rollout
+        share = found.gpus[0].shares["rollout"]
+        utilizations.append(rollout.gpu_memory_utilization)
+        assert share.total <= (rollout.gpu_memory_utilization or 0.9) * found.gpus[0].gpu.total_bytes
+        assert rollout.kv_cache_gib is None
+    assert None in utilizations and any(utilizations)
 
 
 def test_a_teacher_of_its_own_shares_with_nobody(gpus: Any) -> None:
@@ -164,6 +192,29 @@ def test_a_vllm_teacher_gets_a_share_and_a_cache(gpus: Any) -> None:
     assert teacher.kv_cache_gib == share.kv_cache / GIB and teacher.tokens_per_forward is None
     assert teacher.gpu_memory_utilization == pytest.approx(share.total / 80e9, abs=2e-3)
     RunConfig.model_validate(with_shares(config, "teacher", found).model_dump())  # nothing that would be ignored is set
+
+
+@pytest.mark.parametrize("total", [26 * GIB, 48 * GIB, 80e9])
+@pytest.mark.parametrize("options", [{}, {"gpu_memory_utilization": 0.3}, {"kv_cache_gib": 1.0}])
+def test_the_cache_of_a_vllm_teacher_holds_the_longest_sequence_that_it_takes(
+    total: float, options: dict[str, float], gpus: Any
+) -> None:
+    """vLLM does not start otherwise, and these models' own 40,960 tokens take 4.7 GB."""
+    gpus(total)
+    config = run(teacher={"engine": "vllm", **options})
+    found = planned(config)
+    longest = with_shares(config, "teacher", found).teacher.max_model_len
+    assert longest is not None and longest == with_shares(config, "rollout", found).rollout.max_model_len
+    room = found.gpus[0].shares["teacher"].kv_cache // 114_688
+    assert longest + 1 <= room  # one more, for the token that vLLM samples
+
+
+def test_a_vllm_teacher_takes_the_length_that_is_set_or_its_models_on_a_gpu_of_its_own(gpus: Any) -> None:
+    gpus(80e9, 80e9)
+    config = run(teacher={"engine": "vllm", "max_model_len": 5000})
+    assert with_shares(config, "teacher", planned(config)).teacher.max_model_len == 5000
+    config = run(teacher={"engine": "vllm", "cuda_devices": "1"})
+    assert with_shares(config, "teacher", planned(config)).teacher.max_model_len is None
 
 
 def test_two_gpus_are_planned_each_for_its_roles(gpus: Any) -> None:
@@ -245,6 +296,57 @@ def test_it_is_said_when_a_share_cannot_be_computed(
     install_torch("2.13.0+cpu", monkeypatch)
     computed(run(), "teacher")
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "environment"),
+    [
+        ("teacher", {"teacher": {"device": "cpu"}}, None),
+        ("trainer", {"student": {"cuda_devices": ""}}, None),
+        ("trainer", {}, ""),
+    ],
+)
+def test_nothing_is_said_of_the_gpu_to_a_role_that_uses_none(
+    role: str,
+    changes: dict[str, Any],
+    environment: str | None,
+    gpus: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpus(80e9)
+    monkeypatch.setattr("services.gpu_sharing.DRIVER_FILE", tmp_path)
+    if environment is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
+    computed(run(**changes), role)
+    assert caplog.text == ""
+
+
+def test_servers_of_which_one_uses_no_gpu_start_together(gpus: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    gpus(80e9)
+    monkeypatch.setattr("services.gpu_sharing.DRIVER_FILE", tmp_path)
+    assert servers_share_a_gpu(run())
+    assert not servers_share_a_gpu(run(teacher={"device": "cpu"}))
+
+
+@pytest.mark.parametrize("devices", ["NoDevFiles", "all", "0,0", "0,"])
+def test_the_cpu_build_does_not_read_what_the_environment_says_of_gpus(
+    devices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_torch("2.13.0+cpu", monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    for role in (*ROLES, None):
+        assert plan(run(), role, SHAPES.get) is None
+
+
+def test_a_gpu_of_its_own_is_advised_where_that_is_enough_alone(gpus: Any) -> None:
+    gpus(8 * GIB)
+    with pytest.raises(ConfigError, match=r"take a smaller student.model or a larger GPU with student.cuda_devices$"):
+        planned(run())
+    gpus(14 * GIB)
+    with pytest.raises(ConfigError, match=r"give the trainer a GPU of its own with student.cuda_devices"):
+        planned(run())
 
 
 def test_the_table_has_a_line_a_role(gpus: Any) -> None:

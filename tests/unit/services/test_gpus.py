@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from services import cli, gpus
-from services.config import RunConfig
 from services.errors import ConfigError, StartupError
 from services.gpus import Gpu, check_driver, check_granted, find_gpus, keep_segments_expandable, make_visible
 from tests.models import save_model
@@ -124,17 +123,33 @@ def up_on_one_gpu(folder: str, *options: str) -> int:
 def test_up_shows_what_is_computed_or_refuses_it_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started: list[RunConfig] = []
-    monkeypatch.setattr("services.supervisor.up", lambda config, verbose: started.append(config) or 0)
+    started: list[object] = []
+
+    async def run(supervisor: object) -> int:
+        started.append(supervisor)
+        return 0
+
+    monkeypatch.setattr("services.supervisor.Supervisor.run", run)
+    monkeypatch.chdir(tmp_path)
     folder = save_model(tmp_path / "model", "qwen3")
     assert up_on_one_gpu(folder) == 0 and len(started) == 1
-    table = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.splitlines()[:4]
     assert [line.split()[0] for line in table] == ["GPU", "rollout", "teacher", "trainer"]
     assert up_on_one_gpu(folder, "--rollout.kv_cache_gib", "30") == 2 and len(started) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "leave rollout.kv_cache_gib = 30.0 out" in error
     assert up_on_one_gpu(folder, "--weight_sync.backend", "nccl") == 2 and len(started) == 1
     assert "share a GPU" in capsys.readouterr().err
+
+
+def test_up_asks_no_hub_about_a_model_whose_folder_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_gpus(tmp_path, monkeypatch, [24e9])
+    asked: list[object] = []
+    monkeypatch.setattr("services.model_shape.hf_hub_download", lambda *words: asked.append(words))
+    assert up_on_one_gpu(str(tmp_path / "nothing")) == 3 and asked == []
+    assert "is no model folder (it does not exist)" in capsys.readouterr().err
 
 
 def test_a_bad_option_with_a_long_help_is_refused_in_one_line() -> None:
@@ -161,6 +176,19 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.write_text(NVRM.format("570.86.15"))
     monkeypatch.setattr(gpus, "DRIVER_FILE", file)
     return file
+
+
+@pytest.mark.parametrize(
+    "said", [r"\377\376, x, 1, N/A\n", "Failed to initialize NVML, GPU-1, 24000, [N/A]\\n", "\\n\\n,,,\\n", ""]
+)
+def test_what_nvidia_smi_says_instead_of_gpus_is_none(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_gpus(tmp_path, monkeypatch, [24e9])
+    assert len(gpus.installed_gpus()) == 1
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    forget_gpus(monkeypatch)
+    assert gpus.installed_gpus() == ()
 
 
 def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(driver: Path) -> None:

@@ -60,6 +60,13 @@ async def test_head_is_answered_where_load_balancers_look_and_nowhere_else(key: 
         assert (await http.head("/nowhere")).status_code == 404
 
 
+@pytest.mark.parametrize("length", ["101", "9" * 5000, "-1", "1e2", "\u0661"])
+async def test_an_announced_length_that_is_too_large_or_none_is_refused(length: str) -> None:
+    async with client(None) as http:
+        response = await http.post("/act", content=b"", headers={"Content-Length": length.encode()})
+        assert response.status_code == 413
+
+
 async def test_a_slash_too_many_is_a_problem_document_and_no_redirect() -> None:
     async with client(KEY) as http:
         for method, path in (("POST", "/act/"), ("GET", "/info/"), ("GET", "/health/"), ("GET", "/ready///")):

@@ -91,6 +91,16 @@ def test_a_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch, 
             _ = Secrets().rollout_key
 
 
+def test_a_pipe_is_refused_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A key is read more than once; a shell's <(...) would give it once and then nothing, for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY_FILE", str(tmp_path / name))
+        with pytest.raises(ConfigError, match="cannot be read: it is a pipe; name a file"):
+            _ = Secrets().teacher_key
+
+
 def test_variable_and_file_exclude_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DISTILLSERVE_ROLLOUT_KEY", KEY)
     monkeypatch.setenv("DISTILLSERVE_ROLLOUT_KEY_FILE", str(tmp_path / "key"))

@@ -66,6 +66,15 @@ def test_no_room_for_the_file_is_one_line_with_the_way_out(home: Path) -> None:
             call(PORT)
 
 
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)  # of a container, unknown to the system
+    with pytest.raises(StartupError, match="nobody knows this user's home; set HOME, or DISTILLSERVE_ROLLOUT_KEY"):
+        publish_own_key(PORT)
+    with pytest.raises(StartupError, match="nobody knows this user's home"):
+        check_own_key_folder(PORT)
+
+
 def sent(url: str, key: str | None = None) -> str | None:
     """The key that weight control sends."""
     seen: list[httpx.Request] = []

@@ -62,6 +62,23 @@ async def test_what_is_waited_for_is_said_when_nothing_else_is(
     assert all(re.fullmatch(r"rollout \| starting for 0:0\d", text) for text in lines[2:])
 
 
+async def test_a_trainer_that_says_nothing_is_seen_to_train_by_its_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.0)
+    console = shows(tmp_path)
+    console.stage("trainer", "starting")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_steps": 9}\n')
+    running = asyncio.create_task(console.run())
+    said = ""
+    async with asyncio.timeout(20):
+        while "training for 0:0" not in said:
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+    running.cancel()
+
+
 async def test_nothing_is_repeated_while_roles_are_ready_or_talk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
