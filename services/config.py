@@ -394,7 +394,7 @@ class EvaluationConfig(Section):
 class OutputConfig(Section):
     """What a run leaves behind."""
 
-    dir: str = "outputs/run"
+    dir: str = Field("outputs/run", min_length=1)
     """Folder of the run."""
     overwrite: bool = False
     """Write into a folder that already holds a run, whose files are then replaced."""

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from services.errors import FolderInUseError, StartupError
@@ -60,14 +60,17 @@ def lock_folder(
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or error
         raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
-    if inherited is not None:
+    if inherited is not None:  # this process outlives its parent when that is killed
+        _write_holder(descriptor, f"{_read_holder(descriptor)} and its {work} (process {os.getpid()})")
         yield FolderLock(folder, descriptor)
         return
     try:
-        _write_holder(descriptor, work)
+        _write_holder(descriptor, f"{work} (process {os.getpid()} on {_since()})")
         yield FolderLock(folder, descriptor)
     finally:
-        (folder / _NAME).unlink(missing_ok=True)
+        if _is_the_file(descriptor, folder):  # not where somebody removed the folder, and another process made it anew
+            with suppress(OSError):
+                (folder / _NAME).unlink()
         os.close(descriptor)
 
 
@@ -79,7 +82,7 @@ def _acquire(folder: Path, option: str, on_wait: Callable[[str], None] | None) -
         is_locked = _locks(descriptor, folder)
         if is_locked and _is_the_file(descriptor, folder):
             return descriptor
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        holder = _read_holder(descriptor) or "another process"
         os.close(descriptor)
         if is_locked:
             continue  # its holder removed it in the meantime
@@ -115,12 +118,18 @@ def _is_the_file(descriptor: int, folder: Path) -> bool:
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
-def _write_holder(descriptor: int, work: str) -> None:
-    since = time.strftime("%H:%M:%S")
-    holder = f"{work} (process {os.getpid()} on {socket.gethostname()}, since {since})\n"
+def _since() -> str:
+    return f"{socket.gethostname()}, since {time.strftime('%H:%M:%S')}"
+
+
+def _read_holder(descriptor: int) -> str:
+    return os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+
+
+def _write_holder(descriptor: int, holder: str) -> None:
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
     except OSError:  # a full disk; the lock holds without a name
         return
 
@@ -128,4 +137,7 @@ def _write_holder(descriptor: int, work: str) -> None:
 def _inherited_descriptor(folder: Path) -> int | None:
     """The lock that the process which started this one holds, if it is of this folder."""
     word = os.environ.get(_INHERITED, "")
-    return int(word) if word.isdecimal() and _is_the_file(int(word), folder) else None
+    if not word.isdecimal() or not _is_the_file(int(word), folder):
+        return None
+    os.set_inheritable(int(word), False)  # what this process starts works on, maybe for ever, but not in the folder
+    return int(word)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from services.errors import OutputError
 from services.files import cannot_write
 
 
@@ -28,12 +29,8 @@ def say(line: str) -> None:
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        return
+    with suppress(OutputError), writing_stdout():
+        print(line)
 
 
 @contextmanager
@@ -50,6 +47,8 @@ def writing_stdout() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         raise
+    except SystemExit:  # rich's answer to a reader that has gone away
+        raise BrokenPipeError from None
     except OSError as error:
         raise cannot_write(Path("standard output"), error) from error
 

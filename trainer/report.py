@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from services.config import RunConfig, check_output_dir
 from services.errors import ConfigError, OutputError, StartupError
 from services.files import append_line, cannot_write, write_by_rename
+from services.streams import writing_stdout
 from services.summary_table import summary_table
 from trainer.evaluate import Evaluation
 from trainer.teacher_scores import ScoredSample
@@ -168,11 +170,12 @@ class RunRecord:
         self.close()
         write_by_rename(self.dir / "summary.json", (json.dumps(summary.as_json(), indent=2) + "\n").encode())
         console = Console()
-        console.print(summary_table(summary.as_json()))
         lines = [f"student saved in {self.dir / 'student'}"]
         lines += [f"not measured after step {failed.step}: {failed.reason}" for failed in summary.failed_evaluations]
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OutputError), writing_stdout():  # all of it is in summary.json
+            console.print(summary_table(summary.as_json()))
+            for line in lines:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Let the trackers write what they hold, however the run ends; once more does nothing."""

@@ -206,6 +206,7 @@ BAD_OPTIONS = [
         ["--rollout.urls", '["http://[0::1]:1"]', "--teacher.urls", '["http://[::1]:1"]'],
         ["teacher.urls and rollout.urls both name http://[::1]:1", "give each its own server"],
     ),
+    (["--output.dir", ""], ["output.dir: String should have at least 1 character (got '')", "Folder of the run"]),
     (["--rollout.host", "http://10.0.0.5"], ["rollout.host: 'http://10.0.0.5' must be a host alone"]),
     (["--teacher.host", ""], ["teacher.host: '' is no host", "127.0.0.1"]),
     (["--rollout.host", "fe80::1%eth0"], ["rollout.host = fe80::1%eth0", "vLLM"]),

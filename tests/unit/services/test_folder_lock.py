@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,13 @@ def test_who_waits_is_told_of_the_holder_now_and_then_and_goes_on_when_it_ends(
         assert len(told) == 3 and told[0].startswith(f"`a test` (process {process.pid} ")
 
 
+def stranger(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DISTILLSERVE_FOLDER_LOCK")
+        with lock_folder(folder, "output.dir", "stranger"):
+            pass
+
+
 def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,17 +106,18 @@ def test_a_child_works_in_the_folder_of_its_parent_and_in_no_other(
     with lock_folder(mine, "output.dir", "parent") as lock:
         (word,) = lock.environment().items()
         monkeypatch.setenv(*word)
+        os.set_inheritable(lock.descriptor, True)  # as in a child
         with lock_folder(mine, "output.dir", "child"):
-            pass
-        assert "parent" in (mine / ".lock").read_text()  # still held, and still by its holder
+            assert not os.get_inheritable(lock.descriptor)
+        with pytest.raises(
+            FolderInUseError, match=r"in use by parent \(process .*\) and its child \(process \d+\); wait"
+        ):
+            stranger(mine)
         process = holder(other)
         with pytest.raises(FolderInUseError), lock_folder(other, "output.dir", "child"):
             pass
         process.kill()
         process.wait(10)
-        monkeypatch.delenv(word[0])
-        with pytest.raises(FolderInUseError, match="parent"), lock_folder(mine, "output.dir", "stranger"):
-            pass
 
 
 @pytest.mark.parametrize("word", ["", "x", "-1", "99999", "9" * 30])
@@ -143,3 +152,14 @@ def test_a_path_that_no_file_system_takes_is_refused() -> None:
     expected = r"^output\.dir = 'a.*b' cannot be written: embedded null byte$"
     with pytest.raises(StartupError, match=expected), lock_folder(Path("a\0b"), "output.dir", "me"):
         pass
+
+
+def test_who_leaves_a_folder_that_was_made_anew_leaves_the_lock_of_another(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with lock_folder(folder, "output.dir", "first"):
+        shutil.rmtree(folder)
+        process = holder(folder)
+    with pytest.raises(FolderInUseError, match=f"process {process.pid} "), lock_folder(folder, "output.dir", "third"):
+        pass
+    process.kill()
+    process.wait(10)

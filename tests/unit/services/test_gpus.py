@@ -125,7 +125,7 @@ def test_up_shows_what_is_computed_or_refuses_it_before_anything_starts(
 ) -> None:
     started: list[object] = []
 
-    async def run(supervisor: object) -> int:
+    async def run(supervisor: object, wanted_ports: object) -> int:
         started.append(supervisor)
         return 0
 

@@ -64,3 +64,25 @@ def test_a_ctrl_c_while_a_command_is_loaded_shows_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_reader_that_has_gone_away_is_a_broken_pipe_for_what_rich_prints_too() -> None:
+    code = (
+        "from rich.console import Console\ntry:\n with writing_stdout(): Console().print('x')\n"
+        "except BrokenPipeError: sys.exit(5)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", CODE + code], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (5, b"")
+
+
+def test_a_second_ctrl_c_while_a_command_leaves_shows_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal\nfrom services.command import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "up"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.startswith("distillserve: ") and done.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """What a run leaves, and in which order."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +119,15 @@ def test_what_was_not_measured_is_said_below_it(tmp_path: Path, capsys: pytest.C
     run.finish(replace(SUMMARY, after=None, failed_evaluations=[FailedEvaluation(3, "the teacher [gone]")]))
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [f"student saved in {tmp_path / 'student'}", "not measured after step 3: the teacher [gone]"]
+
+
+def test_a_log_whose_disk_is_full_does_not_fail_a_run_that_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        run.finish(SUMMARY)
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or it fails once more when the file is closed
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
