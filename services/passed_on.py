@@ -120,7 +120,6 @@ _RESERVED_ROLLOUT_ARGS = {
     "uvicorn-log-level": "the server's log is kept to warnings; leave it out",
     "disable-uvicorn-access-log": "it is set already; leave it out",
     "disable-fastapi-docs": "it is set already; leave it out",
-    "shutdown-timeout": "it is set already; leave it out",
     "config": "a file could change what the run says; give its options one by one",
     "api-key": "it would be saved with the run; set DISTILLSERVE_ROLLOUT_KEY in the environment instead",
     "hf-token": _TOKEN_FIX,

@@ -25,7 +25,6 @@ from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_
 # `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
 _MODULE = "vllm.entrypoints.openai.api_server"
 _GUARD = "services.rollout.guard.RolloutGuard"
-_SHUTDOWN_S = 5
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 _OVERRIDES = "--hf-overrides"
 
@@ -79,8 +78,6 @@ def vllm_command(config: RunConfig) -> list[str]:
         "--middleware": _GUARD,
         "--worker-extension-cls": _WORKER_EXTENSION,
         "--uvicorn-log-level": "warning",
-        # Without it vLLM kills its workers at once when it is asked to end, with shared memory left behind.
-        "--shutdown-timeout": _SHUTDOWN_S,
     }
     if rollout.max_model_len is not None:
         options["--max-model-len"] = rollout.max_model_len
