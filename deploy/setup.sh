@@ -75,8 +75,10 @@ if [ -n "$installed" ] && [ "$installed" != "$backend" ]; then
 fi
 
 say "installing for $backend into $venv (usually 2 to 5 min the first time; details in $log)"
+mkdir -p "$venv" && : >"$log" || fail "cannot create $venv; make its folder writable, or choose another one with VENV=..."
 # What was interrupted while it was made has no pip.
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" --clear || fail "cannot create $venv; is the venv module installed?"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || quietly "$python" -m venv "$venv" --clear \
+    || fail "cannot create $venv; is the venv module installed?"
 : >"$log"
 logging=true
 pip() { quietly "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
