@@ -245,7 +245,7 @@ def train_model(
         model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     generator = torch.Generator().manual_seed(seed)
-    spoke = time.monotonic()
+    spoke = -math.inf
     for step in range(1, recipe.num_steps + 1):
         batch = token_ids[torch.randint(len(token_ids), (recipe.batch_size,), generator=generator)]
         loss = _train_step(model, optimizer, batch, _learning_rate(recipe, step), recipe.label_smoothing)
