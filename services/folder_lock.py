@@ -30,8 +30,8 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 class FolderLock:
     """A held lock; children that are started with `environment()` and `descriptor` in their pass_fds share it."""
 
-    def __init__(self, folder: Path, descriptor: int) -> None:
-        self._folder, self.descriptor = folder, descriptor
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def environment(self) -> dict[str, str]:
         """What tells a child that it works in this folder on behalf of who holds it."""
@@ -62,11 +62,11 @@ def lock_folder(
         raise StartupError(f"{option} = {str(folder)!r} cannot be written: {reason}") from error
     if inherited is not None:  # this process outlives its parent when that is killed
         _write_holder(descriptor, f"{_read_holder(descriptor)} and its {work} (process {os.getpid()})")
-        yield FolderLock(folder, descriptor)
+        yield FolderLock(descriptor)
         return
     try:
         _write_holder(descriptor, f"{work} (process {os.getpid()} on {_since()})")
-        yield FolderLock(folder, descriptor)
+        yield FolderLock(descriptor)
     finally:
         if _is_the_file(descriptor, folder):  # not where somebody removed the folder, and another process made it anew
             with suppress(OSError):

@@ -53,9 +53,8 @@ def with_shares(config: RunConfig, role: str, found: MemoryPlan | None) -> RunCo
     if role == "teacher":
         longest = config.teacher.max_model_len
         if longest is None and sizes is not None and _is_shared(role, found):
-            longest = (
-                sizes.max_model_len
-            )  # vLLM wants room in its cache for one sequence, by default the model's longest
+            # vLLM wants room in its cache for one sequence, by default the model's longest.
+            longest = sizes.max_model_len
         return updated(config, "teacher", max_model_len=longest, **_of_vllm(config.teacher, role, found))
     longest = config.rollout.max_model_len or (sizes.max_model_len if sizes else default_length(config))
     seqs = config.rollout.max_num_seqs or (sizes.max_num_seqs if sizes else None)
