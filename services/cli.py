@@ -26,7 +26,7 @@ from pydantic_settings import (
 from services.addresses import checked_urls
 from services.config import RunConfig
 from services.dict_options import with_tables_as_json
-from services.errors import ConfigError, DistillServeError, describe_validation_error
+from services.errors import ERROR_PREFIX, ConfigError, DistillServeError, describe_validation_error
 from services.gpus import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
 from services.run_file import run_file_source
@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> None:
         with handling(raise_interrupted, signal.SIGTERM):
             code = _dispatch(argv)
     except DistillServeError as error:
-        print(f"distillserve: {error}", file=sys.stderr)
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         code = error.exit_code
     except Interrupted as error:
-        print(f"distillserve: {error}", file=sys.stderr)
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         code = 128 + error.number
     except KeyboardInterrupt:
-        print("distillserve: interrupted", file=sys.stderr)
+        print(f"{ERROR_PREFIX}interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output is gone; keep the interpreter from complaining about it at exit.

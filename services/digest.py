@@ -10,13 +10,11 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from services.errors import ERROR_PREFIX
 from services.logs import LogLine
 
 PROGRESS_LOGGER = "trainer.progress"
 """The logger of the lines that say how far a run is."""
-
-ERROR_PREFIX = "distillserve: "
-"""How the one line begins with which a command ends that failed."""
 
 _OURS = ("services.", "trainer.")
 _LAST_LINES, _LAST_LINES_BESIDE_CAUSE = 12, 4

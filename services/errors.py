@@ -25,6 +25,9 @@ from pydantic import ValidationError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
+ERROR_PREFIX = "distillserve: "
+"""How the one line begins with which a command ends that failed."""
+
 # Greedy, and over slashes: a password may hold each of the characters that end a user in a well-formed URL.
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s'\"]*@")
 
