@@ -18,6 +18,7 @@ from services.own_key import publish_own_key
 from services.rollout import weights
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 
 VLLM_ROUTES = frozenset(
     {
@@ -31,10 +32,10 @@ VLLM_ROUTES = frozenset(
     }
 )
 
-Handler = Callable[[Request, RolloutSettings], Awaitable[Response]]
+Handler = Callable[[Request, RolloutState], Awaitable[Response]]
 
 
-async def get_ready(request: Request, settings: RolloutSettings) -> Response:
+async def get_ready(request: Request, state: RolloutState) -> Response:
     """`GET /ready`: 200 when the engine lives; vLLM accepts connections only once the model is loaded."""
     await engine_of(request).check_health()
     return JSONResponse({"status": "ready"})
@@ -53,9 +54,9 @@ OUR_ROUTES: dict[tuple[str, str], Handler] = {
 class AllowList:
     """Sends known requests to our handlers or on to vLLM, and answers 404 to all others."""
 
-    def __init__(self, app: ASGIApp, settings: RolloutSettings) -> None:
+    def __init__(self, app: ASGIApp, state: RolloutState) -> None:
         self.app = app
-        self.settings = settings
+        self.state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,7 +64,7 @@ class AllowList:
             return
         route = (scope["method"], scope["path"])
         if route in OUR_ROUTES:
-            response = await OUR_ROUTES[route](Request(scope, receive), self.settings)
+            response = await OUR_ROUTES[route](Request(scope, receive), self.state)
             await response(scope, receive, send)
         elif route in VLLM_ROUTES:
             await self.app(scope, receive, send)
@@ -77,7 +78,7 @@ class RolloutGuard(Guard):
     def __init__(self, app: ASGIApp) -> None:
         settings = RolloutSettings.from_environment()
         super().__init__(
-            AllowList(app, settings),
+            AllowList(app, RolloutState(settings)),
             # Made here, not before: this process has the port, so that no other server overwrites the file.
             key=reveal(Secrets().rollout_key) or publish_own_key(settings.port),
             open_paths=OPEN_PATHS,

@@ -2,8 +2,8 @@
 
     consumes   a RolloutRequest
     produces   a stream with one frame per completion, in the order in which they finish
-    waits for  the engine; a paused engine holds every request until it is resumed
-    unblocked  by the trainer's /resume
+    waits for  the gate (services/rollout/admission.py), then the engine
+    unblocked  by the end of a weight push
 
 A client that disconnects takes its unfinished completions with it: cancelling `AsyncLLM.generate` aborts
 the request in the engine.
@@ -26,7 +26,9 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
 from services.errors import RequestError, describe_validation_error
+from services.rollout.admission import Admission
 from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 from services.schemas import (
     PROTOCOL_VERSION,
     RolloutCompletion,
@@ -37,23 +39,21 @@ from services.schemas import (
 )
 from services.wire import END_OF_STREAM, FRAMES_MEDIA_TYPE, encode_completion, encode_stream_error
 
-BOOT_ID = uuid.uuid4().hex
-
 
 def engine_of(request: Request) -> Any:
     """vLLM's AsyncLLM; it is there before the server accepts connections."""
     return request.app.state.engine_client
 
 
-async def get_info(request: Request, settings: RolloutSettings) -> Response:
+async def get_info(request: Request, state: RolloutState) -> Response:
     """`GET /v1/rollouts/info`."""
-    engine = engine_of(request)
+    engine, settings = engine_of(request), state.settings
     model = engine.model_config
     info = RolloutInfo(
         protocol=PROTOCOL_VERSION,
         model=settings.model,
-        boot_id=BOOT_ID,
-        policy_version=await engine.get_weight_version(),
+        boot_id=state.boot_id,
+        policy_version=state.policy_version,
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
@@ -66,20 +66,22 @@ async def get_info(request: Request, settings: RolloutSettings) -> Response:
     return JSONResponse(info.model_dump())
 
 
-async def create_rollouts(request: Request, settings: RolloutSettings) -> Response:
+async def create_rollouts(request: Request, state: RolloutState) -> Response:
     """`POST /v1/rollouts`.
 
     Raises:
-        RequestError: the body is no RolloutRequest, or is over a limit of this server.
+        RequestError: the body is no RolloutRequest, is over a limit of this server, or is of a run that does not hold it.
     """
     try:
         rollouts = RolloutRequest.model_validate_json(await request.body())
     except ValidationError as error:
         field, message = describe_validation_error(error)[0]
         raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
+    if rollouts.run is not None:
+        state.holder.check(rollouts.run)
     engine = engine_of(request)
-    check_limits(rollouts, settings, engine.model_config.max_model_len, engine.model_config.get_vocab_size())
-    return StreamingResponse(stream_completions(engine, rollouts), media_type=FRAMES_MEDIA_TYPE)
+    check_limits(rollouts, state.settings, engine.model_config.max_model_len, engine.model_config.get_vocab_size())
+    return StreamingResponse(stream_completions(engine, rollouts, state.admission), media_type=FRAMES_MEDIA_TYPE)
 
 
 def check_limits(request: RolloutRequest, settings: RolloutSettings, max_model_len: int, vocab_size: int) -> None:
@@ -123,11 +125,11 @@ def check_limits(request: RolloutRequest, settings: RolloutSettings, max_model_l
             )
 
 
-async def stream_completions(engine: Any, request: RolloutRequest) -> AsyncIterator[bytes]:
+async def stream_completions(engine: Any, request: RolloutRequest, admission: Admission) -> AsyncIterator[bytes]:
     """Frames of all completions as they finish, then the end mark; an error frame when one fails."""
     batch = uuid.uuid4().hex[:12]
     tasks = [
-        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}"))
+        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}", admission))
         for prompt in range(len(request.prompts))
         for sample in range(request.samples_per_prompt)
     ]
@@ -143,11 +145,11 @@ async def stream_completions(engine: Any, request: RolloutRequest) -> AsyncItera
 
 
 async def _complete(
-    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str
+    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str, admission: Admission
 ) -> RolloutCompletion:
     params = sampling_params(request.sampling, request.student_top_k, sample_index)
     prompt = tokens_input(request.prompts[prompt_index])
-    async with aclosing(engine.generate(prompt, params, request_id)) as outputs:
+    async with admission.admitted(), aclosing(engine.generate(prompt, params, request_id)) as outputs:
         async for output in outputs:
             if output.finished:
                 return to_completion(output.outputs[0], prompt_index, sample_index, request.student_top_k)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from services.errors import RequestError
 from services.rollout.rollouts import engine_of
-from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 
 # What the body of a stage holds for the workers.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 
-async def run_stage(request: Request, _: RolloutSettings) -> Response:
+async def run_stage(request: Request, state: RolloutState) -> Response:
     """`POST /<stage>`: one stage of a push, in every worker; finish also takes the `weight_version` that is now live.
 
     Raises:
@@ -46,10 +46,11 @@ async def run_stage(request: Request, _: RolloutSettings) -> Response:
     await _in_every_worker(request, stage, "run_weight_stage", stage, body)
     if version is not None:
         await engine_of(request).update_weight_version(version)
+        state.policy_version = version
     return JSONResponse({"status": "done"})
 
 
-async def clear(request: Request, _: RolloutSettings) -> Response:
+async def clear(request: Request, _: RolloutState) -> Response:
     """`POST /v1/weights/clear`: forget what a trainer that is gone has left, an unfinished update and its group.
 
     A paused server stays paused: what it holds now may be a mixture, and the next push resumes it.
@@ -61,7 +62,7 @@ async def clear(request: Request, _: RolloutSettings) -> Response:
     return JSONResponse({"status": "done"})
 
 
-async def get_status(request: Request, _: RolloutSettings) -> Response:
+async def get_status(request: Request, _: RolloutState) -> Response:
     """`GET /v1/weights/status`: the version, whether sampling is paused, and what each worker says of itself."""
     engine = engine_of(request)
     workers = await _answers(request, "weight_update_status")

@@ -9,8 +9,9 @@ from starlette.types import Message
 from services.errors import RequestError
 from services.rollout import weights
 from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 
-SETTINGS = RolloutSettings("m", "gloo", 1, 1, 1)
+STATE = RolloutState(RolloutSettings("m", "gloo", 1, 1, 1))
 
 
 def request(stage: str, body: bytes) -> Request:
@@ -39,5 +40,5 @@ def request(stage: str, body: bytes) -> Request:
 )
 async def test_what_is_no_body_of_a_stage_is_refused(stage: str, body: bytes) -> None:
     with pytest.raises(RequestError) as error:
-        await weights.run_stage(request(stage, body), SETTINGS)
+        await weights.run_stage(request(stage, body), STATE)
     assert error.value.status == 422 and len(str(error.value)) < 200

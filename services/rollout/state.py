@@ -1,0 +1,22 @@
+"""What the handlers of one rollout server share; it lives as long as the process."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from services.rollout.admission import Admission
+from services.rollout.holder import Holder
+from services.rollout.settings import RolloutSettings
+
+NEVER_PUSHED = "default"
+"""vLLM's own word for the weights that a server was started with."""
+
+
+@dataclass
+class RolloutState:
+    settings: RolloutSettings
+    boot_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """New at every start, so that a restart is recognised. One process answers, so there is one."""
+    holder: Holder = field(default_factory=Holder)
+    admission: Admission = field(default_factory=Admission)
+    policy_version: str = NEVER_PUSHED
+    """The label of the weights that sample."""
