@@ -365,12 +365,16 @@ class WeightSyncConfig(Section):
     stage_timeout_s: float = Field(120.0, gt=0)
     """Deadline of each stage of a push, seconds."""
     master_address: Host = "127.0.0.1"
-    """Address at which rollout servers reach the trainer, and on which it listens for them."""
+    """Address of the trainer's machine at which rollout servers reach it, and on which it listens for them."""
+    master_port: Port | None = None
+    """TCP port there; default: any free one."""
+    take_over: bool = False
+    """Take rollout servers from a run that holds them and lives; it then ends."""
     canary_prompts: int = Field(4, ge=1)
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)
-    """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 where the rollouts or the
-    student's compute_dtype are in half precision."""
+    """Largest difference of a canary logprob, a mean where the rollouts or the student's compute_dtype are in half precision;
+    default: three times what the first push showed, in float32 from 1e-4 to 1e-2, in half precision from 0.05 to 0.1."""
 
     @property
     def bucket_bytes(self) -> int:

@@ -5,6 +5,7 @@ from the neighbour they are asked for. Only its certificates (SSL_CERT_FILE, SSL
 """
 
 import asyncio
+import math
 import os
 import socket
 import ssl
@@ -113,6 +114,15 @@ def is_unresolved(error: Exception) -> bool:
     """Whether there is no such name, as far as the resolver knows now."""
     cause = _first_cause(error)
     return isinstance(cause, socket.gaierror) and cause.errno in _UNRESOLVED
+
+
+def retry_after_s(response: httpx.Response) -> float | None:
+    """When an answer says that asking again makes sense, seconds; None where it does not."""
+    try:
+        seconds = float(response.headers.get("Retry-After", "nan"))
+    except ValueError:
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 async def what_is_spoken(url: str) -> str | None:

@@ -52,6 +52,8 @@ class RolloutClient(ServerClient):
     def __init__(self, urls: list[str], **options: Any) -> None:
         super().__init__(urls, **options)
         self._limits = dict.fromkeys(self.urls, _COMPLETIONS_PER_REQUEST)
+        self.run: str | None = None
+        """The run whose completions these are; the servers then refuse (409) what is asked once they are another's."""
 
     async def info(self) -> list[RolloutInfo]:
         """One answer per server, in the order of the URLs."""
@@ -111,6 +113,7 @@ class RolloutClient(ServerClient):
             "samples_per_prompt": request.num_samples,
             "sampling": sampling.model_dump() | {"seed": seed},
             "student_top_k": top_k,
+            "run": self.run,
         }
         frames = await self._retrying(lambda: self._read_completions(url, body))
         _check_complete(url, frames, len(request.places), request.num_samples)
@@ -132,7 +135,7 @@ class RolloutClient(ServerClient):
             InputError, PeerError: as of `generate`.
         """
         check_spellable("sampling", sampling.model_dump())
-        body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump()}
+        body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump(), "run": self.run}
         started = time.monotonic()
         try:
             completions = await self._read_completions(url, body)

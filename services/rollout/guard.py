@@ -1,7 +1,6 @@
 """The ASGI middleware around vLLM's server: a key on every route, an allow-list, and our own routes.
 
-vLLM's --api-key leaves its control and RPC routes open, and its development mode, which /pause and /resume
-need, opens routes that nobody here uses. So every request passes: key or 401, known path or 404, then our
+vLLM's --api-key leaves its control and RPC routes open. So every request passes: key or 401, known path or 404, then our
 own handler or vLLM's.
 """
 
@@ -20,17 +19,7 @@ from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
 
-VLLM_ROUTES = frozenset(
-    {
-        ("GET", "/health"),
-        ("GET", "/metrics"),
-        ("GET", "/get_world_size"),
-        ("GET", "/is_paused"),
-        ("GET", "/weight_info"),
-        ("POST", "/pause"),
-        ("POST", "/resume"),
-    }
-)
+VLLM_ROUTES = frozenset({("GET", "/health"), ("GET", "/metrics")})
 
 Handler = Callable[[Request, RolloutState], Awaitable[Response]]
 
@@ -45,9 +34,7 @@ OUR_ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/ready"): get_ready,
     ("GET", "/v1/rollouts/info"): get_info,
     ("POST", "/v1/rollouts"): create_rollouts,
-    ("GET", "/v1/weights/status"): weights.get_status,
-    ("POST", "/v1/weights/clear"): weights.clear,
-    **dict.fromkeys((("POST", f"/{stage}") for stage in weights.STAGES), weights.run_stage),
+    **weights.ROUTES,
 }
 
 

@@ -46,7 +46,7 @@ class Holder:
         """Give the server to a run, or renew its lease.
 
         Returns:
-            whether the server was another's, or nobody's, before.
+            whether it was not this run's before.
 
         Raises:
             RequestError: another run holds it; `retry_after_s` is what is left of its lease.
@@ -87,10 +87,9 @@ class Holder:
                 field="run",
             )
 
-    def release(self, run: str) -> None:
-        """Nobody holds the server any more, if `run` did."""
-        if self.lease is not None and self.lease.run == run:
-            self.lease = None
+    def release(self) -> None:
+        """Nobody holds the server any more."""
+        self.lease = None
 
     def described(self) -> str:
         """The run that holds the server, for people."""
