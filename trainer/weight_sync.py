@@ -22,7 +22,6 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
-from services.weight_transfer.sender import WeightSender, check_arrival
 from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
@@ -30,6 +29,7 @@ from services.config import RunConfig
 from services.errors import DistillServeError, ServerHeldError, StartupError, WeightSyncError
 from services.schemas import PolicyLabel, RolloutInfo, RolloutSampling
 from services.weight_transfer.control import WeightControlClient
+from services.weight_transfer.sender import WeightSender, check_arrival
 from services.weight_transfer.source import CheckpointSource
 from trainer.canary import NEW_TOKENS, PROMPT_TOKENS, Canary
 from trainer.model import compute_dtype_of
@@ -200,7 +200,7 @@ class WeightSync:
         """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
         update = self._sender.update(self._source)
         receiving = asyncio.create_task(self._control.receive(asdict(update)))
-        receiving.add_done_callback(lambda task: task.cancelled() or (task.exception() and self._sender.abort()))
+        receiving.add_done_callback(self._abort_if_failed)
         try:
             checksums = await self._in_thread(lambda: self._sender.send(self._source))
             reports = await receiving
@@ -213,6 +213,10 @@ class WeightSync:
             receiving.cancel()
             raise
         check_arrival(update, checksums, reports, self._client.urls)
+
+    def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
+        if receiving.cancelled() or receiving.exception() is not None:
+            self._sender.abort()
 
     async def _sample_canary(self) -> Canary:
         """Complete a few prompts on the first server, under the weights that it holds before the first push."""

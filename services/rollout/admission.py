@@ -28,7 +28,8 @@ class Admission:
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
         """Wait for the gate; inside the block one completion is in flight."""
-        await self._open.wait()
+        while not self._open.is_set():  # it may be shut again before its waiters run
+            await self._open.wait()
         self.in_flight += 1
         self._idle.clear()
         try:

@@ -13,6 +13,7 @@ over, what it began is discarded and completions are admitted again.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -39,6 +40,8 @@ from services.schemas import (
     ReceiveRequest,
     WeightCall,
 )
+
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -292,10 +295,13 @@ async def _watch(engine: Any, state: RolloutState) -> None:
         await asyncio.sleep(_WATCH_S)
         if state.holder.lease is None or state.holder.left_s > 0 or state.admission.is_open:
             continue
-        async with _busy(state, Stage("release")):
-            if state.holder.left_s == 0 and not state.admission.is_open:
-                await _reset(engine, state)
-                state.holder.release()
+        try:
+            async with _busy(state, Stage("release")):
+                if state.holder.left_s == 0 and not state.admission.is_open:
+                    await _reset(engine, state)
+                    state.holder.release()
+        except RequestError as error:
+            logger.warning("the run that held this server is gone, what it left cannot be cleared yet: %s", error)
 
 
 async def _score(engine: Any, ids: list[int], rank: int, request_id: str) -> tuple[str, list[float]]:
