@@ -370,6 +370,8 @@ class WeightSyncConfig(Section):
     """TCP port there; default: any free one."""
     take_over: bool = False
     """Take rollout servers from a run that holds them and lives; it then ends."""
+    lease_s: float = Field(30.0, ge=1, le=3600)
+    """Silence after which rollout servers count this run as gone, seconds; it speaks six times as often."""
     canary_prompts: int = Field(4, ge=1)
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)

@@ -80,6 +80,7 @@ class WeightSync:
             name=f"output.dir {config.output.dir!r}, process {os.getpid()} on {platform.node()}",
             key=key,
             stage_timeout_s=sync.stage_timeout_s,
+            lease_s=sync.lease_s,
         )
         self._check_backends()
         self._source = CheckpointSource(model, getattr(torch, self.rollout_dtype))

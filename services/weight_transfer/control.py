@@ -22,7 +22,6 @@ from services.server_client import all_or_first_error
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 30.0
 _RENEWALS_PER_LEASE = 6
 # A server keeps the deadline of a stage itself, and answers then: it is waited for a little longer than it takes.
 _ANSWER_S = 20.0
@@ -53,7 +52,7 @@ class WeightControlClient:
         name: str,
         key: str | None,
         stage_timeout_s: float,
-        lease_s: float = LEASE_S,
+        lease_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.urls, self.world_sizes, self.run = urls, world_sizes, run

@@ -156,12 +156,11 @@ def flipped(trial: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 async def test_a_second_trainer_is_refused_while_the_first_lives_and_served_when_it_is_gone(
-    rollout_server: Server, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    rollout_server: Server, models: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("services.weight_transfer.control.LEASE_S", 2.0)
     model = load_student(RunConfig(student={"model": models["qwen3"]}).student)
     other = load_student(RunConfig(student={"model": models["qwen3"]}).student)
-    async with attached(model, rollout_server.url, run="first") as (sync, client):
+    async with attached(model, rollout_server.url, run="first", lease_s=2.0) as (sync, client):
         await push_and_compare(sync, client, model, 0)
         with pytest.raises(ServerHeldError, match=r"held by the run first \(output.dir .*--weight_sync.take_over true"):
             async with attached(other, rollout_server.url, run="second"):

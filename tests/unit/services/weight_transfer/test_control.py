@@ -43,7 +43,13 @@ class Servers:
 
 
 def control(answer: Any, urls: list[str] = URLS, **options: Any) -> WeightControlClient:
-    given: dict[str, Any] = {"run": "r1", "name": "a test", "key": "k", "stage_timeout_s": 5.0} | options
+    given: dict[str, Any] = {
+        "run": "r1",
+        "name": "a test",
+        "key": "k",
+        "stage_timeout_s": 5.0,
+        "lease_s": 30.0,
+    } | options
     transport = httpx.MockTransport(answer)
     return WeightControlClient(urls, [2, 1, 4][: len(urls)], transport=transport, **given)
 
