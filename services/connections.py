@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Any
 
 import httpx
 
@@ -30,17 +29,6 @@ _PROBE_S, _FEW_BYTES = 2.0, 32
 # What many servers behind TLS say first to a request without it; others just close.
 _TLS_ALERT = 0x15
 _UNRESOLVED = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
-
-
-def blocking_client(
-    urls: Iterable[str],
-    timeout_s: float,
-    key: str | None = None,
-    transport: httpx.BaseTransport | None = None,
-    auth: httpx.Auth | None = None,
-) -> httpx.Client:
-    """A client of the servers at `urls`, for threads; see `async_client`."""
-    return httpx.Client(transport=transport, **_options(urls, timeout_s, key, auth))
 
 
 def async_client(
@@ -63,18 +51,15 @@ def async_client(
         ConfigError: SSL_CERT_FILE or SSL_CERT_DIR names no certificates.
         InputError: the key cannot be sent in a header.
     """
-    return httpx.AsyncClient(transport=transport, **_options(urls, timeout_s, key, auth))
-
-
-def _options(urls: Iterable[str], timeout_s: float, key: str | None, auth: httpx.Auth | None) -> dict[str, Any]:
-    return {
-        "headers": key_headers(key),
-        "auth": auth,
-        "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
-        "limits": httpx.Limits(max_connections=_MOST_CONNECTIONS, keepalive_expiry=CLIENT_IDLE_S),
-        "trust_env": False,
-        "verify": _certificates() if any(url.startswith("https:") for url in urls) else True,
-    }
+    return httpx.AsyncClient(
+        transport=transport,
+        headers=key_headers(key),
+        auth=auth,
+        timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+        limits=httpx.Limits(max_connections=_MOST_CONNECTIONS, keepalive_expiry=CLIENT_IDLE_S),
+        trust_env=False,
+        verify=_certificates() if any(url.startswith("https:") for url in urls) else True,
+    )
 
 
 def _certificates() -> ssl.SSLContext | bool:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from services.connections import async_client, describe, retry_after_s
+from services.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
 from services.errors import ClientClosedError, ServerHeldError, WeightSyncError
 from services.own_key import OwnKeyAuth
 from services.schemas import CanaryScores
@@ -193,7 +193,7 @@ class WeightControlClient:
 
     async def _call(self, url: str, stage: str, body: dict[str, Any], extra_s: float = 0.0) -> dict[str, Any]:
         started = time.monotonic()
-        timeout = httpx.Timeout(self._timeout_s + _ANSWER_S + extra_s, connect=self._http.timeout.connect)
+        timeout = httpx.Timeout(self._timeout_s + _ANSWER_S + extra_s, connect=min(self._timeout_s, CONNECT_TIMEOUT_S))
         try:
             response = await self._http.post(
                 f"{url}/v1/weights/{stage}", json=body | {"run": self.run}, timeout=timeout

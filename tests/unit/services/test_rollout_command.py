@@ -263,8 +263,8 @@ async def test_a_server_without_a_key_makes_one_and_lets_nobody_in_without_it(mo
         }
     assert {route for route, status in statuses.items() if status != 401} == {("GET", "/health"), ("POST", "/health")}
     async with httpx.AsyncClient(transport=transport, auth=OwnKeyAuth()) as trainer:
-        assert (await trainer.post("http://127.0.0.1:1234/pause")).status_code == 200
-        assert (await trainer.post("http://127.0.0.1:1235/pause")).status_code == 401
+        assert (await trainer.get("http://127.0.0.1:1234/metrics")).status_code == 200
+        assert (await trainer.get("http://127.0.0.1:1235/metrics")).status_code == 401
 
 
 @pytest.mark.usefixtures("no_key")

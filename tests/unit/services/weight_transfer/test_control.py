@@ -10,6 +10,7 @@ import pytest
 
 from services.errors import ServerHeldError, WeightSyncError
 from services.weight_transfer.control import WeightControlClient
+from tests.unit.services.weight_transfer import controls
 
 URLS = ["http://c", "http://a", "http://b"]
 Answer = httpx.Response | Exception
@@ -43,15 +44,7 @@ class Servers:
 
 
 def control(answer: Any, urls: list[str] = URLS, **options: Any) -> WeightControlClient:
-    given: dict[str, Any] = {
-        "run": "r1",
-        "name": "a test",
-        "key": "k",
-        "stage_timeout_s": 5.0,
-        "lease_s": 30.0,
-    } | options
-    transport = httpx.MockTransport(answer)
-    return WeightControlClient(urls, [2, 1, 4][: len(urls)], transport=transport, **given)
+    return controls.control(answer, urls, **options)
 
 
 def problem(status: int, detail: str, **headers: str) -> httpx.Response:
