@@ -48,6 +48,7 @@ class Rendezvous:
         rank_offset: rank of the server's first worker; the trainer is rank 0.
         world_size: the trainer and all workers of all servers.
         timeout_s: deadline of each stage: to join, and to receive one push.
+        attempt: of this trainer to meet its workers; those of another one are not counted.
     """
 
     master_address: str
@@ -55,6 +56,7 @@ class Rendezvous:
     rank_offset: int
     world_size: int
     timeout_s: float
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
