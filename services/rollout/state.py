@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import dataclass, field
 
+from services.places import Places
 from services.rollout.admission import Admission
 from services.rollout.holder import Holder
 from services.rollout.settings import RolloutSettings
@@ -18,5 +19,9 @@ class RolloutState:
     """New at every start, so that a restart is recognised. One process answers, so there is one."""
     holder: Holder = field(default_factory=Holder)
     admission: Admission = field(default_factory=Admission)
+    places: Places = field(init=False)
     policy_version: str = NEVER_PUSHED
     """The label of the weights that sample."""
+
+    def __post_init__(self) -> None:
+        self.places = Places(self.settings.max_pending_requests)
