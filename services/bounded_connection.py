@@ -42,7 +42,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading_late = self.loop.call_later(self.transfer_timeout_s, self.transport.abort)
+        self._await_reading()
 
     def resume_writing(self) -> None:
         self._cancel_reading_late()
@@ -80,6 +80,16 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._headers_late = self.loop.call_later(self.headers_timeout_s, self.transport.abort)
+
+    def _await_reading(self) -> None:
+        untaken = self.transport.get_write_buffer_size()
+        self._reading_late = self.loop.call_later(self.transfer_timeout_s, self._check_reading, untaken)
+
+    def _check_reading(self, untaken: int) -> None:
+        if self.transport.get_write_buffer_size() < untaken:
+            self._await_reading()
+        else:
+            self.transport.abort()
 
     def _cancel_headers_late(self) -> None:
         if self._headers_late is not None:

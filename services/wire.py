@@ -22,7 +22,7 @@ SAFETENSORS_MEDIA_TYPE = "application/x-safetensors"
 FRAMES_MEDIA_TYPE = "application/x-safetensors-frames"
 END_OF_STREAM = struct.pack("<I", 0)
 HEARTBEAT = struct.pack("<I", (1 << 32) - 1)
-MAX_IDS_PER_REQUEST = 1 << 21
+MAX_IDS_PER_REQUEST = 1 << 20
 """Token ids that a client sends in one request for rollouts, and a server reads without keeping others waiting."""
 
 _PREFIX = struct.Struct("<I")

@@ -31,7 +31,7 @@ async def read_request(body: bytes, settings: RolloutSettings, max_model_len: in
 
 
 def parse_request(body: bytes, settings: RolloutSettings, max_model_len: int, vocab_size: int) -> RolloutRequest:
-    """As `read_request`, in the calling thread; the largest bodies take a fifth of a second."""
+    """As `read_request`, in the calling thread; the largest bodies take a tenth of a second."""
     _check_size(body, settings)
     try:
         request = RolloutRequest.model_validate_json(body)

@@ -30,6 +30,8 @@ GRACE_S = 10.0
 _ENGINE_S = 7
 # How long requests may take to notice that the engine is gone, within that time; vLLM's setting takes whole seconds.
 _REQUESTS_S = 1
+# The process that starts others, for those: when it has ended before they could ask for it, somebody else is their parent.
+_PARENT = "DISTILLSERVE_ROLLOUT_PROCESS"
 
 
 class Ending:
@@ -88,18 +90,17 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _end_with_parent(_: object) -> None:
-    """In a process that vLLM has started, by fork or by spawn."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        end_with_parent(parent.pid, signal.SIGKILL)
+def end_with_parent_and_be_one() -> None:
+    """In a process that vLLM has started: the kernel kills it when the one that started it has ended."""
+    end_with_parent(int(os.environ[_PARENT]), signal.SIGKILL)
+    os.environ[_PARENT] = str(os.getpid())
 
 
-# What multiprocessing starts imports this module, or is a copy of a process that has, and calls this first.
-multiprocessing.util.register_after_fork(_end_with_parent, _end_with_parent)
+# Of the two ways in which multiprocessing starts a process: a fork calls this first ...
+multiprocessing.util.register_after_fork(end_with_parent_and_be_one, lambda work: work())
+# ... and what is spawned imports this module, before it imports vLLM, which takes seconds.
 if __name__ == "__mp_main__":
-    # Spawned: vLLM is imported before that, which takes seconds.
-    end_with_parent(os.getppid(), signal.SIGKILL)
+    end_with_parent_and_be_one()
 
 
 def main() -> int:
@@ -117,6 +118,7 @@ def main() -> int:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import decorate_logs
 
+    os.environ[_PARENT] = str(os.getpid())
     ending = Ending(_kill_everything)
 
     class Loop(uvloop.Loop):
