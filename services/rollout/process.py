@@ -22,7 +22,7 @@ from typing import Any
 
 from services.errors import ERROR_PREFIX
 from services.parent import end_with_parent
-from services.signals import Interrupted
+from services.signals import Interrupted, handling
 
 GRACE_S = 10.0
 """From the first signal to the end of everything, seconds."""
@@ -109,6 +109,19 @@ def main() -> int:
     Returns:
         0, or 128 + the number of a signal that came before the server listened.
     """
+    os.environ[_PARENT] = str(os.getpid())
+    ending = Ending(_kill_everything)
+    try:
+        with handling(ending.handle, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            _serve(ending)
+    except Interrupted as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        return 128 + error.number
+    return 0
+
+
+def _serve(ending: Ending) -> None:
+    """vLLM's own main, except for signals, for how long its engine may take to end, and for what uvicorn is told."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -118,11 +131,14 @@ def main() -> int:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import decorate_logs
 
-    os.environ[_PARENT] = str(os.getpid())
-    ending = Ending(_kill_everything)
+    from services.bounded_connection import BoundedConnection
+    from services.rollout.settings import RolloutSettings
+
+    class Connection(BoundedConnection):
+        transfer_timeout_s = RolloutSettings.from_environment().transfer_timeout_s
 
     class Loop(uvloop.Loop):
-        """Leaves SIGTERM and SIGINT to `ending`, which tells vLLM."""
+        """Leaves signals to `ending`, which tells vLLM."""
 
         def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
             ending.end_server = partial(self.call_soon_threadsafe, callback, *args)
@@ -135,22 +151,17 @@ def main() -> int:
             engine.vllm_config.shutdown_timeout = _ENGINE_S
             if sys.platform == "linux":
                 _unlink_shared_memory()
-            closing = await build_and_serve(engine, address, listener, arguments, timeout_graceful_shutdown=_REQUESTS_S)
+            closing = await build_and_serve(
+                engine, address, listener, arguments, http=Connection, timeout_graceful_shutdown=_REQUESTS_S
+            )
         await closing
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, ending.handle)
-        cli_env_setup()
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
-        configure_logging_from_args(arguments)
-        validate_parsed_serve_args(arguments)
-        decorate_logs("APIServer", skip_if_decorated=True)
-        uvloop.run(serve(), loop_factory=Loop)
-    except Interrupted as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
-        return 128 + error.number
-    return 0
+    cli_env_setup()
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    configure_logging_from_args(arguments)
+    validate_parsed_serve_args(arguments)
+    decorate_logs("APIServer", skip_if_decorated=True)
+    uvloop.run(serve(), loop_factory=Loop)
 
 
 if __name__ == "__main__":

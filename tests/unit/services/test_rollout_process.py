@@ -13,7 +13,7 @@ from services.parent import end_with_parent
 from services.rollout import process
 from services.rollout.process import Ending
 from services.signals import Interrupted
-from tests.integration.processes import wait_until
+from tests.integration.processes import is_running, wait_until
 
 
 class Killed:
@@ -81,13 +81,6 @@ if __name__ == "__main__":
     start(1)
     time.sleep(60)
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
