@@ -91,7 +91,10 @@ class RolloutConfig(ServerSection):
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of the GPU's memory vLLM may use; default: computed where roles share the GPU (docs/gpu.md), else 0.9."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs one server spreads the student over."""
+    """GPUs one engine of a server spreads the student over."""
+    data_parallel_size: int = Field(1, ge=1)
+    """Engines of one server, each with a student and GPUs of its own: for mixtures of experts, which spread their experts over
+    them. For other students rather start several servers and name them in rollout.urls: one can fail without the others."""
     max_num_seqs: int | None = Field(None, ge=1)
     """Completions in flight at once; default: 256, less on a GPU without room for so many."""
     max_logprobs: int = Field(64, ge=1)
@@ -100,6 +103,14 @@ class RolloutConfig(ServerSection):
     """Largest request body, MiB."""
     max_completions_per_request: int = Field(8192, ge=1)
     """Largest prompts times samples of one request."""
+    max_pending_requests: int = Field(64, ge=1)
+    """Requests that are worked on or wait; one more is answered 429 with Retry-After."""
+    transfer_timeout_s: float = Field(120.0, gt=0)
+    """How long a caller may take to send its body, and to take each part of its answer, seconds; then its completions are
+    aborted and its place is free again."""
+    request_timeout_s: float = Field(300.0, gt=10)
+    """How long the trainer waits while this server says nothing, seconds; every 10 s it says that it lives, however long its
+    completions are."""
     seed: int = 0
     """Seed of the server's sampler."""
     engine_args: list[str] = []

@@ -79,6 +79,7 @@ _RESERVED_ROLLOUT_ARGS = {
             "max-logprobs",
             "max-model-len",
             "tensor-parallel-size",
+            "data-parallel-size",
             "gpu-memory-utilization",
         )
     },
@@ -91,7 +92,8 @@ _RESERVED_ROLLOUT_ARGS = {
     **dict.fromkeys(("revision", "code-revision", "tokenizer-revision"), _REVISION_FIX),
     "tokenizer": "prompts come as ids of the student's tokenizer; leave it out",
     **dict.fromkeys(("worker-cls", "worker-extension-cls"), "weight updates are set with it; leave it out"),
-    **dict.fromkeys(("api-server-count", "headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
+    "api-server-count": "one process answers, and its boot id tells a restart; start several servers and name them in rollout.urls",
+    **dict.fromkeys(("headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
     **dict.fromkeys(
         (
             "data-parallel-rank",
@@ -126,6 +128,7 @@ _RESERVED_ROLLOUT_ARGS = {
 }
 _SHORT_FLAGS = {
     "-tp": "tensor-parallel-size",
+    "-dp": "data-parallel-size",
     "-asc": "api-server-count",
     "-dpn": "data-parallel-rank",
     "-dpr": "data-parallel-start-rank",

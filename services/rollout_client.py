@@ -12,11 +12,10 @@ from services.errors import PeerError, ProblemError
 from services.own_key import OwnKeyAuth
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.server_client import ServerClient, all_or_first_error
-from services.wire import decode_completion, read_frames
+from services.wire import MAX_IDS_PER_REQUEST, decode_completion, read_frames
 
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
 _COMPLETIONS_PER_REQUEST = 4096
-_IDS_PER_REQUEST = 1 << 22
 _TOO_LARGE = 413
 
 
@@ -169,7 +168,7 @@ def _cut(places: list[int], lengths: list[int], samples: int, limit: int) -> Ite
     taken: list[int] = []
     num_ids = 0
     for place in places:
-        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[place] > _IDS_PER_REQUEST):
+        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[place] > MAX_IDS_PER_REQUEST):
             yield from _cut_samples(taken, samples, limit)
             taken, num_ids = [], 0
         taken.append(place)

@@ -22,8 +22,7 @@ from services.rollout.settings import RolloutSettings
 from services.startup import check_port, check_socket_folder, check_weights
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_head, kv_cache_bytes, vllm_defaults
 
-# `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
-_MODULE = "vllm.entrypoints.openai.api_server"
+_MODULE = "services.rollout.process"
 _GUARD = "services.rollout.guard.RolloutGuard"
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 _OVERRIDES = "--hf-overrides"
@@ -71,6 +70,7 @@ def vllm_command(config: RunConfig) -> list[str]:
         "--max-num-seqs": rollout.max_num_seqs or DEFAULT_NUM_SEQS,
         "--max-logprobs": rollout.max_logprobs,
         "--tensor-parallel-size": rollout.tensor_parallel_size,
+        "--data-parallel-size": rollout.data_parallel_size,
         # The policy that sampled is the one after temperature, top-p and top-k.
         "--logprobs-mode": "processed_logprobs",
         "--weight-transfer-config": json.dumps({"backend": config.weight_sync_backend()}),

@@ -5,6 +5,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from services.places import Places
 from services.rollout.admission import Admission
 from services.rollout.holder import Holder
 from services.rollout.settings import RolloutSettings
@@ -30,6 +31,7 @@ class RolloutState:
     """New at every start, so that a restart is recognised. One process answers, so there is one."""
     holder: Holder = field(default_factory=Holder)
     admission: Admission = field(default_factory=Admission)
+    places: Places = field(init=False)
     policy_version: str = NEVER_PUSHED
     """The label of the weights that sample."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -39,3 +41,6 @@ class RolloutState:
     """Deadline of a stage, as the trainer that connected last wants it."""
     watching: asyncio.Task[None] | None = None
     """What notices that the holder is gone."""
+
+    def __post_init__(self) -> None:
+        self.places = Places(self.settings.max_pending_requests)

@@ -528,7 +528,7 @@ async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
 async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rollout_client, "_IDS_PER_REQUEST", 6)
+    monkeypatch.setattr(rollout_client, "MAX_IDS_PER_REQUEST", 6)
     server = Server(100, most_ids=4)
     client = rollout(server)  # type: ignore[arg-type]
     got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)

@@ -110,7 +110,7 @@ def test_what_is_taken_for_a_model_is_refused() -> None:
         [],
         ["--hf-overrides", '{"head_dtype": "float32"}'],
         ["--hf-overrides.head_dtype", "float32"],
-        ["-dp", "2"],
+        ["-dpb", "mp"],
         ["--enable-log-requests"],
         ["--config-format", "hf"],
         ["--swap-space", "-1"],
