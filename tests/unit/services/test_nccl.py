@@ -5,19 +5,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
-from services.startup import free_port
 from services.weight_transfer import nccl
 from services.weight_transfer.channel import Rendezvous
 from services.weight_transfer.nccl import NcclChannel
 from tests.loopbacks import available_loopbacks
-from tests.unit.services.recording_nccl import RecordingNccl
+from tests.nccl_group import join, rendezvous
+from tests.unit.services.recording_nccl import Call, Communicator, RecordingNccl
 
 CPU = torch.device("cpu")
 
@@ -29,20 +28,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordingNccl:
     return recorded
 
 
-def rendezvous(world_size: int, timeout_s: float = 20.0, host: str = "127.0.0.1") -> Rendezvous:
-    return Rendezvous(host, free_port(host, 0), 1, world_size, timeout_s)
-
-
-def join(meeting: Rendezvous, rank: int, device: torch.device = CPU) -> NcclChannel:
-    timeout = timedelta(seconds=20.0)
-    store = TCPStore(meeting.master_address, meeting.master_port, meeting.world_size, rank == 0, timeout)
-    return NcclChannel(store, meeting, rank, device)
-
-
 @contextmanager
 def group(meeting: Rendezvous) -> Iterator[list[NcclChannel]]:
     with ThreadPoolExecutor(meeting.world_size) as executor:
-        channels = list(executor.map(partial(join, meeting), range(meeting.world_size)))
+        channels = list(executor.map(lambda rank: join(meeting, rank, CPU), range(meeting.world_size)))
     try:
         yield channels
     finally:
@@ -93,6 +82,25 @@ def test_a_broadcast_that_an_abort_lets_go_is_not_taken_for_one_that_arrived(rec
             call.result(5.0)
 
 
+def test_an_abort_frees_the_caller_also_of_a_call_that_it_does_not_end(
+    recorded: RecordingNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, forever = threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        called.set()
+        forever.wait()
+
+    monkeypatch.setattr(Communicator, "broadcast", hang)
+    with group(rendezvous(2)) as (sender, _), ThreadPoolExecutor(1) as executor:
+        call = executor.submit(sender.broadcast, torch.zeros(8, dtype=torch.uint8))
+        assert called.wait(5.0)
+        sender.abort()
+        with pytest.raises(RuntimeError, match="has been left"):
+            call.result(5.0)
+    forever.set()
+
+
 def test_aborts_at_the_same_moment_free_the_group_once(recorded: RecordingNccl) -> None:
     with group(rendezvous(2)) as (sender, _):
         together = threading.Barrier(8)
@@ -114,11 +122,13 @@ def test_a_library_call_that_never_returns_does_not_hold_its_caller(
     monkeypatch.setattr(nccl, "PyNcclCommunicator", lambda *_: forever.wait())
     meeting = rendezvous(2, timeout_s=0.5)
     with ThreadPoolExecutor(2) as executor:
-        calls = [executor.submit(join, meeting, rank) for rank in range(2)]
+        calls = [executor.submit(join, meeting, rank, CPU) for rank in range(2)]
         for call in calls:
             with pytest.raises(TimeoutError, match=r"joining the group over nccl took longer than 0\.5 s"):
                 call.result(10.0)
+    hanging = [thread for thread in threading.enumerate() if thread.name == "nccl"]
     forever.set()
+    assert len(hanging) == 2 and all(thread.daemon for thread in hanging)  # the process could end
 
 
 def test_a_group_that_is_joined_after_the_deadline_is_freed(
@@ -126,14 +136,14 @@ def test_a_group_that_is_joined_after_the_deadline_is_freed(
 ) -> None:
     gone_on = threading.Event()
 
-    def slowly(*arguments):  # type: ignore[no-untyped-def]
+    def slowly(*arguments: Any) -> Communicator:
         gone_on.wait()
         return recorded.communicator(*arguments)
 
     monkeypatch.setattr(nccl, "PyNcclCommunicator", slowly)
     meeting = rendezvous(2, timeout_s=0.3)
     with ThreadPoolExecutor(2) as executor:
-        calls = [executor.submit(join, meeting, rank) for rank in range(2)]
+        calls = [executor.submit(join, meeting, rank, CPU) for rank in range(2)]
         for call in calls:
             with pytest.raises(TimeoutError):
                 call.result(10.0)
@@ -156,40 +166,58 @@ def test_an_nccl_that_is_not_there_is_an_error_and_not_a_push_of_nothing(recorde
         pass
 
 
+class Steps:
+    """What happened in which thread, in order."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, object]] = []
+        self.threads: set[int] = set()
+
+    def take(self, name: str, what: object = None) -> None:
+        self.taken.append((name, what))
+        self.threads.add(threading.get_ident())
+
+    @contextmanager
+    def around(self, name: str, what: object = None) -> Iterator[None]:
+        self.take(name, what)
+        yield
+        self.take(f"end of {name}")
+
+
 def test_every_call_is_made_on_the_channel_s_device_after_all_work_on_it(
     recorded: RecordingNccl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[tuple[str, object, int]] = []
-
-    class Device:
-        def __init__(self, index: int) -> None:
-            self.index = index
-
-        def __enter__(self) -> None:
-            order.append(("device", self.index, threading.get_ident()))
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
+    steps, cuda = Steps(), torch.device("cuda:3")
     record = recorded.record
 
-    def recording(call):  # type: ignore[no-untyped-def]
-        order.append((call.name, call.num_bytes, threading.get_ident()))
+    def noting(call: Call) -> None:
+        steps.take(call.name)
         record(call)
 
-    monkeypatch.setattr(recorded, "record", recording)
-    monkeypatch.setattr(torch.accelerator, "device_index", Device)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(("wait", device, threading.get_ident())))
-    meeting = rendezvous(2)
-    cuda = torch.device("cuda:3")
-    with ThreadPoolExecutor(1) as executor:
-        other = executor.submit(join, meeting, 1)
-        channel = join(meeting, 0, cuda)
-        other.result()
-    mark = len(order)
+    monkeypatch.setattr(recorded, "record", noting)
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: steps.around("device", index))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: steps.take("synchronize", device))
+    monkeypatch.setattr(nccl, "current_stream", lambda: SimpleNamespace(synchronize=lambda: steps.take("arrived")))
+    channel = join(rendezvous(1), 0, cuda)
+    assert steps.taken == [("device", 3), ("init", None), ("end of device", None)]
+    steps.taken.clear()
+    steps.threads.clear()
     channel.broadcast(torch.zeros(8, dtype=torch.uint8))
-    assert ("device", 3) in [step[:2] for step in order[:mark]]
-    steps = order[mark:]
-    assert [step[:2] for step in steps] == [("device", 3), ("wait", cuda), ("broadcast", 8)]
-    assert len({thread for *_, thread in steps}) == 1 and threading.get_ident() not in {step[2] for step in steps}
-    channel.abort()
+    between = [("synchronize", cuda), ("broadcast", None), ("arrived", None)]
+    assert steps.taken == [("device", 3), *between, ("end of device", None)]
+    assert len(steps.threads) == 1 and threading.get_ident() not in steps.threads
+
+
+def test_the_group_is_made_without_the_settings_that_vllm_pins_for_its_own(
+    recorded: RecordingNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps()
+
+    def make(*arguments: Any) -> Communicator:
+        steps.take("made")
+        return recorded.communicator(*arguments)
+
+    monkeypatch.setattr(nccl, "unpinned_nccl_env", lambda: steps.around("unpinned"))
+    monkeypatch.setattr(nccl, "PyNcclCommunicator", make)
+    join(rendezvous(1), 0, CPU).abort()
+    assert [name for name, _ in steps.taken] == ["unpinned", "made", "end of unpinned"]
