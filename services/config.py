@@ -97,6 +97,9 @@ class RolloutConfig(ServerSection):
     them. For other students rather start several servers and name them in rollout.urls: one can fail without the others."""
     max_num_seqs: int | None = Field(None, ge=1)
     """Completions in flight at once; default: 256, less on a GPU without room for so many."""
+    float32_head: bool | None = None
+    """Compute the logits of a half-precision student in float32, as the trainer does; default: on a GPU. On a CPU each
+    call then widens the whole head."""
     max_logprobs: int = Field(64, ge=1)
     """Largest student top-k a request may ask for."""
     max_body_mib: int = Field(64, ge=1)
@@ -152,6 +155,9 @@ class TeacherConfig(ServerSection):
     """vLLM's key-value cache, GiB; default: 1 on a CPU, computed on a GPU that roles share, else what is left of the GPU."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of the GPU's memory vLLM may use; default: computed where roles share the GPU, else 0.9."""
+    float32_head: bool | None = None
+    """Let vLLM compute the logits of a half-precision teacher in float32, as engine = transformers always does; default: on
+    a GPU, but for quantised weights."""
     engine_args: dict[str, Any] = {}
     """Further fields of vLLM's AsyncEngineArgs, as JSON, e.g. {"pipeline_parallel_size": 2, "quantization": "fp8"};
     weights are read from safetensors alone unless {"load_format": ...} says otherwise."""

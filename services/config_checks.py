@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Options of one engine that the other does not look at.
 _ENGINE_OPTIONS = {
     "transformers": ["teacher_model_init_kwargs", "device", "tokens_per_forward", "rows_per_head_chunk"],
-    "vllm": ["tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization", "engine_args"],
+    "vllm": ["tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization", "float32_head", "engine_args"],
 }
 
 
@@ -32,6 +32,7 @@ def check(config: "RunConfig") -> None:
     _check_urls(config)
     _check_addresses(config)
     _check_passed_on(config)
+    _check_float32_heads(config)
     _check_devices(config)
     _check_servers(config)
     _check_sampled_policy(config)
@@ -149,6 +150,20 @@ def _check_passed_on(config: "RunConfig") -> None:
     passed_on.check_teacher_engine_args(teacher.engine_args)
     passed_on.check_rollout_engine_args(config.rollout.engine_args)
     passed_on.check_template_kwargs("data.chat_template_kwargs", config.data.chat_template_kwargs)
+
+
+def _check_float32_heads(config: "RunConfig") -> None:
+    rollout, teacher = config.rollout, config.teacher
+    given = {
+        "rollout": passed_on.quantisation_flag(rollout.engine_args) if rollout.float32_head else None,
+        "teacher": "quantization" if teacher.float32_head and "quantization" in teacher.engine_args else None,
+    }
+    for section, argument in given.items():
+        if argument is not None:
+            raise ValueError(
+                f"{section}.float32_head = True with {argument} in {section}.engine_args: vLLM computes a quantised head in its "
+                "own dtype alone; leave one of the two out"
+            )
 
 
 def _check_servers(config: "RunConfig") -> None:

@@ -208,6 +208,11 @@ def _reserved_flag(flag: str) -> str | None:
     return next((full for full in _RESERVED_ROLLOUT_ARGS if name and full.startswith(name)), None)
 
 
+def quantisation_flag(arguments: Sequence[str]) -> str | None:
+    """The argument of vLLM's server that asks for quantised weights, where there is one."""
+    return next((argument for argument in arguments if argument.startswith(("-q", "--quant"))), None)
+
+
 def check_template_kwargs(option: str, kwargs: Mapping[str, Any]) -> None:
     """Refuse keyword arguments of a chat template that would fail or mean their opposite.
 

@@ -30,10 +30,17 @@ def vllm_defaults(dtype: str) -> dict[str, str]:
     return defaults
 
 
-def float32_head() -> dict[str, str]:
-    """What makes vLLM compute the logits of a half-precision model in float32, as trainer and teacher do, for its
-    --hf-overrides. On a CPU it would widen the whole head at every call."""
-    return {"head_dtype": "float32"} if torch.cuda.is_available() else {}
+def float32_head(asked: bool | None, dtype: str, *, is_quantised: bool) -> dict[str, str]:
+    """What makes vLLM compute a model's logits in float32, as the trainer does, for its --hf-overrides.
+
+    Args:
+        asked: rollout.float32_head or teacher.float32_head; None: on a GPU, where it costs next to nothing. On a CPU vLLM
+            widens the whole head at every call.
+        dtype: of the weights; nothing is needed for float32.
+        is_quantised: whether the head may be, which vLLM computes in its own dtype alone.
+    """
+    wanted = torch.cuda.is_available() and not is_quantised if asked is None else asked
+    return {"head_dtype": "float32"} if wanted and dtype != "float32" else {}
 
 
 # Whole GiB only, and it wins over what the options say.

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from trainer.tiny_pair import build_tokenizer
@@ -39,7 +41,9 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> str:
-    """A random "qwen3" (tied embeddings), "llama" (untied) or "phi3" (longrope).
+    """A random "qwen3" (tied embeddings), "qwen3_moe" (untied, fused experts), "llama" (untied) or "phi3" (longrope).
+
+    Heads of queries and, but for "llama", of keys divide by two, for tensor parallelism of 2.
 
     Args:
         tokenizer: default: the tiny pair's, a token a byte.
@@ -59,6 +63,9 @@ def save_model(
     torch.manual_seed(seed)
     if architecture == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
+    elif architecture == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape | experts | changes), num_key_value_heads=2))
     elif architecture == "phi3":
         shape.pop("head_dim")
         factors = {"short_factor": [1.0] * 16, "long_factor": [40.0] * 16}

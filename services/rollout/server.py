@@ -18,6 +18,7 @@ from services.gpu_options import ALONE_UTILIZATION, computed
 from services.gpus import check_driver
 from services.keys import Secrets, require_key_beyond_loopback
 from services.own_key import check_own_key_folder, own_key_path
+from services.passed_on import quantisation_flag
 from services.rollout.settings import RolloutSettings
 from services.startup import check_port, check_socket_folder, check_weights
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_head, kv_cache_bytes, vllm_defaults
@@ -92,9 +93,9 @@ def vllm_command(config: RunConfig) -> list[str]:
         flags.append("--trust-remote-code")
     pairs = [text for key, value in options.items() for text in (key, str(value))]
     engine_args = list(rollout.engine_args)
-    if rollout.dtype != "float32" and not any("quantization" in argument for argument in engine_args):
-        engine_args = with_overrides(engine_args, float32_head())
-    return [sys.executable, "-m", _MODULE, *pairs, *flags, *engine_args]
+    is_quantised = quantisation_flag(engine_args) is not None
+    head = float32_head(rollout.float32_head, rollout.dtype, is_quantised=is_quantised)
+    return [sys.executable, "-m", _MODULE, *pairs, *flags, *with_overrides(engine_args, head)]
 
 
 def with_overrides(engine_args: list[str], ours: dict[str, str]) -> list[str]:

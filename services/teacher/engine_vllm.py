@@ -272,8 +272,9 @@ def engine_arguments(config: TeacherConfig) -> dict[str, Any]:
         # Room for the token that vLLM samples.
         arguments["max_model_len"] = min(config.max_model_len + 1, longest_sequence(config))
     theirs = config.engine_args.get("hf_overrides", {})
-    if config.dtype != "float32" and isinstance(theirs, dict) and not _is_quantised(config):
-        arguments["hf_overrides"] = float32_head() | theirs
+    head = float32_head(config.float32_head, config.dtype, is_quantised=_is_quantised(config))
+    if head and isinstance(theirs, dict):
+        arguments["hf_overrides"] = head | theirs
         return arguments | {name: v for name, v in config.engine_args.items() if name != "hf_overrides"}
     return arguments | config.engine_args
 

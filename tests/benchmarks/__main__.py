@@ -8,7 +8,7 @@ import importlib
 
 ONLY_WHEN_NAMED = ("objectives",)
 """Half an hour of training runs."""
-NAMES = ("step", "head", "estimators", "throughput", "latency", "endurance", *ONLY_WHEN_NAMED)
+NAMES = ("step", "push", "precision", "head", "estimators", "throughput", "latency", "endurance", *ONLY_WHEN_NAMED)
 
 
 def main() -> None:

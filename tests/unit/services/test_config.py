@@ -242,6 +242,15 @@ BAD_OPTIONS = [
         ["--teacher.teacher_model_init_kwargs", 'device_map="auto"'],
         ["device_map = 'auto' is refused", "teacher.device", "teacher.engine = vllm", "teacher.tensor_parallel_size"],
     ),
+    (
+        ["--rollout.float32_head", "true", "--rollout.engine_args", '["--quantization=fp8"]'],
+        ["rollout.float32_head = True with --quantization=fp8 in rollout.engine_args", "leave one of the two out"],
+    ),
+    (
+        ["--teacher.engine", "vllm", "--teacher.float32_head", "true", "--teacher.engine_args", 'quantization="fp8"'],
+        ["teacher.float32_head = True with quantization in teacher.engine_args", "leave one of the two out"],
+    ),
+    (["--teacher.float32_head", "false"], ["teacher.float32_head = False would be ignored", "engine = transformers"]),
     (["--rollout.engine_args", '["--dtype", "half"]'], ["rollout.engine_args: --dtype is refused", "rollout.dtype"]),
     (["--rollout.engine_args", '["--max_model_len=9"]'], ["--max_model_len is refused", "rollout.max_model_len"]),
     (["--rollout.engine_args", '["--max-model", "9"]'], ["--max-model is refused", "rollout.max_model_len"]),

@@ -190,9 +190,10 @@ def test_float32_rollouts_compute_attention_in_float32(dtype: str, monkeypatch: 
     assert server.vllm_environment(config)["TRITON_F32_DEFAULT"] == "tf32"  # a user's own wish
 
 
-def overrides(engine_args: list[str], dtype: str = "bfloat16") -> Any:
+def overrides(engine_args: list[str], dtype: str = "bfloat16", float32_head: bool | None = None) -> Any:
     """What vLLM's own parser makes of --hf-overrides."""
-    section = CONFIG.rollout.model_copy(update={"engine_args": engine_args, "dtype": dtype})
+    changes = {"engine_args": engine_args, "dtype": dtype, "float32_head": float32_head}
+    section = CONFIG.rollout.model_copy(update=changes)
     command = server.vllm_command(CONFIG.model_copy(update={"rollout": section}))
     return make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:]).hf_overrides
 
@@ -216,9 +217,18 @@ def test_a_half_precision_head_is_float32_on_a_gpu_beside_what_the_user_override
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert overrides(engine_args) == {"head_dtype": "float32"} | expected
     assert overrides(engine_args, "float32") == expected
-    assert overrides([*engine_args, "--quantization", "fp8"]) == expected  # vLLM refuses it for a quantised head
+    for flag in ("--quantization", "-q"):
+        assert overrides([*engine_args, flag, "fp8"]) == expected  # vLLM refuses it for a quantised head
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert overrides(engine_args) == expected  # where it would widen the head at every call
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_float32_head_can_be_asked_for_and_refused(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert overrides([], float32_head=True) == {"head_dtype": "float32"}
+    assert overrides([], float32_head=False) == {}
+    assert overrides([], "float32", float32_head=True) == {}  # it is one already
 
 
 @pytest.mark.parametrize("cuda", [True, False])

@@ -353,8 +353,10 @@ def test_a_half_precision_head_is_float32_on_a_gpu_unless_it_may_be_quantised(
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     assert overrides(model=str(quantised)) == theirs
+    assert overrides(float32_head=False) == theirs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert overrides() == theirs
+    assert overrides(float32_head=True) == {"head_dtype": "float32"} | theirs
 
 
 def test_a_gpu_of_its_own_is_taken_as_vllm_takes_it(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
