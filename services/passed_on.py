@@ -85,6 +85,7 @@ _RESERVED_ROLLOUT_ARGS = {
     },
     "kv-cache-memory-bytes": "rollout.kv_cache_gib says that; set it instead",
     "weight-transfer-config": "weight_sync.backend says that; set it instead",
+    "scheduling-policy": "the canary of a push goes first with it; leave it out",
     "logprobs-mode": "logprobs must be those of the policy that samples; leave it out",
     "device-memory-utilization": "rollout.gpu_memory_utilization says that; set it instead",
     "load-format": "weights are read from safetensors alone, quantised ones too; leave it out",

@@ -130,11 +130,10 @@ def test_the_environment_carries_the_settings_of_the_guard(monkeypatch: pytest.M
     assert RolloutSettings.from_environment() == RolloutSettings.from_config(CONFIG)
 
 
-def test_what_the_user_sets_wins_except_what_the_weight_push_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_sets_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
     environment = server.vllm_environment(CONFIG)
-    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG" and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
 @pytest.mark.parametrize("cuda", [False, True])
