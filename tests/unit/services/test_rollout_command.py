@@ -41,7 +41,7 @@ def test_the_command_line_says_what_the_run_says() -> None:
     command = server.vllm_command(CONFIG)
     assert option(command, "--model") == "m" and option(command, "--port") == "1234"
     assert option(command, "--dtype") == "bfloat16"
-    assert json.loads(option(command, "--weight-transfer-config")) == {"backend": "gloo"}
+    assert json.loads(option(command, "--weight-transfer-config")) == {"backend": "distillserve_gloo"}
     assert option(command, "--logprobs-mode") == "processed_logprobs"
     assert "--max-model-len" not in command and "--trust-remote-code" not in command
     assert command[-2:] == ["--swap-space", "2"]
