@@ -22,7 +22,14 @@ POST = "POST /v1/rollouts HTTP/1.1"
 
 @contextmanager
 def two_workers(model: str, log: Path) -> Iterator[tuple[Server, Family]]:
-    options = ["--rollout.tensor_parallel_size", "2", "--rollout.max_model_len", "256"]
+    options = [
+        "--rollout.tensor_parallel_size",
+        "2",
+        "--rollout.max_model_len",
+        "256",
+        "--sampling.max_new_tokens",
+        "16",
+    ]
     with server("rollout", log, "--student.model", model, *options) as running:
         family = Family.of(running.process.pid)
         assert len(family.pids) >= 4, "a server, its engine and two workers"
