@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
@@ -87,7 +87,7 @@ async def create_rollouts(request: Request, state: RolloutState) -> Response:
         if rollouts.run is not None:
             state.holder.check(rollouts.run)
         frames = stream_completions(engine, rollouts, state.admission)
-        return FrameStream(frames, settings.transfer_timeout_s, on_end=stack.pop_all().close)
+        return FrameStream(frames, on_end=stack.pop_all().close)
 
 
 async def stream_completions(engine: Any, request: RolloutRequest, admission: Admission) -> AsyncGenerator[bytes]:
@@ -117,20 +117,21 @@ async def stream_completions(engine: Any, request: RolloutRequest, admission: Ad
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class FrameStream(Response):
-    """An answer of frames that ends with its caller: what it has not taken is not computed any longer.
+    """An answer of frames that ends with its connection (services/bounded_connection.py bounds how long a caller may not
+    read): what nobody takes any more is not computed.
 
     Args:
-        timeout_s: how long the caller may take for one frame; then the connection is closed.
         on_end: called when nothing more is sent.
     """
 
-    def __init__(self, frames: AsyncGenerator[bytes], timeout_s: float, on_end: Callable[[], object]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], on_end: Callable[[], object]) -> None:
         super().__init__(media_type=FRAMES_MEDIA_TYPE)
         del self.headers["content-length"]
-        self._frames, self._timeout_s, self._on_end = frames, timeout_s, on_end
+        self._frames, self._on_end = frames, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
@@ -149,16 +150,8 @@ class FrameStream(Response):
         async with aclosing(self._frames) as frames:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for frame in frames:
-                await self._pass_on(send, {"type": "http.response.body", "body": frame, "more_body": True})
-            await self._pass_on(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pass_on(self, send: Send, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await send(message)
-        except TimeoutError as error:
-            detail = f"a caller did not take its completions within {self._timeout_s:g} s (rollout.transfer_timeout_s)"
-            raise ConnectionAbortedError(detail) from error
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _gone(receive: Receive) -> None:

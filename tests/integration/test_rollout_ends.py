@@ -22,7 +22,14 @@ POST = "POST /v1/rollouts HTTP/1.1"
 
 @contextmanager
 def two_workers(model: str, log: Path) -> Iterator[tuple[Server, Family]]:
-    options = ["--rollout.tensor_parallel_size", "2", "--rollout.max_model_len", "2048"]
+    options = [
+        "--rollout.tensor_parallel_size",
+        "2",
+        "--rollout.max_model_len",
+        "256",
+        "--sampling.max_new_tokens",
+        "16",
+    ]
     with server("rollout", log, "--student.model", model, *options) as running:
         family = Family.of(running.process.pid)
         assert len(family.pids) >= 4, "a server, its engine and two workers"
@@ -43,7 +50,7 @@ def trainer(module: str, running: Server, *arguments: str) -> Iterator["subproce
 @contextmanager
 def busy(running: Server, model: str) -> Iterator[None]:
     """Silent connections, a request that is worked on, and a push whose sender has stopped: its workers wait in a receive."""
-    body = json.dumps({"prompts": [[60]] * 64, "sampling": {"max_new_tokens": 2000}}).encode()
+    body = json.dumps({"prompts": [[60]] * 64, "sampling": {"max_new_tokens": 250}}).encode()
     with ExitStack() as stack:
         for _ in range(10):
             stack.enter_context(connection(running))

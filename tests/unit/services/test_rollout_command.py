@@ -43,6 +43,7 @@ def test_the_command_line_says_what_the_run_says() -> None:
     assert option(command, "--dtype") == "bfloat16"
     assert json.loads(option(command, "--weight-transfer-config")) == {"backend": "distillserve_gloo"}
     assert option(command, "--logprobs-mode") == "processed_logprobs"
+    assert (option(command, "--tensor-parallel-size"), option(command, "--data-parallel-size")) == ("1", "1")
     assert "--max-model-len" not in command and "--trust-remote-code" not in command
     assert command[-2:] == ["--swap-space", "2"]
 

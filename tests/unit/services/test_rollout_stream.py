@@ -92,7 +92,7 @@ async def test_who_does_not_read_leaves_nothing_behind() -> None:
             yield output
 
     engine.generate = generate  # type: ignore[method-assign]
-    async with serving(engine, Impatient, transfer_timeout_s=0.3) as server:
+    async with serving(engine, Impatient) as server:
         content = json.dumps({**BODY, "samples_per_prompt": 2, "student_top_k": 31}).encode()
         _, writer = await asyncio.open_connection(*server.address, limit=1024)
         writer.write(request(content, content_length=len(content)))
