@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.base import WeightSource
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
@@ -22,7 +22,8 @@ from services.weight_transfer import nccl
 from services.weight_transfer.channel import Rendezvous, Update
 from services.weight_transfer.receiver import WeightReceiver
 from services.weight_transfer.sender import WeightSender, check_arrival
-from tests.unit.services.recording_nccl import RecordingNccl
+from tests.unit.services.weight_transfer.pushes import Source, a_small_step
+from tests.unit.services.weight_transfer.recording_nccl import RecordingNccl
 
 HIDDEN, VOCABULARY = 16, 6
 BUCKET_BYTES = 1200
@@ -99,17 +100,6 @@ SHAPES = {
     },
     "norm.weight": (HIDDEN,),
 }
-
-
-class Source(WeightSource):
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.tensors.items())
 
 
 class Server:
@@ -202,16 +192,6 @@ def checkpoint(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in SHAPES.items()}
 
 
-def after_a_small_step(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """One element of each tensor moves to the next number that bfloat16 has: the smallest step that can be seen."""
-    generator, moved = torch.Generator().manual_seed(seed), {}
-    for name, tensor in weights.items():
-        bits = tensor.clone().view(torch.int16).flatten()
-        bits[int(torch.randint(bits.numel(), (), generator=generator))] += 1
-        moved[name] = bits.view(torch.bfloat16).view(tensor.shape)
-    return moved
-
-
 def bits_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -265,7 +245,7 @@ NAMES = list(SHAPES)
 def test_a_withheld_tensor_is_refused_before_finish_and_named(recorded: RecordingNccl, case: int) -> None:
     name = NAMES[case % len(NAMES)]
     old = checkpoint(case)
-    new = after_a_small_step(old, case)
+    new = a_small_step(old, case)
     with connected(Server("http://a", 2, 1)) as rig:
         rig.push(Source(old), "0.1@run")
         with pytest.raises(WeightSyncError, match=rf"worker 0 of http://a: .*\b{name}"):
@@ -275,10 +255,10 @@ def test_a_withheld_tensor_is_refused_before_finish_and_named(recorded: Recordin
 
 @pytest.mark.parametrize("case", range(20))
 def test_a_stale_tensor_is_refused_before_finish_and_named(recorded: RecordingNccl, case: int) -> None:
-    """The bytes of the push before, in the place of one tensor, in every worker: a step of one unit in the last place."""
+    """The bytes of the push before, in the place of one tensor, in every worker."""
     name = NAMES[case % len(NAMES)]
     old = checkpoint(case)
-    new = after_a_small_step(old, case)
+    new = a_small_step(old, case)
     fresh, stale = bits_of(new[name]), bits_of(old[name])
 
     def replace(rank: int, number: int, arrived: Tensor) -> None:
@@ -289,7 +269,7 @@ def test_a_stale_tensor_is_refused_before_finish_and_named(recorded: RecordingNc
     with connected(Server("http://a", 2, 1)) as rig:
         rig.push(Source(old), "0.1@run")
         recorded.damage = replace
-        with pytest.raises(WeightSyncError, match=r"worker 0 of http://a: .*checksum"):
+        with pytest.raises(WeightSyncError, match=r"worker 0 of http://a: .* did not arrive as they were sent"):
             rig.push(Source(new), "1.1@run")
         assert "1.1@run" not in rig.labels()
 
@@ -302,8 +282,8 @@ def test_a_flipped_byte_in_one_worker_is_refused_before_finish(recorded: Recordi
         recorded.damage = lambda rank, number, arrived: (
             flip(arrived, (37 * case) % arrived.numel()) if (rank, number) == (2, 4 + case % 4) else None
         )
-        with pytest.raises(WeightSyncError, match=r"worker 1 of http://a: .*checksum"):
-            rig.push(Source(after_a_small_step(old, case)), "1.1@run")
+        with pytest.raises(WeightSyncError, match=r"worker 1 of http://a: .* did not arrive as they were sent"):
+            rig.push(Source(a_small_step(old, case)), "1.1@run")
         assert "1.1@run" not in rig.labels()
 
 
