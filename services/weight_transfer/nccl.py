@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Lock, Thread
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import Store
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.utils import StatelessProcessGroup
 from vllm.utils.nccl import unpinned_nccl_env
@@ -31,7 +31,7 @@ class NcclChannel:
         RuntimeError: nccl is missing or has failed.
     """
 
-    def __init__(self, store: TCPStore, rendezvous: Rendezvous, rank: int, device: torch.device) -> None:
+    def __init__(self, store: Store, rendezvous: Rendezvous, rank: int, device: torch.device) -> None:
         self.device = device
         self._timeout_s = rendezvous.timeout_s
         self._communicator: PyNcclCommunicator | None = None

@@ -14,7 +14,7 @@ from services.gpu_memory import GIB, Share, Sizes, teacher_share, trainer_share
 from services.model_shape import read_shape
 from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
-from tests.integration.attach import PROMPTS
+from tests.integration.attach import PROMPTS, change
 from tests.integration.processes import KEY, server
 from tests.models import save_model
 from trainer.model import build_optimizer, load_student, student_logprobs
@@ -115,10 +115,10 @@ async def test_server_and_trainer_agree_on_one_card(dtype: str, tolerance: float
         async with RolloutClient([running.url], key=KEY) as client:
             infos = await client.info()
             assert infos[0].gpu_uuids
-            sync = WeightSync(config, model, client, infos, [Prompt(1, ids, "") for ids in PROMPTS[:4]], KEY)
+            canaries = [Prompt(1, ids, "") for ids in PROMPTS[:4]]
+            sync = WeightSync(config, model, client, infos, canaries, KEY, "a-run")
+            await sync.hold()
             for version in range(3):
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.add_(torch.randn_like(parameter) * 0.02)
+                change(model)
                 assert (await sync.push(version))["canary_residual"] <= tolerance
-            sync.close()
+            await sync.close()

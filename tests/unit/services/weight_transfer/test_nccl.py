@@ -16,7 +16,7 @@ from services.weight_transfer.channel import Rendezvous
 from services.weight_transfer.nccl import NcclChannel
 from tests.loopbacks import available_loopbacks
 from tests.nccl_group import join, rendezvous
-from tests.unit.services.recording_nccl import Call, Communicator, RecordingNccl
+from tests.unit.services.weight_transfer.recording_nccl import Call, Communicator, RecordingNccl
 
 CPU = torch.device("cpu")
 

@@ -28,6 +28,8 @@ class RecordingNccl:
     """What the communicators of a test share; `communicator` stands for vLLM's class."""
 
     calls: list[Call] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)
+    """What rank 0 has broadcast."""
     absent: set[int] = field(default_factory=set)
     """Ranks whose broadcasts hang, as if their process had been stopped."""
     fails: Exception | None = None
@@ -79,6 +81,7 @@ class Communicator:
         if self._shared.absent & set(range(self.world_size)):
             self._aborted.wait()
         elif self.rank == 0:
+            self._shared.sent.append(tensor.numpy().tobytes())
             for rank in range(1, self.world_size):
                 self._shared.queue(self._group_id, rank).put(tensor.clone())
         else:
