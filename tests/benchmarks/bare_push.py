@@ -1,6 +1,7 @@
 """What no push can do without, each part alone: the bytes through gloo, vLLM's own loading, and packing a CPU's head.
 
-`python -m tests.benchmarks.bare_push FOLDER BUCKET_BYTES` prints the seconds of each repeat as JSON, for results/push.json.
+`python -m tests.benchmarks.bare_push FOLDER BUCKET_BYTES ANSWER` writes the seconds of each repeat to the file ANSWER, as JSON,
+for results/push.json.
 """
 
 import json
@@ -104,7 +105,7 @@ def main() -> None:
     found = {"broadcast": broadcast_seconds(num_bytes, bucket_bytes)}
     loading = loading_seconds(folder)
     found |= {name: [seconds[name] for seconds in loading] for name in loading[0]}
-    print(json.dumps(found))
+    Path(sys.argv[3]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -145,10 +145,10 @@ def longest_health(url: str, found: dict[str, float], name: str) -> Iterator[Non
         asking.join()
 
 
-def bare_parts(folder: str) -> dict[str, list[float]]:
-    words = [sys.executable, "-m", "tests.benchmarks.bare_push", folder, str(RunConfig().weight_sync.bucket_bytes)]
-    answer = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, list[float]] = json.loads(answer.stdout.splitlines()[-1])
+def bare_parts(folder: str, answer: Path) -> dict[str, list[float]]:
+    bucket_bytes = str(RunConfig().weight_sync.bucket_bytes)
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.bare_push", folder, bucket_bytes, str(answer)], check=True)
+    found: dict[str, list[float]] = json.loads(answer.read_text())
     return found
 
 
@@ -189,7 +189,7 @@ def worker_of(server_pid: int) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         folder = save_student(Path(parent) / "student")
-        parts = bare_parts(folder)
+        parts = bare_parts(folder, Path(parent) / "bare.json")
         options = ["--rollout.max_model_len", "256", "--sampling.max_new_tokens", str(NEW_TOKENS)]
         with server("rollout", Path(parent) / "log", "--student.model", folder, *options) as rollout:
             first, *rounds = asyncio.run(measure(rollout.url, worker_of(rollout.process.pid), folder))
