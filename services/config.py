@@ -91,7 +91,10 @@ class RolloutConfig(ServerSection):
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of the GPU's memory vLLM may use; default: computed where roles share the GPU (docs/gpu.md), else 0.9."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs one server spreads the student over."""
+    """GPUs one engine of a server spreads the student over."""
+    data_parallel_size: int = Field(1, ge=1)
+    """Engines of one server, each with a student and GPUs of its own: for mixtures of experts, which spread their experts over
+    them. For other students rather start several servers and name them in rollout.urls: one can fail without the others."""
     max_num_seqs: int | None = Field(None, ge=1)
     """Completions in flight at once; default: 256, less on a GPU without room for so many."""
     float32_head: bool | None = None
@@ -103,6 +106,14 @@ class RolloutConfig(ServerSection):
     """Largest request body, MiB."""
     max_completions_per_request: int = Field(8192, ge=1)
     """Largest prompts times samples of one request."""
+    max_pending_requests: int = Field(64, ge=1)
+    """Requests that are worked on or wait; one more is answered 429 with Retry-After."""
+    transfer_timeout_s: float = Field(120.0, gt=0)
+    """How long a caller may take to send its body, and to take each part of its answer, seconds; then its completions are
+    aborted and its place is free again."""
+    request_timeout_s: float = Field(300.0, gt=10)
+    """How long the trainer waits while this server says nothing, seconds; every 10 s it says that it lives, however long its
+    completions are."""
     seed: int = 0
     """Seed of the server's sampler."""
     engine_args: list[str] = []
@@ -371,12 +382,18 @@ class WeightSyncConfig(Section):
     stage_timeout_s: float = Field(120.0, gt=0)
     """Deadline of each stage of a push, seconds."""
     master_address: Host = "127.0.0.1"
-    """Address at which rollout servers reach the trainer, and on which it listens for them."""
+    """Address of the trainer's machine at which rollout servers reach it, and on which it listens for them."""
+    master_port: Port | None = None
+    """TCP port there; default: any free one."""
+    take_over: bool = False
+    """Take rollout servers from a run that holds them and lives; it then ends."""
+    lease_s: float = Field(30.0, ge=1, le=3600)
+    """Silence after which rollout servers count this run as gone, seconds; it speaks six times as often."""
     canary_prompts: int = Field(4, ge=1)
     """Prompts completed after each push to compare the server's logprobs with the trainer's."""
     canary_tolerance: float | None = Field(None, gt=0)
-    """Largest difference of a canary logprob; default: 1e-4 in float32, a mean of 0.05 where the rollouts or the
-    student's compute_dtype are in half precision."""
+    """Largest difference of a canary logprob, a mean where the rollouts or the student's compute_dtype are in half precision;
+    default: three times what the first push showed, in float32 from 1e-4 to 1e-2, in half precision from 0.05 to 0.1."""
 
     @property
     def bucket_bytes(self) -> int:

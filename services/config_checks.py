@@ -3,6 +3,7 @@
 Every message names the keys, their values, the constraint and the fix.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from services import passed_on
@@ -126,11 +127,12 @@ def _check_devices(config: "RunConfig") -> None:
         if section.cuda_devices is None:
             continue
         devices[name] = parse_devices(f"{name}.cuda_devices", section.cuda_devices)
-        size = getattr(section, "tensor_parallel_size", 1)
-        if 0 < len(devices[name]) < size:
+        sizes = {option: getattr(section, option, 1) for option in ("tensor_parallel_size", "data_parallel_size")}
+        if 0 < len(devices[name]) < math.prod(sizes.values()):
+            said = " and ".join(f"{name}.{option} = {size}" for option, size in sizes.items() if size > 1)
             raise ValueError(
-                f"{name}.tensor_parallel_size = {size} needs as many GPUs, but {name}.cuda_devices = "
-                f"{section.cuda_devices!r}; name more, or lower it"
+                f"{said} need {math.prod(sizes.values())} GPUs, but {name}.cuda_devices = {section.cuda_devices!r}; name more, "
+                "or lower it"
             )
     both = devices.get("student", ()), devices.get("rollout", ())
     if config.weight_sync.backend == "nccl" and overlap(*both):

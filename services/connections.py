@@ -5,11 +5,11 @@ from the neighbour they are asked for. Only its certificates (SSL_CERT_FILE, SSL
 """
 
 import asyncio
+import math
 import os
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Any
 
 import httpx
 
@@ -29,17 +29,6 @@ _PROBE_S, _FEW_BYTES = 2.0, 32
 # What many servers behind TLS say first to a request without it; others just close.
 _TLS_ALERT = 0x15
 _UNRESOLVED = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
-
-
-def blocking_client(
-    urls: Iterable[str],
-    timeout_s: float,
-    key: str | None = None,
-    transport: httpx.BaseTransport | None = None,
-    auth: httpx.Auth | None = None,
-) -> httpx.Client:
-    """A client of the servers at `urls`, for threads; see `async_client`."""
-    return httpx.Client(transport=transport, **_options(urls, timeout_s, key, auth))
 
 
 def async_client(
@@ -62,18 +51,15 @@ def async_client(
         ConfigError: SSL_CERT_FILE or SSL_CERT_DIR names no certificates.
         InputError: the key cannot be sent in a header.
     """
-    return httpx.AsyncClient(transport=transport, **_options(urls, timeout_s, key, auth))
-
-
-def _options(urls: Iterable[str], timeout_s: float, key: str | None, auth: httpx.Auth | None) -> dict[str, Any]:
-    return {
-        "headers": key_headers(key),
-        "auth": auth,
-        "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
-        "limits": httpx.Limits(max_connections=_MOST_CONNECTIONS, keepalive_expiry=CLIENT_IDLE_S),
-        "trust_env": False,
-        "verify": _certificates() if any(url.startswith("https:") for url in urls) else True,
-    }
+    return httpx.AsyncClient(
+        transport=transport,
+        headers=key_headers(key),
+        auth=auth,
+        timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+        limits=httpx.Limits(max_connections=_MOST_CONNECTIONS, keepalive_expiry=CLIENT_IDLE_S),
+        trust_env=False,
+        verify=_certificates() if any(url.startswith("https:") for url in urls) else True,
+    )
 
 
 def _certificates() -> ssl.SSLContext | bool:
@@ -113,6 +99,15 @@ def is_unresolved(error: Exception) -> bool:
     """Whether there is no such name, as far as the resolver knows now."""
     cause = _first_cause(error)
     return isinstance(cause, socket.gaierror) and cause.errno in _UNRESOLVED
+
+
+def retry_after_s(response: httpx.Response) -> float | None:
+    """When an answer says that asking again makes sense, seconds; None where it does not."""
+    try:
+        seconds = float(response.headers.get("Retry-After", "nan"))
+    except ValueError:
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 async def what_is_spoken(url: str) -> str | None:

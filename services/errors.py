@@ -8,6 +8,7 @@
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   └── ProblemError         ... with an RFC 9457 problem document
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
+    │   └── ServerHeldError      ... another run holds the rollout server
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
@@ -87,6 +88,18 @@ class WeightSyncError(DistillServeError):
     """A weight push, or the canary that follows it, failed on a rollout server."""
 
     exit_code = 5
+
+
+class ServerHeldError(WeightSyncError):
+    """Another run holds a rollout server, or this one no longer does.
+
+    Args:
+        left_s: what is left of the other run's lease, seconds.
+    """
+
+    def __init__(self, message: str, left_s: float = 0.0) -> None:
+        self.left_s = left_s
+        super().__init__(message)
 
 
 class EvaluationError(DistillServeError):

@@ -1,8 +1,8 @@
 """Which roles of a run use which GPU of this machine, as far as the run says; loads no torch.
 
 A role uses the first of the GPUs that it sees (`cuda_devices`, else CUDA_VISIBLE_DEVICES, else all), vLLM as many as
-tensor_parallel_size. Roles whose servers the trainer reaches through loopback are on one machine; so are those whose
-cuda_devices are all set, which is how containers on one card say it.
+tensor_parallel_size times data_parallel_size. Roles whose servers the trainer reaches through loopback are on one machine;
+so are those whose cuda_devices are all set, which is how containers on one card say it.
 """
 
 from collections.abc import Sequence
@@ -105,9 +105,12 @@ def gpus_of(config: RunConfig, role: str, *, strict: bool) -> list[Gpu]:
         raise ConfigError(f"{option} = {section.cuda_devices!r}: there is no GPU {missing[0]} here; there are {there}")
     places = _places(config, role)
     if strict and installed and seen and max(places, default=0) >= len(seen):
+        asked = "device" if len(places) == 1 else "tensor_parallel_size"
+        if getattr(section, "data_parallel_size", 1) > 1:
+            asked = "tensor_parallel_size times data_parallel_size"
         raise ConfigError(
-            f"{SECTIONS[role]}.{'device' if len(places) == 1 else 'tensor_parallel_size'} needs {max(places) + 1} GPUs, the "
-            f"{role} sees {len(seen)}; give it more with {option}, or ask for less"
+            f"{SECTIONS[role]}.{asked} needs {max(places) + 1} GPUs, the {role} sees {len(seen)}; give it more with {option}, "
+            "or ask for less"
         )
     return [gpu for place in places if place < len(seen) and isinstance(gpu := seen[place], Gpu)]
 
@@ -135,7 +138,10 @@ def _engine_size(config: RunConfig, role: str, name: str, short: str) -> int:
 def _places(config: RunConfig, role: str) -> Sequence[int]:
     """Which of the GPUs that it sees a role uses."""
     if role == "rollout" or (role == "teacher" and config.teacher.engine == "vllm"):
-        return range(num_parts(config, role) * _engine_size(config, role, "data_parallel_size", "-dp"))
+        copies = config.rollout.data_parallel_size
+        if role == "teacher":
+            copies = _engine_size(config, role, "data_parallel_size", "-dp")
+        return range(num_parts(config, role) * copies)
     if role == "teacher" and config.teacher.device not in ("auto", "cuda"):
         kind, _, number = config.teacher.device.partition(":")
         return [int(number)] if kind == "cuda" and number.isdecimal() else []

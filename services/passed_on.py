@@ -79,11 +79,13 @@ _RESERVED_ROLLOUT_ARGS = {
             "max-logprobs",
             "max-model-len",
             "tensor-parallel-size",
+            "data-parallel-size",
             "gpu-memory-utilization",
         )
     },
     "kv-cache-memory-bytes": "rollout.kv_cache_gib says that; set it instead",
     "weight-transfer-config": "weight_sync.backend says that; set it instead",
+    "scheduling-policy": "the canary of a push goes first with it; leave it out",
     "logprobs-mode": "logprobs must be those of the policy that samples; leave it out",
     "device-memory-utilization": "rollout.gpu_memory_utilization says that; set it instead",
     "load-format": "weights are read from safetensors alone, quantised ones too; leave it out",
@@ -91,7 +93,8 @@ _RESERVED_ROLLOUT_ARGS = {
     **dict.fromkeys(("revision", "code-revision", "tokenizer-revision"), _REVISION_FIX),
     "tokenizer": "prompts come as ids of the student's tokenizer; leave it out",
     **dict.fromkeys(("worker-cls", "worker-extension-cls"), "weight updates are set with it; leave it out"),
-    **dict.fromkeys(("api-server-count", "headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
+    "api-server-count": "one process answers, and its boot id tells a restart; start several servers and name them in rollout.urls",
+    **dict.fromkeys(("headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
     **dict.fromkeys(
         (
             "data-parallel-rank",
@@ -126,6 +129,7 @@ _RESERVED_ROLLOUT_ARGS = {
 }
 _SHORT_FLAGS = {
     "-tp": "tensor-parallel-size",
+    "-dp": "data-parallel-size",
     "-asc": "api-server-count",
     "-dpn": "data-parallel-rank",
     "-dpr": "data-parallel-start-rank",

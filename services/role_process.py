@@ -6,24 +6,23 @@ kill them, with shared memory left behind.
 """
 
 import asyncio
-import ctypes
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from services.errors import StartupError
 from services.files import cannot_write
+from services.parent import end_with_parent
 
 _POLL_S = 0.25
 _TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
 _LONGEST_LINE = 1 << 20
 _LONGEST_KEPT = 4000  # characters of a line in memory
-_PR_SET_PDEATHSIG = 1
 
 OnLine = Callable[[str, str], None]
 """Told of every line: the role and what it said."""
@@ -94,7 +93,8 @@ class RoleProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 env={**environment, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                # SIGTERM: a role that trains saves its student, a server ends what it started.
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
                 pass_fds=pass_fds,
                 limit=_LONGEST_LINE,
             )
@@ -153,11 +153,3 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # a line beyond the limit: show that there was one
         return b"(a very long line was left out)\n"
-
-
-def _end_with_parent() -> Callable[[], object] | None:
-    """For the child, before exec: let the kernel end it when `up` is killed without a chance to do so (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the loader's lock may be held in the child
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -12,11 +12,10 @@ from services.errors import PeerError, ProblemError
 from services.own_key import OwnKeyAuth
 from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
 from services.server_client import ServerClient, all_or_first_error
-from services.wire import decode_completion, read_frames
+from services.wire import MAX_IDS_PER_REQUEST, decode_completion, read_frames
 
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
 _COMPLETIONS_PER_REQUEST = 4096
-_IDS_PER_REQUEST = 1 << 22
 _TOO_LARGE = 413
 
 
@@ -52,6 +51,8 @@ class RolloutClient(ServerClient):
     def __init__(self, urls: list[str], **options: Any) -> None:
         super().__init__(urls, **options)
         self._limits = dict.fromkeys(self.urls, _COMPLETIONS_PER_REQUEST)
+        self.run: str | None = None
+        """The run whose completions these are; the servers then refuse (409) what is asked once they are another's."""
 
     async def info(self) -> list[RolloutInfo]:
         """One answer per server, in the order of the URLs."""
@@ -111,6 +112,7 @@ class RolloutClient(ServerClient):
             "samples_per_prompt": request.num_samples,
             "sampling": sampling.model_dump() | {"seed": seed},
             "student_top_k": top_k,
+            "run": self.run,
         }
         frames = await self._retrying(lambda: self._read_completions(url, body))
         _check_complete(url, frames, len(request.places), request.num_samples)
@@ -132,7 +134,7 @@ class RolloutClient(ServerClient):
             InputError, PeerError: as of `generate`.
         """
         check_spellable("sampling", sampling.model_dump())
-        body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump()}
+        body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump(), "run": self.run}
         started = time.monotonic()
         try:
             completions = await self._read_completions(url, body)
@@ -166,7 +168,7 @@ def _cut(places: list[int], lengths: list[int], samples: int, limit: int) -> Ite
     taken: list[int] = []
     num_ids = 0
     for place in places:
-        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[place] > _IDS_PER_REQUEST):
+        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[place] > MAX_IDS_PER_REQUEST):
             yield from _cut_samples(taken, samples, limit)
             taken, num_ids = [], 0
         taken.append(place)

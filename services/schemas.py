@@ -4,11 +4,12 @@ Requests are pydantic models (JSON in); answers that carry arrays are dataclasse
 codec in `services.wire`. Loads neither torch nor vllm.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from services.strict_json import parse_json
 
@@ -40,6 +41,38 @@ class WireModel(BaseModel):
         return data
 
 
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+_LABEL = re.compile(r"(0|[1-9][0-9]{0,17})\.([1-9][0-9]{0,8})@([A-Za-z0-9_-]{1,64})")
+
+
+@dataclass(frozen=True)
+class PolicyLabel:
+    """What a server calls the weights of one push: "5.1@3f9c2a1b" is version 5 of the run 3f9c2a1b, at its first attempt.
+
+    Tokens that were sampled under a push that failed later, or under the version 5 of another run, are so told apart.
+    """
+
+    version: int
+    attempt: int
+    run: str
+
+    def __str__(self) -> str:
+        return f"{self.version}.{self.attempt}@{self.run}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Inverse of `str`.
+
+        Raises:
+            ValueError: the text is no label; "default" is none either.
+        """
+        found = _LABEL.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no version of a run, which looks like 5.1@3f9c2a1b")
+        return cls(int(found[1]), int(found[2]), found[3])
+
+
 # ---------------------------------------------------------------------------------------------- rollouts
 
 
@@ -63,11 +96,13 @@ class RolloutRequest(WireModel):
     sampling: RolloutSampling
     student_top_k: int = Field(0, ge=0)
     """Also return the student's k likeliest tokens at every position; 0 is off."""
+    run: RunId | None = None
+    """The run that wants to train on them: refused (409) unless it holds the server. Without one anybody may sample."""
 
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Tokens [start, end) of a completion were sampled under `policy_version` ("default": never pushed to)."""
+    """Tokens [start, end) of a completion were sampled under `policy_version`, a PolicyLabel ("default": never pushed to)."""
 
     policy_version: str
     start: int
@@ -101,7 +136,7 @@ class RolloutInfo(WireModel):
     boot_id: str
     """New at every start of the server, so that a restart is recognised."""
     policy_version: str
-    """"default" until the first push."""
+    """A PolicyLabel; "default" until the first push."""
     dtype: str
     max_model_len: int
     vocab_size: int
@@ -113,6 +148,74 @@ class RolloutInfo(WireModel):
     """Of the cards it runs on, e.g. "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"; none on a CPU."""
     max_completions_per_request: int = Field(8192, ge=1)
     """Largest prompts times samples of one request."""
+
+
+# ----------------------------------------------------------------------------------------------- weights
+
+
+class WeightCall(WireModel):
+    """What every `POST /v1/weights/...` says: the run that holds the server."""
+
+    run: RunId
+
+
+class HoldRequest(WeightCall):
+    """`POST /v1/weights/hold`: take the server for a run, or renew its lease."""
+
+    name: str = Field(min_length=1, max_length=300)
+    """What a person knows the run by."""
+    lease_s: float = Field(gt=0, le=3600, allow_inf_nan=False)
+    """Silence after which the run counts as gone, seconds."""
+    take_over: bool = False
+    """Take it from a run that lives."""
+
+
+class ConnectRequest(WeightCall):
+    """`POST /v1/weights/connect`: join the trainer's group."""
+
+    rendezvous: dict[str, Any]
+    timeout_s: float = Field(gt=0, allow_inf_nan=False)
+    """Deadline of this and of every later stage, seconds."""
+
+
+class PauseRequest(WeightCall):
+    """`POST /v1/weights/pause`: admit no more completions, wait for those in flight."""
+
+    drain_s: float = Field(gt=0, allow_inf_nan=False)
+    """How long to wait for them, seconds."""
+
+
+class ReceiveRequest(WeightCall):
+    """`POST /v1/weights/receive`: receive and load one push; answers what each worker got."""
+
+    update: dict[str, Any]
+
+
+class FinishRequest(WeightCall):
+    """`POST /v1/weights/finish`: the weights are whole, and called `label` from now on."""
+
+    label: str
+
+    @field_validator("label")
+    @classmethod
+    def _check(cls, label: str) -> str:
+        PolicyLabel.parse(label)
+        return label
+
+
+class CanaryRequest(WeightCall):
+    """`POST /v1/weights/canary`: score given tokens under the new weights, before anybody samples under them."""
+
+    sequences: Annotated[list[Annotated[TokenIds, Field(min_length=2)]], Field(fail_fast=True)] = Field(min_length=1)
+
+
+class CanaryScores(WireModel):
+    """Its answer."""
+
+    policy_version: str
+    """The label under which each engine scored."""
+    token_logprobs: list[list[list[float]]]
+    """For each data-parallel engine and sequence, the logprobs of all its tokens but the first."""
 
 
 # ----------------------------------------------------------------------------------------------- teacher

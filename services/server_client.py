@@ -25,6 +25,7 @@ from services.connections import (
     describe,
     is_final,
     is_unresolved,
+    retry_after_s,
     what_is_spoken,
 )
 from services.errors import ClientClosedError, InputError, PeerError, ProblemError
@@ -205,7 +206,7 @@ class ServerClient:
         if response.status_code in (401, 403) or response.has_redirect_location:
             problem["detail"] = "; ".join(filter(None, (problem["detail"], self._explain_refusal(response))))
         error = ProblemError(str(response.request.url), response.status_code, problem)
-        error.retry_after_s = _seconds(response.headers.get("Retry-After"))
+        error.retry_after_s = retry_after_s(response)
         raise error
 
     async def _retrying(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -258,11 +259,3 @@ async def all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[An
         first = errors.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in tasks]
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        seconds = float(header or "nan")
-    except ValueError:
-        return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

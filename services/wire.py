@@ -2,7 +2,7 @@
 
 Nothing here unpickles. A frame is a little-endian uint32 byte count followed by that many bytes of one
 safetensors document; a stream ends with a frame of zero bytes, so a reader can tell a finished stream
-from a broken one.
+from a broken one. While there is nothing to send, a count of 2^32 - 1 without a document says that the server lives.
 """
 
 import json
@@ -21,6 +21,9 @@ from services.schemas import PROTOCOL_VERSION, RolloutCompletion, TeacherScores,
 SAFETENSORS_MEDIA_TYPE = "application/x-safetensors"
 FRAMES_MEDIA_TYPE = "application/x-safetensors-frames"
 END_OF_STREAM = struct.pack("<I", 0)
+HEARTBEAT = struct.pack("<I", (1 << 32) - 1)
+MAX_IDS_PER_REQUEST = 1 << 20
+"""Token ids that a client sends in one request for rollouts, and a server reads without keeping others waiting."""
 
 _PREFIX = struct.Struct("<I")
 _HEADER = struct.Struct("<Q")
@@ -93,7 +96,7 @@ def encode_stream_error(message: str) -> bytes:
 
 
 async def read_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Cut a byte stream into documents.
+    """Cut a byte stream into documents; heartbeats are left out.
 
     Raises:
         PeerError: the stream broke off before its end mark, or a frame is absurdly large.
@@ -102,6 +105,9 @@ async def read_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async for chunk in chunks:
         buffer += chunk
         while len(buffer) >= _PREFIX.size:
+            if buffer.startswith(HEARTBEAT):
+                del buffer[: _PREFIX.size]
+                continue
             (size,) = _PREFIX.unpack_from(buffer)
             if size == 0:
                 return

@@ -27,11 +27,11 @@ from trainer.batch import MicroBatch, loss_inputs, pack
 from trainer.exact_match import ExactMatch, count_teacher_matches
 from trainer.loss import estimate_reverse_kl
 from trainer.model import compute_dtype_of, evaluating, head_of, student_logprobs
+from trainer.policy_versions import PolicyVersions
 from trainer.prompts import Prompt
 from trainer.rollouts import Rollout, generate_rollouts
 from trainer.teacher_scores import ScoredSample, Support, score_rollouts
 from trainer.teachers import Teachers
-from trainer.weight_sync import check_version
 
 # What is asked of the teachers by default: enough for most of the mass of a real model, or everything.
 _TOP_K, _SMALL_VOCABULARY = 64, 1024
@@ -60,6 +60,7 @@ class Evaluator:
     Args:
         prompts: held out.
         end_token_ids: what ends a completion of the student.
+        versions: those that this run has pushed.
     """
 
     def __init__(
@@ -70,20 +71,21 @@ class Evaluator:
         rollout_client: RolloutClient,
         teachers: Teachers,
         end_token_ids: list[int],
+        versions: PolicyVersions,
     ) -> None:
         self._config = config
         self._prompts = prompts[: config.evaluation.num_prompts]
         self._graded = [prompt for prompt in self._prompts if prompt.answer is not None]
         self._rollouts, self._teachers = rollout_client, teachers
         self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
+        self._versions = versions
         self._teacher_exact_match: float | None = None
 
     async def evaluate(self, model: PreTrainedModel, policy_version: int) -> Evaluation:
         """Measure the student; the rollout servers must hold `model`'s weights as `policy_version`.
 
         Raises:
-            PeerError: a server failed, or no completion could be scored.
-            WeightSyncError: a server answers under another version.
+            PeerError: a server failed or answers under another version, or no completion could be scored.
         """
         sampled = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
         measured = await self._reverse_kl(model, sampled)
@@ -118,7 +120,7 @@ class Evaluator:
         length = self._config.evaluation_max_new_tokens()
         sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
         rollouts = await generate_rollouts(self._rollouts, prompts, sampling)
-        check_version("a rollout server", [r.completion for r in rollouts], policy_version)
+        self._versions.check((r.completion for r in rollouts), policy_version)
         return rollouts
 
     def _support(self, model: PreTrainedModel) -> Support:

@@ -31,11 +31,6 @@ class Rollout:
         """Token ids of prompt and completion."""
         return [*self.prompt.token_ids, *self.completion.token_ids.tolist()]
 
-    @property
-    def policy_version(self) -> int:
-        """Version of the oldest sampled token: a rollout is as stale as that one."""
-        return min(int(span.policy_version) for span in self.completion.policy_versions)
-
 
 def training_sampling(config: SamplingConfig) -> RolloutSampling:
     """The sampling of training, as the rollout server takes it."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -251,17 +252,21 @@ async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) ->
 
     room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
     prompts = files.prompts.fitting(room)
-    evaluator = None
-    if files.held_out is not None:
-        held_out = files.held_out.fitting(room)
-        evaluator = Evaluator(config, held_out, tokenizer, servers.rollout_client, servers.teachers, end_token_ids)
     optimizer = build_optimizer(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     num_steps = count_steps(config, len(prompts))
     canaries = prompts[: config.weight_sync.canary_prompts]
     key = reveal(Secrets().rollout_key)
-    weights = WeightSync(config, model, servers.rollout_client, servers.rollouts, canaries, key)
-    stack.callback(weights.close)
+    run = uuid.uuid4().hex[:8]
+    weights = WeightSync(config, model, servers.rollout_client, servers.rollouts, canaries, key, run)
+    stack.push_async_callback(weights.close)
+    await weights.hold(_tell_of_holder)
+    evaluator = None
+    if files.held_out is not None:
+        held_out = files.held_out.fitting(room)
+        evaluator = Evaluator(
+            config, held_out, tokenizer, servers.rollout_client, servers.teachers, end_token_ids, weights.versions
+        )
     students = SavedStudents(config.output, model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
@@ -287,6 +292,10 @@ async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) ->
         students=students,
         progress=progress,
     )
+
+
+def _tell_of_holder(url: str, seconds: float) -> None:
+    logger.warning("%s is held by another run; if that is gone, it is free in %.0f s", url, seconds)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ rollout, training and push take turns.
 import asyncio
 from typing import Generic, TypeVar
 
+from services.errors import PeerError
+
 Batch = TypeVar("Batch")
 
 
@@ -32,12 +34,17 @@ class StalenessBuffer(Generic[Batch]):
         self._queue.put_nowait((policy_version, batch))
 
     async def get(self) -> tuple[Batch, int]:
-        """The next batch and its staleness in steps, checked once more at consumption."""
+        """The next batch and its staleness in steps, checked once more at consumption.
+
+        Raises:
+            PeerError: a server has sampled under weights that were no longer, or not yet, live.
+        """
         policy_version, batch = await self._queue.get()
         staleness = self.version - policy_version
-        assert 0 <= staleness <= self._max_staleness, (
-            f"batch of version {policy_version} reached version {self.version}"
-        )
+        if not 0 <= staleness <= self._max_staleness:
+            raise PeerError(
+                f"a rollout server sampled under version {policy_version} for a step that starts from version {self.version}"
+            )
         return batch, staleness
 
     def weights_live(self, version: int) -> None:

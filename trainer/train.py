@@ -65,7 +65,7 @@ async def produce(run: Session) -> None:
         run.quarantine.add(quarantined, len(rollouts))
         endings = completion_metrics(rollouts, run.record.token)
         batch = Batch(samples, endings, generated - started, time.monotonic() - generated, len(quarantined))
-        run.buffer.put(batch, min(rollout.policy_version for rollout in rollouts))
+        run.buffer.put(batch, run.weights.versions.oldest(rollout.completion for rollout in rollouts))
 
 
 async def consume(run: Session) -> None:

@@ -1,42 +1,51 @@
 """Push the student's weights to every rollout server, all or nothing, and prove that they arrived.
 
-    pause ► start ► broadcast (nccl | gloo) ► finish(version) ► resume ► canary
+    pause ► start ► broadcast (nccl | gloo) ► compare checksums ► finish ► canary ► resume
 
     consumes   the trainer's model at a version
     produces   servers that answer under that version, or WeightSyncError
     waits for  each stage, with a deadline
-    unblocked  by the servers; nobody else drives these routes
+    unblocked  by the servers; they take these calls from the run that holds them alone
 
-The canary samples a few completions under the new weights and compares their logprobs with the trainer's
-own. It catches garbage (stale, mixed or damaged weights), not the difference of one small step: its
-residual is reported as a metric. A failed push is repeated once in full, over a new group.
+A failed push is repeated once in full, over a new group.
 """
 
 import asyncio
 import logging
+import os
+import platform
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from services.causal_lm import rope_switch
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.errors import DistillServeError, StartupError, WeightSyncError
-from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
-from services.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
-from services.weight_transfer import trainer_engine
+from services.errors import DistillServeError, ServerHeldError, StartupError, WeightSyncError
+from services.schemas import PolicyLabel, RolloutInfo, RolloutSampling
 from services.weight_transfer.control import WeightControlClient
-from services.weight_transfer.rendezvous import listen_on
-from trainer.model import compute_dtype_of, evaluating, student_logprobs
+from services.weight_transfer.sender import WeightSender, check_arrival
+from services.weight_transfer.source import CheckpointSource
+from trainer.canary import NEW_TOKENS, PROMPT_TOKENS, Canary
+from trainer.model import compute_dtype_of
+from trainer.policy_versions import PolicyVersions
 from trainer.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-_CANARY_NEW_TOKENS = 16
-_FLOAT32_TOLERANCE, _HALF_TOLERANCE = 1e-4, 0.05
+Result = TypeVar("Result")
+
+# What a completion in flight may take a token, with many others beside it, before a pause gives up on it.
+_DRAIN_S_PER_TOKEN = 0.25
+# A worker that fails is heard of twice: its end of the group closes, and its server says why, a moment later.
+_REASON_S = 10.0
+# What a broken broadcast may take to notice it.
+_ABORT_S = 10.0
 
 
 class WeightSync:
@@ -44,9 +53,10 @@ class WeightSync:
 
     Args:
         model: the trainer's student.
-        client: the rollout servers' data plane, for the canary.
+        client: the rollout servers' data plane; its completions are those of this run from `hold` on.
         canary_prompts: a few prompts of the dataset.
         key: the rollout servers' key.
+        run: id of the run.
     """
 
     def __init__(
@@ -57,15 +67,35 @@ class WeightSync:
         infos: list[RolloutInfo],
         canary_prompts: list[Prompt],
         key: str | None,
+        run: str,
     ) -> None:
         self._config, self._model, self._client, self._infos = config, model, client, infos
         self._prompts = [p.token_ids for p in canary_prompts]
-        self._compute_dtype = compute_dtype_of(config, model.device)
+        self.versions = PolicyVersions(run)
+        sync = config.weight_sync
         self._control = WeightControlClient(
-            client.urls, [info.world_size for info in infos], key, config.weight_sync.stage_timeout_s
+            client.urls,
+            [info.world_size for info in infos],
+            run=run,
+            name=f"output.dir {config.output.dir!r}, process {os.getpid()} on {platform.node()}",
+            key=key,
+            stage_timeout_s=sync.stage_timeout_s,
+            lease_s=sync.lease_s,
         )
-        self._engine: Any = None
         self._check_backends()
+        self._source = CheckpointSource(model, getattr(torch, self.rollout_dtype))
+        self._sender = WeightSender(
+            config.weight_sync_backend(),
+            sync.master_address,
+            sync.master_port or 0,
+            1 + sum(self._control.world_sizes),
+            sync.stage_timeout_s,
+            sync.bucket_bytes,
+            model.device,
+        )
+        self._connected = False
+        self._canary: Canary | None = None
+        self._thread: threading.Thread | None = None
 
     def _check_backends(self) -> None:
         backend = self._config.weight_sync_backend()
@@ -98,6 +128,19 @@ class WeightSync:
     def rollout_dtype(self) -> str:
         return self._infos[0].dtype
 
+    async def hold(self, on_wait: Callable[[str, float], None] | None = None) -> None:
+        """Make the servers this run's own.
+
+        Args:
+            on_wait: told of a server that another run holds, and for how many seconds it is waited for.
+
+        Raises:
+            ServerHeldError: a run that lives holds one of them.
+            WeightSyncError: a server cannot be asked.
+        """
+        await self._control.hold(take_over=self._config.weight_sync.take_over, on_wait=on_wait)
+        self._client.run = self.versions.run
+
     async def push(self, version: int) -> dict[str, float]:
         """Make `version` live everywhere, or raise.
 
@@ -105,133 +148,143 @@ class WeightSync:
             seconds of the push and of the canary, and the canary's residual.
 
         Raises:
+            ServerHeldError: another run has taken a server over.
             WeightSyncError: the push, or its canary, failed twice.
         """
+        if self._canary is None:
+            self._canary = await self._sample_canary()
         try:
-            return await self._push_once(version)
+            return await self._push_once(version, self._canary)
+        except ServerHeldError:
+            raise
         except DistillServeError as error:
             logger.warning("push of version %d failed, repeating it in full: %s", version, error)
-        self._disconnect()
-        return await self._push_once(version)
+        return await self._push_once(version, self._canary)
 
-    async def _push_once(self, version: int) -> dict[str, float]:
+    async def _push_once(self, version: int, canary: Canary) -> dict[str, float]:
+        label = self.versions.next_label(version)
         started = time.monotonic()
-        # The control plane is synchronous, as vLLM's engines are; the canary below needs the event loop.
-        await asyncio.to_thread(self._send, version)
-        sent = time.monotonic()
-        residual = await self._run_canary(version)
+        try:
+            if not self._connected:
+                await self._connect()
+            await self._control.pause(self._drain_s())
+            await self._control.start()
+            await self._send()
+            await self._control.finish(str(label))
+            sent = time.monotonic()
+            residual = await self._run_canary(label, canary)
+            await self._control.resume()
+        except BaseException as error:
+            self._disconnect()
+            if isinstance(error, RuntimeError | ValueError | OSError) and not isinstance(error, DistillServeError):
+                # torch reports a lost peer as a RuntimeError
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise WeightSyncError(f"push of version {version}: {reason}") from error
+            raise
+        self.versions.set_live(label)
         return {"push_s": sent - started, "canary_s": time.monotonic() - sent, "canary_residual": residual}
 
-    def _send(self, version: int) -> None:
+    def _drain_s(self) -> float:
+        """How long completions in flight may take to end before a push."""
+        return self._config.weight_sync.stage_timeout_s + _DRAIN_S_PER_TOKEN * self._config.longest_completion()
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(rendezvous: dict[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(self._control.connect(rendezvous), loop).result()
+
+        await self._in_thread(lambda: self._sender.connect(tell))
+        self._connected = True
+
+    async def _send(self) -> None:
+        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
+        update = self._sender.update(self._source)
+        receiving = asyncio.create_task(self._control.receive(asdict(update)))
+        receiving.add_done_callback(self._abort_if_failed)
         try:
-            self._choose_device()
-            if self._engine is None:
-                self._engine = self._connect()
-            self._control.version = str(version)
-            self._control.pause()
-            self._engine.send_weights()
-            self._control.resume()
-        except (RuntimeError, ValueError, OSError) as error:  # torch reports a lost peer as a RuntimeError
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WeightSyncError(f"push of version {version}: {reason}") from error
+            checksums = await self._in_thread(lambda: self._sender.send(self._source))
+            reports = await receiving
+        except BaseException as error:
+            self._sender.abort()
+            if isinstance(error, Exception):
+                await asyncio.wait({receiving}, timeout=_REASON_S)
+            if receiving.done() and not receiving.cancelled() and (said := receiving.exception()) is not None:
+                raise said from error  # it names the server and the worker
+            receiving.cancel()
+            raise
+        check_arrival(update, checksums, reports, self._client.urls)
+
+    def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
+        if receiving.cancelled() or receiving.exception() is not None:
+            self._sender.abort()
+
+    async def _sample_canary(self) -> Canary:
+        """Complete a few prompts on the first server, under the weights that it holds before the first push."""
+        limit = min(info.max_model_len for info in self._infos)
+        num_new = min(NEW_TOKENS, max(1, (limit - 1) // 2))  # a canary is scored, and one token follows it
+        kept = min(PROMPT_TOKENS, limit - 1 - num_new)
+        prompts = [ids[-kept:] for ids in self._prompts]
+        sampling = RolloutSampling(max_new_tokens=num_new)
+        completions = await self._client.generate_on(self._client.urls[0], prompts, sampling)
+        compute_dtype = compute_dtype_of(self._config, self._model.device)
+        return Canary(
+            self._config.weight_sync,
+            prompts,
+            [c.token_ids.tolist() for c in completions],
+            dtypes=(self.rollout_dtype, str(compute_dtype).removeprefix("torch.")),
+            compute_dtype=compute_dtype,
+            tokens_per_micro_batch=self._config.pipeline.micro_batch_tokens,
+        )
+
+    async def _run_canary(self, label: PolicyLabel, canary: Canary) -> float:
+        """The largest residual of all data-parallel engines of all servers."""
+        ours, scored = await asyncio.gather(
+            self._in_thread(lambda: canary.logprobs(self._model)), self._control.score_canary(canary.sequences)
+        )
+        residuals = []
+        for url, scores in zip(self._client.urls, scored, strict=True):
+            where = f"version {label.version} on {url}"
+            if scores.policy_version != str(label) or not scores.token_logprobs:
+                raise WeightSyncError(f"canary of {where}: it answers under {scores.policy_version}, not {label}")
+            for theirs in scores.token_logprobs:
+                residuals.append(canary.residual(ours, theirs))
+                canary.check(residuals[-1], where)
+        canary.calibrate(max(residuals))
+        return max(residuals)
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        """The result of blocking work in a thread that does not keep the process alive, on the model's device there."""
+        done: Future[Result] = Future()
+        done.set_running_or_notify_cancel()  # who is cancelled meanwhile does not take the thread's place to answer
+
+        def run() -> None:
+            try:
+                self._choose_device()
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._thread = threading.Thread(target=run, name="weight-push", daemon=True)
+        self._thread.start()
+        return await asyncio.wrap_future(done)
 
     def _choose_device(self) -> None:
-        """In the thread that pushes: a new thread's device is 0, and nccl packs on streams of its own, which wait for
-        nothing: without this, weights from before the optimizer's step may go out."""
+        """A new thread's device is 0, and nccl packs on streams of its own, which wait for nothing: without this, weights
+        from before the optimizer's step may go out."""
         device = self._model.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.synchronize(device)
 
-    def _connect(self) -> Any:
-        self._control.clear_abandoned_update()
-        sync = self._config.weight_sync
-        with listen_on(sync.master_address, 0) as probe:  # a port that is free where the rendezvous will be
-            port = probe.getsockname()[1]
-        return trainer_engine.build(
-            self._config.weight_sync_backend(),
-            self._control,
-            self._model,
-            dtype=getattr(torch, self.rollout_dtype),
-            address=sync.master_address,
-            port=port,
-            world_size=1 + sum(self._control.world_sizes),
-            timeout_s=sync.stage_timeout_s,
-            bucket_bytes=sync.bucket_bytes,
-        )
-
-    async def _run_canary(self, version: int) -> float:
-        residuals = []
-        for url, info in zip(self._client.urls, self._infos, strict=True):
-            num_new = min(_CANARY_NEW_TOKENS, info.max_model_len // 2)
-            prompts = [ids[num_new - info.max_model_len :] for ids in self._prompts]
-            completions = await self._client.generate_on(url, prompts, RolloutSampling(max_new_tokens=num_new))
-            check_version(url, completions, version)
-            differences = await asyncio.to_thread(self._differences, prompts, completions)
-            residuals.append(self._check_residual(url, version, differences))
-        return max(residuals)
-
-    def _check_residual(self, url: str, version: int, differences: np.ndarray) -> float:
-        # Half precision on either side rounds in other places, so single tokens differ by more.
-        dtypes = (self.rollout_dtype, str(self._compute_dtype).removeprefix("torch."))
-        half = next((dtype for dtype in dtypes if dtype != "float32"), None)
-        residual = float(differences.mean() if half else differences.max())
-        tolerance = self._config.weight_sync.canary_tolerance or (_HALF_TOLERANCE if half else _FLOAT32_TOLERANCE)
-        if not residual <= tolerance:
-            raise WeightSyncError(
-                f"canary of version {version} on {url}: its logprobs differ from the trainer's by {residual:.2g}, more than "
-                f"{tolerance:g} ({half or 'float32'}); the server holds other weights than the trainer sent"
-            )
-        return residual
-
-    @torch.no_grad()
-    def _differences(self, prompts: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
-        """[N] absolute differences between the server's and the trainer's logprobs of the sampled tokens."""
-        sequences = [[*prompt, *c.token_ids.tolist()] for prompt, c in zip(prompts, completions, strict=True)]
-        limit, switch = self._config.pipeline.micro_batch_tokens, rope_switch(self._model)
-        found = []
-        with evaluating(self._model):
-            for group in cut_by_padded_tokens(list(map(len, sequences)), limit, boundary=switch):
-                answered = [completions[index] for index in group]
-                ours = self._token_logprobs([sequences[index] for index in group], answered)
-                found.append(np.abs(ours - np.concatenate([c.rollout_logprobs for c in answered])))
-        return np.concatenate(found)
-
-    def _token_logprobs(self, sequences: list[list[int]], completions: list[RolloutCompletion]) -> np.ndarray:
-        """[N] the trainer's logprobs of the tokens of completions, which `sequences` end with."""
-        input_ids, device = pad_rows(sequences), self._model.device
-        lengths = [len(c.token_ids) for c in completions]
-        prompt_lengths = [len(s) - length for s, length in zip(sequences, lengths, strict=True)]
-        positions = predicting_positions(prompt_lengths, lengths, input_ids.shape[1])
-        token_ids = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long().to(device)
-        ids, where = input_ids.to(device), positions.to(device)
-        support = token_ids.unsqueeze(-1)
-        output = student_logprobs(
-            self._model, ids, where, token_ids, support, temperature=1.0, compute_dtype=self._compute_dtype
-        )
-        return output.token_logprobs.float().cpu().numpy()
-
     def _disconnect(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
+        self._sender.abort()
+        self._connected = False
 
-    def close(self) -> None:
-        """Leave the group; the servers that still live are told to leave it too."""
+    async def close(self) -> None:
+        """End a push that is under way, leave the group, and give the servers back."""
         self._disconnect()
-        try:
-            self._control.clear_abandoned_update()
-        except WeightSyncError as error:  # the next trainer clears what is left
-            logger.debug("%s", error)
-        self._control.close()
-
-
-def check_version(url: str, completions: list[RolloutCompletion], version: int) -> None:
-    """Every token must have been sampled under `version`.
-
-    Raises:
-        WeightSyncError: the server answers under another version.
-    """
-    seen = {span.policy_version for c in completions for span in c.policy_versions}
-    if seen != {str(version)}:
-        raise WeightSyncError(f"{url} answers under version {sorted(seen)} after a push of version {version}")
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, _ABORT_S)
+        await self._control.release()
+        await self._control.close()

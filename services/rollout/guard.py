@@ -1,7 +1,6 @@
 """The ASGI middleware around vLLM's server: a key on every route, an allow-list, and our own routes.
 
-vLLM's --api-key leaves its control and RPC routes open, and its development mode, which /pause and /resume
-need, opens routes that nobody here uses. So every request passes: key or 401, known path or 404, then our
+vLLM's --api-key leaves its control and RPC routes open. So every request passes: key or 401, known path or 404, then our
 own handler or vLLM's.
 """
 
@@ -18,23 +17,14 @@ from services.own_key import publish_own_key
 from services.rollout import weights
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 
-VLLM_ROUTES = frozenset(
-    {
-        ("GET", "/health"),
-        ("GET", "/metrics"),
-        ("GET", "/get_world_size"),
-        ("GET", "/is_paused"),
-        ("GET", "/weight_info"),
-        ("POST", "/pause"),
-        ("POST", "/resume"),
-    }
-)
+VLLM_ROUTES = frozenset({("GET", "/health"), ("GET", "/metrics")})
 
-Handler = Callable[[Request, RolloutSettings], Awaitable[Response]]
+Handler = Callable[[Request, RolloutState], Awaitable[Response]]
 
 
-async def get_ready(request: Request, settings: RolloutSettings) -> Response:
+async def get_ready(request: Request, state: RolloutState) -> Response:
     """`GET /ready`: 200 when the engine lives; vLLM accepts connections only once the model is loaded."""
     await engine_of(request).check_health()
     return JSONResponse({"status": "ready"})
@@ -44,18 +34,16 @@ OUR_ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/ready"): get_ready,
     ("GET", "/v1/rollouts/info"): get_info,
     ("POST", "/v1/rollouts"): create_rollouts,
-    ("GET", "/v1/weights/status"): weights.get_status,
-    ("POST", "/v1/weights/clear"): weights.clear,
-    **dict.fromkeys((("POST", f"/{stage}") for stage in weights.STAGES), weights.run_stage),
+    **weights.ROUTES,
 }
 
 
 class AllowList:
     """Sends known requests to our handlers or on to vLLM, and answers 404 to all others."""
 
-    def __init__(self, app: ASGIApp, settings: RolloutSettings) -> None:
+    def __init__(self, app: ASGIApp, state: RolloutState) -> None:
         self.app = app
-        self.settings = settings
+        self.state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,7 +51,7 @@ class AllowList:
             return
         route = (scope["method"], scope["path"])
         if route in OUR_ROUTES:
-            response = await OUR_ROUTES[route](Request(scope, receive), self.settings)
+            response = await OUR_ROUTES[route](Request(scope, receive), self.state)
             await response(scope, receive, send)
         elif route in VLLM_ROUTES:
             await self.app(scope, receive, send)
@@ -77,7 +65,7 @@ class RolloutGuard(Guard):
     def __init__(self, app: ASGIApp) -> None:
         settings = RolloutSettings.from_environment()
         super().__init__(
-            AllowList(app, settings),
+            AllowList(app, RolloutState(settings)),
             # Made here, not before: this process has the port, so that no other server overwrites the file.
             key=reveal(Secrets().rollout_key) or publish_own_key(settings.port),
             open_paths=OPEN_PATHS,

@@ -2,31 +2,33 @@
 
     consumes   a RolloutRequest
     produces   a stream with one frame per completion, in the order in which they finish
-    waits for  the engine; a paused engine holds every request until it is resumed
-    unblocked  by the trainer's /resume
+    waits for  the gate (services/rollout/admission.py), then the engine
+    unblocked  by the end of a weight push
 
-A client that disconnects takes its unfinished completions with it: cancelling `AsyncLLM.generate` aborts
-the request in the engine.
+A client that disconnects, or does not read, takes its unfinished completions with it: cancelling
+`AsyncLLM.generate` aborts the request in the engine.
 """
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from services.errors import RequestError, describe_validation_error
-from services.rollout.settings import RolloutSettings
+from services.request_body import read_body
+from services.rollout.admission import Admission
+from services.rollout.body import read_request
+from services.rollout.state import RolloutState
 from services.schemas import (
     PROTOCOL_VERSION,
     RolloutCompletion,
@@ -35,9 +37,12 @@ from services.schemas import (
     RolloutSampling,
     VersionSpan,
 )
-from services.wire import END_OF_STREAM, FRAMES_MEDIA_TYPE, encode_completion, encode_stream_error
+from services.wire import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT, encode_completion, encode_stream_error
 
-BOOT_ID = uuid.uuid4().hex
+HEARTBEAT_S = 10.0
+"""Silence of an answer, at most, seconds."""
+# Nobody knows how long completions take; a client that is sent away for so long waits little longer than it must.
+_RETRY_AFTER_S = 5.0
 
 
 def engine_of(request: Request) -> Any:
@@ -45,15 +50,15 @@ def engine_of(request: Request) -> Any:
     return request.app.state.engine_client
 
 
-async def get_info(request: Request, settings: RolloutSettings) -> Response:
+async def get_info(request: Request, state: RolloutState) -> Response:
     """`GET /v1/rollouts/info`."""
-    engine = engine_of(request)
+    engine, settings = engine_of(request), state.settings
     model = engine.model_config
     info = RolloutInfo(
         protocol=PROTOCOL_VERSION,
         model=settings.model,
-        boot_id=BOOT_ID,
-        policy_version=await engine.get_weight_version(),
+        boot_id=state.boot_id,
+        policy_version=state.policy_version,
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
@@ -66,74 +71,46 @@ async def get_info(request: Request, settings: RolloutSettings) -> Response:
     return JSONResponse(info.model_dump())
 
 
-async def create_rollouts(request: Request, settings: RolloutSettings) -> Response:
-    """`POST /v1/rollouts`.
+async def create_rollouts(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/rollouts`; its place is taken before the body is read and kept until the answer is sent.
 
     Raises:
-        RequestError: the body is no RolloutRequest, or is over a limit of this server.
+        RequestError: all places are taken, the body is late, no RolloutRequest or over a limit of this server, or it is of a
+            run that does not hold it.
     """
-    try:
-        rollouts = RolloutRequest.model_validate_json(await request.body())
-    except ValidationError as error:
-        field, message = describe_validation_error(error)[0]
-        raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
-    engine = engine_of(request)
-    check_limits(rollouts, settings, engine.model_config.max_model_len, engine.model_config.get_vocab_size())
-    return StreamingResponse(stream_completions(engine, rollouts), media_type=FRAMES_MEDIA_TYPE)
+    engine, settings = engine_of(request), state.settings
+    with ExitStack() as stack:
+        stack.enter_context(state.places.take(lambda: _RETRY_AFTER_S))
+        body = await read_body(request, settings.transfer_timeout_s)
+        model = engine.model_config
+        rollouts = await read_request(body, settings, model.max_model_len, model.get_vocab_size())
+        if rollouts.run is not None:
+            state.holder.check(rollouts.run)
+        frames = stream_completions(engine, rollouts, state.admission)
+        return FrameStream(frames, settings.transfer_timeout_s, on_end=stack.pop_all().close)
 
 
-def check_limits(request: RolloutRequest, settings: RolloutSettings, max_model_len: int, vocab_size: int) -> None:
-    """Refuse what the engine would refuse later, or not survive.
-
-    Raises:
-        RequestError: names the field, its value and the limit.
-    """
-    total = len(request.prompts) * request.samples_per_prompt
-    if total > settings.max_completions_per_request:
-        raise RequestError(
-            413,
-            "Too many completions",
-            f"prompts x samples_per_prompt = {total} is above max_completions_per_request = "
-            f"{settings.max_completions_per_request}; send several requests",
-            field="prompts",
-        )
-    if request.student_top_k > settings.max_logprobs:
-        raise RequestError(
-            422,
-            "Top-k too large",
-            f"student_top_k = {request.student_top_k} is above rollout.max_logprobs = {settings.max_logprobs}",
-            field="student_top_k",
-        )
-    for index, prompt in enumerate(request.prompts):
-        length = len(prompt) + request.sampling.max_new_tokens
-        if length > max_model_len:
-            raise RequestError(
-                422,
-                "Prompt too long",
-                f"prompts.{index} has {len(prompt)} tokens; with max_new_tokens = {request.sampling.max_new_tokens} "
-                f"that is above max_model_len = {max_model_len}",
-                field=f"prompts.{index}",
-            )
-        if max(prompt) >= vocab_size:
-            raise RequestError(
-                422,
-                "Token id out of range",
-                f"prompts.{index} holds token id {max(prompt)}, the model's vocabulary has {vocab_size}",
-                field=f"prompts.{index}",
-            )
-
-
-async def stream_completions(engine: Any, request: RolloutRequest) -> AsyncIterator[bytes]:
-    """Frames of all completions as they finish, then the end mark; an error frame when one fails."""
+async def stream_completions(engine: Any, request: RolloutRequest, admission: Admission) -> AsyncGenerator[bytes]:
+    """Frames of all completions as they finish, then the end mark; an error frame when one fails; heartbeats in between."""
     batch = uuid.uuid4().hex[:12]
+    finished: asyncio.Queue[asyncio.Task[RolloutCompletion]] = asyncio.Queue()
     tasks = [
-        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}"))
+        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}", admission))
         for prompt in range(len(request.prompts))
         for sample in range(request.samples_per_prompt)
     ]
+    for task in tasks:
+        task.add_done_callback(finished.put_nowait)
     try:
-        for finished in asyncio.as_completed(tasks):
-            yield encode_completion(await finished)
+        num_sent = 0
+        while num_sent < len(tasks):
+            try:
+                task = await asyncio.wait_for(finished.get(), HEARTBEAT_S)
+            except TimeoutError:
+                yield HEARTBEAT
+                continue
+            yield encode_completion(task.result())
+            num_sent += 1
         yield END_OF_STREAM
     except Exception as error:  # the status line is long gone: tell the reader inside the stream
         yield encode_stream_error(f"{type(error).__name__}: {error}")
@@ -142,12 +119,59 @@ async def stream_completions(engine: Any, request: RolloutRequest) -> AsyncItera
             task.cancel()
 
 
+class FrameStream(Response):
+    """An answer of frames that ends with its caller: what it has not taken is not computed any longer.
+
+    Args:
+        timeout_s: how long the caller may take for one frame; then the connection is closed.
+        on_end: called when nothing more is sent.
+    """
+
+    def __init__(self, frames: AsyncGenerator[bytes], timeout_s: float, on_end: Callable[[], object]) -> None:
+        super().__init__(media_type=FRAMES_MEDIA_TYPE)
+        del self.headers["content-length"]
+        self._frames, self._timeout_s, self._on_end = frames, timeout_s, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            sending.cancel()
+            gone.cancel()
+            await asyncio.wait((sending, gone))
+            self._on_end()
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._frames) as frames:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for frame in frames:
+                await self._pass_on(send, {"type": "http.response.body", "body": frame, "more_body": True})
+            await self._pass_on(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pass_on(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await send(message)
+        except TimeoutError as error:
+            detail = f"a caller did not take its completions within {self._timeout_s:g} s (rollout.transfer_timeout_s)"
+            raise ConnectionAbortedError(detail) from error
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _complete(
-    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str
+    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str, admission: Admission
 ) -> RolloutCompletion:
     params = sampling_params(request.sampling, request.student_top_k, sample_index)
     prompt = tokens_input(request.prompts[prompt_index])
-    async with aclosing(engine.generate(prompt, params, request_id)) as outputs:
+    async with admission.admitted(), aclosing(engine.generate(prompt, params, request_id)) as outputs:
         async for output in outputs:
             if output.finished:
                 return to_completion(output.outputs[0], prompt_index, sample_index, request.student_top_k)

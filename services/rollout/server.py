@@ -22,9 +22,9 @@ from services.passed_on import quantisation_flag
 from services.rollout.settings import RolloutSettings
 from services.startup import check_port, check_socket_folder, check_weights
 from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_head, kv_cache_bytes, vllm_defaults
+from services.weight_transfer.plugin import engine_name
 
-# `python -m`, not the `vllm` console script: that of the CPU distribution crashes on its own version look-up.
-_MODULE = "vllm.entrypoints.openai.api_server"
+_MODULE = "services.rollout.process"
 _GUARD = "services.rollout.guard.RolloutGuard"
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 _OVERRIDES = "--hf-overrides"
@@ -72,9 +72,11 @@ def vllm_command(config: RunConfig) -> list[str]:
         "--max-num-seqs": rollout.max_num_seqs or DEFAULT_NUM_SEQS,
         "--max-logprobs": rollout.max_logprobs,
         "--tensor-parallel-size": rollout.tensor_parallel_size,
+        "--data-parallel-size": rollout.data_parallel_size,
         # The policy that sampled is the one after temperature, top-p and top-k.
         "--logprobs-mode": "processed_logprobs",
-        "--weight-transfer-config": json.dumps({"backend": config.weight_sync_backend()}),
+        "--weight-transfer-config": json.dumps({"backend": engine_name(config.weight_sync_backend())}),
+        "--scheduling-policy": "priority",  # the canary of a push goes first
         "--load-format": "safetensors",  # "auto" falls back to pickled weights
         "--middleware": _GUARD,
         "--worker-extension-cls": _WORKER_EXTENSION,
@@ -124,7 +126,6 @@ def _merged(ours: dict[str, str], theirs: str) -> str:
 def vllm_environment(config: RunConfig) -> dict[str, str]:
     """The environment of vLLM's server: ours, plus what its command line cannot say."""
     fixed = {
-        "VLLM_SERVER_DEV_MODE": "1",  # /pause and /resume exist only then; the guard keeps the others shut
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(SERVER_IDLE_S),
         **RolloutSettings.from_config(config).to_environment(),
     }

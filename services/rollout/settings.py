@@ -22,6 +22,8 @@ class RolloutSettings:
     max_logprobs: int
     max_completions_per_request: int
     max_body_bytes: int
+    max_pending_requests: int = 64
+    transfer_timeout_s: float = 120.0
     port: int = 0  # names the file of the key that the server makes when it was given none
     gpu_uuids: tuple[str, ...] = ()
 
@@ -33,6 +35,8 @@ class RolloutSettings:
             max_logprobs=config.rollout.max_logprobs,
             max_completions_per_request=config.rollout.max_completions_per_request,
             max_body_bytes=config.rollout.max_body_mib << 20,
+            max_pending_requests=config.rollout.max_pending_requests,
+            transfer_timeout_s=config.rollout.transfer_timeout_s,
             port=config.rollout.port,
             gpu_uuids=tuple(gpu.uuid for gpu in gpus_of(config, "rollout", strict=False)),
         )

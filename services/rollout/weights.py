@@ -1,93 +1,347 @@
-"""The weight routes, served straight from vLLM's engine client.
+"""`/v1/weights/...`: how a trainer changes the weights of this server, served straight from vLLM's engine client.
 
-    consumes   the requests of vLLM's own weight routes, at the same paths
+    hold ► connect ► pause ► start ► receive ► finish ► canary ► resume        and at the end of the run: release
+
+    consumes   the calls of the run that holds the server, one at a time
     produces   what every worker says, or one problem document for the first that failed
-    waits for  all workers; the engine does nothing else meanwhile
-    unblocked  by the end of the stage in the slowest worker
+    waits for  all workers of all data-parallel engines; the engines do nothing else meanwhile
+    unblocked  by the end of the stage in the slowest worker, or by its deadline
 
-vLLM's routes call methods that may raise in a worker, which disturbs every later call when there are several
-(services/weight_transfer/worker.py).
+The workers' methods (services/weight_transfer/worker.py) return what went wrong: one that raised would disturb every later
+call where there are several workers. A holder that is gone in the middle of a push leaves nothing shut: once its lease is
+over, what it began is discarded and completions are admitted again.
 """
 
-import json
-from typing import Any
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from vllm import SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from services.errors import RequestError
+from services.errors import RequestError, describe_validation_error
 from services.rollout.rollouts import engine_of
-from services.rollout.settings import RolloutSettings
+from services.rollout.state import MIXED, RolloutState, Stage
+from services.schemas import (
+    CanaryRequest,
+    CanaryScores,
+    ConnectRequest,
+    FinishRequest,
+    HoldRequest,
+    PauseRequest,
+    ReceiveRequest,
+    WeightCall,
+)
 
-# What the body of a stage holds for the workers.
-STAGES: dict[str, tuple[str, ...]] = {
-    "init_weight_transfer_engine": ("init_info",),
-    "start_weight_update": (),
-    "update_weights": ("update_info",),
-    "finish_weight_update": (),
-    "shutdown_weight_transfer_engine": (),
-}
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+# A worker keeps the deadline itself; its answer takes a moment more.
+_ANSWER_S = 10.0
+# Before whatever else waits: nobody may sample before the canary is heard.
+_CANARY_PRIORITY = -1
+_WATCH_S = 1.0
 
 
-async def run_stage(request: Request, _: RolloutSettings) -> Response:
-    """`POST /<stage>`: one stage of a push, in every worker; finish also takes the `weight_version` that is now live.
+async def hold(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/hold`: the server belongs to this run from now on, or for longer.
 
     Raises:
-        RequestError: the body is not what the stage takes, or a worker failed.
+        RequestError: another run holds it.
     """
-    stage = request.url.path.strip("/")
-    body = await _body(request)
-    version = body.pop("weight_version", None) if stage == "finish_weight_update" else None
-    if not isinstance(version, str | None):
-        raise RequestError(422, "Invalid request", f"weight_version = {version!r} must be a string")
-    if body.keys() != set(STAGES[stage]):
-        takes = ", ".join(STAGES[stage]) or "nothing"
-        raise RequestError(422, "Invalid request", f"{stage} takes {takes} (got {', '.join(body) or 'nothing'})")
-    await _in_every_worker(request, stage, "run_weight_stage", stage, body)
-    if version is not None:
-        await engine_of(request).update_weight_version(version)
+    body = await _body(request, HoldRequest)
+    engine = engine_of(request)
+    if state.holder.hold(body.run, body.name, body.lease_s, take_over=body.take_over):
+        async with _stage(state, body.run, "hold"):  # what the run before has left undone is of no use to this one
+            await _reset(engine, state)
+    if state.watching is None:
+        state.watching = asyncio.create_task(_watch(engine, state))
+    return JSONResponse({"boot_id": state.boot_id, "policy_version": state.policy_version})
+
+
+async def connect(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/connect`: forget what an earlier push has left undone, and join the trainer's group."""
+    body = await _body(request, ConnectRequest)
+    async with _stage(state, body.run, "connect"):
+        state.timeout_s = body.timeout_s
+        engine = engine_of(request)
+        await _discard(engine, state)
+        await _in_every_worker(engine, state, "weights_connect", body.rendezvous)
+    return _done()
+
+
+async def pause(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/pause`: admit nothing, let what is in flight end, drop the caches: they are of old weights."""
+    body = await _body(request, PauseRequest)
+    async with _stage(state, body.run, "pause"):
+        await state.admission.close(body.drain_s)
+        await _in_time(state, engine_of(request).pause_generation(mode="wait", clear_cache=True))
+    return _done()
+
+
+async def start(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/start`: from here to `finish` the weights are neither the old nor the new ones.
+
+    Raises:
+        RequestError: completions are admitted.
+    """
+    body = await _body(request, WeightCall)
+    async with _stage(state, body.run, "start"):
+        if state.admission.is_open:
+            raise RequestError(400, "Not paused", "the server samples; pause it before its weights change")
+        await _in_every_worker(engine_of(request), state, "weights_start")
+    return _done()
+
+
+async def receive(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/receive`: answers, for each worker, the checksums of what it got and the names that never came."""
+    body = await _body(request, ReceiveRequest)
+    async with _stage(state, body.run, "receive"):
+        reports = await _in_every_worker(engine_of(request), state, "weights_receive", body.update)
+    return JSONResponse({"workers": reports})
+
+
+async def finish(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/finish`: the trainer has found everything arrived. The engine runs again, for the canary alone."""
+    body = await _body(request, FinishRequest)
+    async with _stage(state, body.run, "finish"):
+        engine = engine_of(request)
+        await _in_every_worker(engine, state, "weights_finish", body.label)
+        await _set_version(engine, state, body.label)
+        await _in_time(state, engine.resume_generation())
+    return _done()
+
+
+async def score_canary(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/canary`: logprobs of given tokens in every data-parallel engine, one prefill each."""
+    body = await _body(request, CanaryRequest)
+    async with _stage(state, body.run, "canary"):
+        engine = engine_of(request)
+        ranks = range(engine.vllm_config.parallel_config.data_parallel_size)
+        scores = [
+            _score(engine, ids, rank, f"canary-{rank}-{i}") for rank in ranks for i, ids in enumerate(body.sequences)
+        ]
+        found = await _in_time(state, asyncio.gather(*scores))
+        versions = {version for version, _ in found}
+        if versions != {state.policy_version}:
+            raise RequestError(
+                500, "Wrong version", f"the engines answered under {sorted(versions)}, not {state.policy_version}"
+            )
+        count = len(body.sequences)
+        per_engine = [[logprobs for _, logprobs in found[rank * count : (rank + 1) * count]] for rank in ranks]
+        answer = CanaryScores(policy_version=state.policy_version, token_logprobs=per_engine)
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def resume(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/resume`: everybody may sample under the new weights."""
+    body = await _body(request, WeightCall)
+    async with _stage(state, body.run, "resume"):
+        state.admission.open()
+    return _done()
+
+
+async def release(request: Request, state: RolloutState) -> Response:
+    """`POST /v1/weights/release`: the run ends. The server samples, and waits for another."""
+    body = await _body(request, WeightCall)
+    async with _stage(state, body.run, "release"):
+        await _reset(engine_of(request), state)
+        state.holder.release()
+    return _done()
+
+
+async def get_status(request: Request, state: RolloutState) -> Response:
+    """`GET /v1/weights/status`: what this server and each of its workers know of their weights.
+
+    While a stage runs the workers cannot be asked: then `workers` is null and `stage` says what is going on.
+    """
+    stage = state.stage
+    workers = None
+    if stage is None:
+        async with _busy(state, Stage("status")):
+            workers = await _in_every_worker(engine_of(request), state, "weights_status", is_report=True)
+    lease = state.holder.lease
+    status = {
+        "boot_id": state.boot_id,
+        "policy_version": state.policy_version,
+        "holder": lease and {"run": lease.run, "name": lease.name, "since": lease.since, "left_s": state.holder.left_s},
+        "admits": state.admission.is_open,
+        "in_flight": state.admission.in_flight,
+        "stage": stage and {"name": stage.name, "seconds": time.monotonic() - stage.started},
+        "workers": workers,
+    }
+    return JSONResponse(status)
+
+
+# ---- what the routes are made of
+
+
+async def _body(request: Request, kind: type[Body]) -> Body:
+    try:
+        return kind.model_validate_json(await request.body() or b"{}")
+    except ValidationError as error:
+        field, message = describe_validation_error(error)[0]
+        raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
+
+
+def _done() -> Response:
     return JSONResponse({"status": "done"})
 
 
-async def clear(request: Request, _: RolloutSettings) -> Response:
-    """`POST /v1/weights/clear`: forget what a trainer that is gone has left, an unfinished update and its group.
+@asynccontextmanager
+async def _stage(state: RolloutState, run: str, name: str) -> AsyncIterator[None]:
+    """One stage of the holder's push; a stage of the holder before it is waited for, which ends at its deadline."""
+    state.holder.check(run)
+    async with _busy(state, Stage(name)):
+        state.holder.check(run)  # it may have been taken over meanwhile
+        yield
 
-    A paused server stays paused: what it holds now may be a mixture, and the next push resumes it.
+
+@asynccontextmanager
+async def _busy(state: RolloutState, stage: Stage) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(state.timeout_s + _ANSWER_S):
+            await state.lock.acquire()
+    except TimeoutError as error:
+        running = state.stage.name if state.stage else "another stage"
+        raise RequestError(503, "Busy", f"{running} is still running", retry_after_s=_ANSWER_S) from error
+    state.stage = stage
+    try:
+        yield
+    finally:
+        state.stage = None
+        state.lock.release()
+
+
+async def _in_time(state: RolloutState, work: Any) -> Any:
+    """The result of a call of the engine.
+
+    Raises:
+        RequestError: it takes longer than a stage may, or the engine is dead.
+    """
+    call = asyncio.ensure_future(work)
+    # Not cancelled at the deadline: the engine answers all the same, and complains of whom it cannot reach.
+    done, _ = await asyncio.wait({call}, timeout=state.timeout_s + _ANSWER_S)
+    if not done:
+        call.add_done_callback(lambda late: late.cancelled() or late.exception())
+        name = state.stage.name if state.stage else "a stage"
+        raise RequestError(
+            504, "Deadline passed", f"{name}: no answer of the engine within {state.timeout_s + _ANSWER_S:g} s"
+        )
+    try:
+        return call.result()
+    except EngineDeadError as error:
+        raise RequestError(503, "Engine dead", "the engine of this server has died; its log says why") from error
+    except RequestError:
+        raise
+    except Exception as error:  # vLLM passes on what went wrong in the engine as text
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(500, "Engine failed", f"the engine failed: {reason}") from error
+
+
+async def _in_every_worker(
+    engine: Any, state: RolloutState, method: str, *arguments: Any, is_report: bool = False
+) -> list[dict[str, Any]]:
+    """What each worker returns, in the order of their ranks, those of all data-parallel engines included.
+
+    Args:
+        is_report: problems are part of the answer.
 
     Raises:
         RequestError: a worker failed.
     """
-    await _in_every_worker(request, "clear", "clear_weight_updates")
-    return JSONResponse({"status": "done"})
-
-
-async def get_status(request: Request, _: RolloutSettings) -> Response:
-    """`GET /v1/weights/status`: the version, whether sampling is paused, and what each worker says of itself."""
-    engine = engine_of(request)
-    workers = await _answers(request, "weight_update_status")
-    version, paused = await engine.get_weight_version(), await engine.is_paused()
-    return JSONResponse({"policy_version": version, "paused": paused, "workers": workers})
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.body() or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(422, "Invalid request", f"the body is no JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise RequestError(422, "Invalid request", f"the body is a {type(body).__name__}; send a JSON object")
-    return body
-
-
-async def _in_every_worker(request: Request, what: str, method: str, *arguments: Any) -> None:
-    problems = await _answers(request, method, *arguments)
-    if failed := [f"{what} failed in worker {rank}: {said}" for rank, said in enumerate(problems) if said is not None]:
-        raise RequestError(500, "Weight update failed", failed[0])
-
-
-async def _answers(request: Request, method: str, *arguments: Any) -> list[Any]:
-    """What each worker returns, in the order of their ranks, those of all data-parallel engines included."""
     # AsyncLLM.collective_rpc would return the first engine's answers alone.
-    core = engine_of(request).engine_core
-    per_engine = await core.call_utility_all_async("collective_rpc", method, None, arguments, {})
-    return [answer for workers in per_engine for answer in workers]
+    call = engine.engine_core.call_utility_all_async("collective_rpc", method, None, arguments, {})
+    answers = [answer for workers in await _in_time(state, call) for answer in workers]
+    for rank, answer in enumerate(answers):
+        if not is_report and answer["problem"] is not None:
+            name = state.stage.name if state.stage else method
+            raise RequestError(500, "Weight update failed", f"{name} failed in worker {rank}: {answer['problem']}")
+    return answers
+
+
+async def _discard(engine: Any, state: RolloutState) -> None:
+    """Forget an update that was not finished; layers that it completed keep the new weights, so the whole has no version."""
+    answers = await _in_every_worker(engine, state, "weights_discard")
+    if any(answer["changed"] for answer in answers):
+        await _set_version(engine, state, MIXED)
+
+
+async def _set_version(engine: Any, state: RolloutState, label: str) -> None:
+    await _in_time(state, engine.update_weight_version(label))
+    state.policy_version = label
+
+
+async def _reset(engine: Any, state: RolloutState) -> None:
+    """Leave no trace of a trainer: no update, no group, and nothing that waits."""
+    await _discard(engine, state)
+    await _in_every_worker(engine, state, "weights_disconnect")
+    await _in_time(state, engine.resume_generation())
+    state.admission.open()
+
+
+async def _watch(engine: Any, state: RolloutState) -> None:
+    """A run that is gone in the middle of a push leaves completions waiting: end that."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        if state.holder.lease is None or state.holder.left_s > 0 or state.admission.is_open:
+            continue
+        try:
+            async with _busy(state, Stage("release")):
+                if state.holder.left_s == 0 and not state.admission.is_open:
+                    await _reset(engine, state)
+                    state.holder.release()
+        except RequestError as error:
+            logger.warning("the run that held this server is gone, what it left cannot be cleared yet: %s", error)
+
+
+async def _score(engine: Any, ids: list[int], rank: int, request_id: str) -> tuple[str, list[float]]:
+    """The label under which an engine scores, and the logprobs of all tokens but the first."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    options = {"priority": _CANARY_PRIORITY, "data_parallel_rank": rank}
+    async for output in engine.generate(tokens_input(ids), params, f"{request_id}-{time.monotonic_ns()}", **options):
+        if output.finished:
+            flat = output.prompt_logprobs
+            versions = [span.version for span in output.outputs[0].weight_versions or []]
+            return (versions or [""])[0], _given(ids, flat)
+    raise RequestError(500, "No answer", "the engine ended a canary without an answer")
+
+
+def _given(ids: list[int], flat: Any) -> list[float]:
+    """The logprob of each given token but the first, from vLLM's flat prompt logprobs."""
+    found = []
+    for position in range(1, len(ids)):
+        start, end = flat.start_indices[position], flat.end_indices[position]
+        at = flat.token_ids[start:end].index(ids[position])
+        found.append(flat.logprobs[start + at])
+    return found
+
+
+ROUTES = {
+    ("POST", "/v1/weights/hold"): hold,
+    ("POST", "/v1/weights/connect"): connect,
+    ("POST", "/v1/weights/pause"): pause,
+    ("POST", "/v1/weights/start"): start,
+    ("POST", "/v1/weights/receive"): receive,
+    ("POST", "/v1/weights/finish"): finish,
+    ("POST", "/v1/weights/canary"): score_canary,
+    ("POST", "/v1/weights/resume"): resume,
+    ("POST", "/v1/weights/release"): release,
+    ("GET", "/v1/weights/status"): get_status,
+}

@@ -1,12 +1,10 @@
-"""The body of a score request, from the wire to a TeacherRequest: in time, in UTF-8, and JSON of one meaning only."""
+"""The body of a score request, from bytes to a TeacherRequest: in UTF-8, and JSON of one meaning only."""
 
-import asyncio
 from email.message import Message
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
 
 from services.config import TeacherConfig
 from services.errors import RequestError
@@ -37,30 +35,6 @@ def check_headers(headers: Headers) -> None:
     if coding not in ("identity", ""):
         given = repr(coding[:_SHOWN_CHARACTERS])
         raise _unsupported("content-encoding", f"content-encoding says {given}; send the body uncompressed")
-
-
-async def read_body(request: Request, timeout_s: float) -> bytes:
-    """The whole body.
-
-    Raises:
-        RequestError: it did not arrive in `timeout_s`, its caller went away, or it is too large.
-    """
-    parts = []
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                parts.append(part)
-    except TimeoutError as error:
-        detail = f"the body did not arrive within {timeout_s:g} s (transfer_timeout_s)"
-        raise RequestError(408, "Request timeout", detail, field="body") from error
-    except ClientDisconnect as error:
-        raise caller_gone("the caller went away before its body was complete") from error
-    return b"".join(parts)
-
-
-def caller_gone(detail: str) -> RequestError:
-    """Seen by nobody but the metrics."""
-    return RequestError(499, "Client closed request", detail)
 
 
 def parse_request(body: bytes, config: TeacherConfig) -> TeacherRequest:

@@ -29,6 +29,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from services.bounded_connection import BoundedConnection
 from services.config import RunConfig, TeacherConfig
 from services.connections import SERVER_IDLE_S
 from services.errors import DistillServeError, RequestError
@@ -36,13 +37,13 @@ from services.gpu_options import computed
 from services.gpus import check_driver
 from services.guard import OPEN_PATHS, Guard, problem_response
 from services.keys import Secrets, require_key_beyond_loopback, reveal
+from services.request_body import caller_gone, read_body
 from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
 from services.startup import bind, check_model_folder, check_weights
 from services.teacher import docs_page
 from services.teacher.answer import PacedResponse
 from services.teacher.answer_log import SCORED, AnswerLog
-from services.teacher.body import caller_gone, check_headers, read_body
-from services.teacher.connection import BoundedConnection
+from services.teacher.body import check_headers
 from services.teacher.jobs import ScoreJob
 from services.teacher.openapi import SCORE_PATH, describe
 from services.teacher.service import TeacherService

@@ -16,6 +16,7 @@ from typing import TypeVar, TypeVarTuple
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.metrics import TeacherMetrics
+from services.places import Places
 from services.schemas import TeacherRequest, TeacherScores
 from services.teacher.body import parse_request
 from services.teacher.jobs import ScoreJob, engine_failed, shutting_down
@@ -44,7 +45,7 @@ class TeacherService:
         self._closed = False
         # Tokenizers must not be called by two threads at once, and large bodies and texts must not hold up /health.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-requests")
-        self._pending = 0
+        self._places = Places(config.max_pending_requests, on_change=self.metrics.pending.set)
 
     async def load(self) -> None:
         """Load the model beside the event loop; /ready answers 503 until then."""
@@ -85,7 +86,7 @@ class TeacherService:
     @property
     def pending(self) -> int:
         """Accepted requests without an answer."""
-        return self._pending
+        return self._places.taken
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -95,20 +96,8 @@ class TeacherService:
             RequestError: too many are accepted already, or the engine is not ready.
         """
         scorer = self.ready_scorer()
-        if self._pending >= self.config.max_pending_requests:
-            raise RequestError(
-                429,
-                "Too many requests",
-                f"{self._pending} requests wait already (max_pending_requests); try again later",
-                retry_after_s=max(1.0, scorer.backlog_s()),
-            )
-        self._pending += 1
-        self.metrics.pending.set(self._pending)
-        try:
+        with self._places.take(lambda: max(1.0, scorer.backlog_s())):
             yield
-        finally:
-            self._pending -= 1
-            self.metrics.pending.set(self._pending)
 
     async def parse(self, body: bytes) -> TeacherRequest:
         """The request that a body spells, as `parse_request`."""

@@ -1,29 +1,45 @@
-"""The control plane of a weight push: vLLM's four-method client protocol over HTTP, for several servers at once.
+"""The trainer's calls of `/v1/weights/...` on several rollout servers at once: all of them, or the error of the first that failed.
 
-vLLM's own engines neither carry a version nor know about more than one server, so both are added here: each
-server gets its own rank offset at init, and the version at finish. Calls fan out and are all-or-nothing:
-the first server that fails makes the call fail, with its name, the stage and the time it took.
+A run holds its servers from `hold` to `release` and renews its lease meanwhile: a trainer that is killed is known to be gone
+after a lease. The stages are those of services/rollout/weights.py.
 """
 
+import asyncio
+import logging
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
-from services.connections import blocking_client, describe
-from services.errors import ClientClosedError, WeightSyncError
+from services.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
+from services.errors import ClientClosedError, ServerHeldError, WeightSyncError
 from services.own_key import OwnKeyAuth
+from services.schemas import CanaryScores
+from services.server_client import all_or_first_error
+
+logger = logging.getLogger(__name__)
+
+_RENEWALS_PER_LEASE = 6
+# A server keeps the deadline of a stage itself, and answers then: it is waited for a little longer than it takes.
+_ANSWER_S = 20.0
+_RELEASE_S = 10.0
+_CONFLICT, _NOT_FOUND = 409, 404
 
 
 class WeightControlClient:
-    """Implements `VLLMWeightSyncClient` for a group of rollout servers.
+    """Control of a group of rollout servers by one run.
 
     Args:
         urls: base URLs of the servers, in rank order.
         world_sizes: worker processes of each server, data parallel included.
+        run: id of the run.
+        name: what a person knows the run by.
         key: bearer token of the servers; None: servers of this machine have made their own.
-        stage_timeout_s: deadline of each call.
+        stage_timeout_s: deadline of each stage.
+        lease_s: silence after which the servers count this run as gone.
         transport: replaces the network in tests.
     """
 
@@ -31,33 +47,127 @@ class WeightControlClient:
         self,
         urls: list[str],
         world_sizes: list[int],
+        *,
+        run: str,
+        name: str,
         key: str | None,
         stage_timeout_s: float,
-        transport: httpx.BaseTransport | None = None,
+        lease_s: float,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.urls, self.world_sizes = urls, world_sizes
-        self.version: str | None = None
-        """What the next finish announces; set before each push."""
-        self._http = blocking_client(urls, stage_timeout_s, key, transport, None if key else OwnKeyAuth())
-        self._executor = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="weight-control")
+        self.urls, self.world_sizes, self.run = urls, world_sizes, run
+        self._name, self._timeout_s, self._lease_s = name, stage_timeout_s, lease_s
+        self._http = async_client(urls, stage_timeout_s + _ANSWER_S, key, transport, None if key else OwnKeyAuth())
+        self._boot_ids: dict[str, str] = {}
+        self._lost: str | None = None
+        self._renewal: asyncio.Task[None] | None = None
 
-    # ---- vLLM's protocol
+    # ---- the lease
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every server joins the trainer's group, behind the ranks of the servers before it."""
-        bodies = [{"init_info": {**init_info, "rank_offset": offset}} for offset in self.rank_offsets()]
-        self._all("init_weight_transfer_engine", bodies)
+    async def hold(self, *, take_over: bool = False, on_wait: Callable[[str, float], None] | None = None) -> None:
+        """Make the servers this run's own. One that a silent run holds is waited for until its lease is over.
 
-    def start_weight_update(self) -> None:
-        self._all("start_weight_update")
+        Args:
+            take_over: take them from a run that lives.
+            on_wait: told of a server that another run holds, and for how many seconds it is waited for.
 
-    def update_weights(self, update_info: Any) -> None:
-        """Returns when the workers have received and loaded everything."""
-        self._all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        Raises:
+            ServerHeldError: a run that lives holds one of them; none is held then.
+            WeightSyncError: a server cannot be asked.
+        """
+        try:
+            # In one order for everybody: of two runs that want the same servers one gets all of them.
+            for url in sorted(self.urls):
+                await self._hold_one(url, take_over, on_wait)
+        except WeightSyncError:
+            await self.release()
+            raise
+        self._renewal = asyncio.create_task(self._renew())
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        version = weight_version or self.version
-        self._all("finish_weight_update", [{"weight_version": version}] * len(self.urls))
+    async def _hold_one(self, url: str, take_over: bool, on_wait: Callable[[str, float], None] | None) -> None:
+        try:
+            await self._claim(url, take_over)
+        except ServerHeldError as error:
+            # A run that was killed renews no more; one that lives does, and is still there afterwards.
+            if on_wait is not None:
+                on_wait(url, error.left_s)
+            await asyncio.sleep(error.left_s + 1.0)
+            await self._claim(url, take_over)
+
+    async def _claim(self, url: str, take_over: bool = False) -> None:
+        body = {"name": self._name, "lease_s": self._lease_s, "take_over": take_over}
+        boot_id = (await self._call(url, "hold", body)).get("boot_id")
+        if not isinstance(boot_id, str):
+            raise WeightSyncError(f"hold on {url}: the answer has no boot_id; it is not a distillserve rollout server")
+        if self._boot_ids.setdefault(url, boot_id) != boot_id:
+            raise WeightSyncError(f"{url} was started again while this run held it; start the run again")
+
+    async def _renew(self) -> None:
+        while self._lost is None:
+            await asyncio.sleep(self._lease_s / _RENEWALS_PER_LEASE)
+            for url in self.urls:
+                try:
+                    await self._claim(url)
+                except ServerHeldError as error:
+                    self._lost = str(error)
+                except WeightSyncError as error:  # it may be back in time
+                    logger.debug("%s", error)
+
+    # ---- the stages of a push
+
+    async def connect(self, rendezvous: dict[str, Any]) -> None:
+        """Every worker of every server joins the trainer's group, behind the ranks of the servers before it."""
+        bodies = [{"rendezvous": {**rendezvous, "rank_offset": offset}} for offset in self.rank_offsets()]
+        await self._all("connect", [body | {"timeout_s": self._timeout_s} for body in bodies])
+
+    async def pause(self, drain_s: float) -> None:
+        """Let running completions end, hold new ones, drop the caches.
+
+        Args:
+            drain_s: how long to wait for running completions, seconds.
+        """
+        await self._all("pause", [{"drain_s": drain_s}] * len(self.urls), extra_s=drain_s)
+
+    async def start(self) -> None:
+        """From here to `finish` the weights are neither the old nor the new ones."""
+        await self._all("start")
+
+    async def receive(self, update: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """Returns when the workers have received and loaded everything: the report of each worker of each server."""
+        answers = await self._all("receive", [{"update": update}] * len(self.urls))
+        return [answer.get("workers", []) for answer in answers]
+
+    async def finish(self, label: str) -> None:
+        """The weights are whole and called `label`; only the canary is answered yet."""
+        await self._all("finish", [{"label": label}] * len(self.urls))
+
+    async def score_canary(self, sequences: list[list[int]]) -> list[CanaryScores]:
+        """One answer per server, in the order of the URLs."""
+        answers = await self._all("canary", [{"sequences": sequences}] * len(self.urls))
+        try:
+            return [CanaryScores.model_validate(answer) for answer in answers]
+        except ValidationError as error:
+            raise WeightSyncError(
+                f"canary: a server's answer is no CanaryScores: {error.errors()[0]['msg']}"
+            ) from error
+
+    async def resume(self) -> None:
+        """Everybody may sample."""
+        await self._all("resume")
+
+    async def release(self) -> None:
+        """Leave every server as another trainer wants to find it; one that cannot be reached forgets the run by itself."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+        held = [url for url in self.urls if url in self._boot_ids]
+        self._boot_ids.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RELEASE_S):
+                for left in await asyncio.gather(
+                    *(self._call(url, "release", {}) for url in held), return_exceptions=True
+                ):
+                    if isinstance(left, Exception):
+                        logger.debug("%s", left)
 
     # ---- around it
 
@@ -65,46 +175,56 @@ class WeightControlClient:
         """1 + the world sizes of the servers before; rank 0 is the trainer."""
         return [1 + sum(self.world_sizes[:index]) for index in range(len(self.urls))]
 
-    def pause(self) -> None:
-        """Let running completions end, hold new ones, drop the caches (their keys and values are of old weights)."""
-        self._all("pause?mode=wait&clear_cache=true")
+    async def close(self) -> None:
+        await self._http.aclose()
 
-    def resume(self) -> None:
-        self._all("resume")
-
-    def clear_abandoned_update(self) -> None:
-        """Bring every server into a state in which it accepts a new group and a new update, whatever was there before."""
-        self._all("v1/weights/clear")
-
-    def close(self) -> None:
-        self._http.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _all(self, stage: str, bodies: list[Any] | None = None) -> None:
-        self._check_open()
-        calls = [
-            self._executor.submit(self._call, url, stage, body)
-            for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
-        ]
-        for call in as_completed(calls):  # what one refuses at once, another may wait for until its deadline
-            call.result()
-
-    def _check_open(self) -> None:
+    async def _all(
+        self, stage: str, bodies: list[dict[str, Any]] | None = None, extra_s: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """The answers in the order of the URLs; at the first error the other servers are not waited for."""
         if self._http.is_closed:
             raise ClientClosedError(f"the weight control client of {', '.join(self.urls)} is closed; make a new one")
+        if self._lost is not None:
+            raise ServerHeldError(self._lost)
+        bodies = bodies or [{}] * len(self.urls)
+        return await all_or_first_error(
+            [self._call(url, stage, body, extra_s) for url, body in zip(self.urls, bodies, strict=True)]
+        )
 
-    def _call(self, url: str, stage: str, body: Any) -> None:
+    async def _call(self, url: str, stage: str, body: dict[str, Any], extra_s: float = 0.0) -> dict[str, Any]:
         started = time.monotonic()
+        timeout = httpx.Timeout(self._timeout_s + _ANSWER_S + extra_s, connect=min(self._timeout_s, CONNECT_TIMEOUT_S))
         try:
-            response = self._http.post(f"{url}/{stage}", json=body)
+            response = await self._http.post(
+                f"{url}/v1/weights/{stage}", json=body | {"run": self.run}, timeout=timeout
+            )
         except httpx.RequestError as error:
             elapsed = time.monotonic() - started
             said = describe(error, "weight_sync.stage_timeout_s")
             raise WeightSyncError(f"{stage} on {url} failed after {elapsed:.1f} s: it {said}") from error
         if not response.is_success:
-            elapsed, status = time.monotonic() - started, response.status_code
-            key = "; give its key in DISTILLSERVE_ROLLOUT_KEY" if status in (401, 403) else ""
-            raise WeightSyncError(f"{stage} on {url} answered {status} after {elapsed:.1f} s: {_reason(response)}{key}")
+            raise _refusal(url, stage, response, time.monotonic() - started)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise WeightSyncError(
+                f"{stage} on {url}: the answer is no JSON object; it is not a distillserve rollout server"
+            )
+        return answer
+
+
+def _refusal(url: str, stage: str, response: httpx.Response, elapsed: float) -> WeightSyncError:
+    status, reason = response.status_code, _reason(response)
+    if status == _CONFLICT:
+        return ServerHeldError(f"{stage} on {url}: {reason}", retry_after_s(response) or 0.0)
+    more = ""
+    if status in (401, 403):
+        more = "; give its key in DISTILLSERVE_ROLLOUT_KEY"
+    elif status == _NOT_FOUND:
+        more = "; it is not a distillserve rollout server of this version"
+    return WeightSyncError(f"{stage} on {url} answered {status} after {elapsed:.1f} s: {reason}{more}")
 
 
 def _reason(response: httpx.Response) -> str:

@@ -1,22 +1,43 @@
-"""Entry point of `vllm.general_plugins`: makes the gloo engine known to vLLM's factories.
+"""Entry point of `vllm.general_plugins`: makes the weight receiver known to vLLM, under a name for each backend.
 
-vLLM calls `register` in every one of its processes, more than once; the trainer calls it before it builds
-its own end. Only names are registered, the engine's module is imported when it is used; and vLLM's CPU communicator gets
-what it lacks (services/weight_transfer/cpu_collectives.py).
+vLLM calls `register` in every one of its processes, more than once. Of our engine only names are registered; its modules are
+imported when they are used. vLLM's CPU communicator gets what it lacks (services/weight_transfer/cpu_collectives.py).
 """
 
-GLOO_BACKEND = "gloo"
-_ENGINES = "services.weight_transfer.gloo"
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from services.weight_transfer.gloo import GlooChannel
+    from services.weight_transfer.nccl import NcclChannel
+
+BACKENDS = ("gloo", "nccl")
+_PREFIX = "distillserve_"
+"""vLLM has an engine of its own that is called nccl."""
+
+
+def engine_name(backend: str) -> str:
+    """What vLLM calls the receiver of a backend, in its `--weight-transfer-config`."""
+    return _PREFIX + backend
 
 
 def register() -> None:
-    """Register both ends of the gloo engine; registering twice is harmless."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+    """Register the receiver for every backend; registering twice is harmless."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from services.weight_transfer.cpu_collectives import add_collectives
 
     add_collectives()
-    if GLOO_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(GLOO_BACKEND, _ENGINES, "GlooWeightTransferEngine")
-    if GLOO_BACKEND not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine(GLOO_BACKEND, _ENGINES, "GlooTrainerWeightTransferEngine")
+    for name in map(engine_name, BACKENDS):
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, "services.weight_transfer.receiver", "WeightReceiver")
+
+
+def channel_class(backend: str) -> "type[GlooChannel | NcclChannel]":
+    """What carries the bytes of a backend, given by our name or by vLLM's."""
+    if backend.removeprefix(_PREFIX) == "nccl":
+        from services.weight_transfer.nccl import NcclChannel
+
+        return NcclChannel
+    from services.weight_transfer.gloo import GlooChannel
+
+    return GlooChannel

@@ -1,12 +1,12 @@
-"""What a worker does to vLLM's layerwise reload before and after a push: two defects of vLLM 0.32 are repaired here.
+"""What a worker does to vLLM's layerwise reload before and after a push: three defects of vLLM 0.32 are repaired here.
 
-See `repack_cpu_linears` and `discard_partial_update`.
+See `repack_tied_heads`, `take_expert_kernels` and `discard_partial_update`.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -29,37 +29,40 @@ def discard_partial_update(model: torch.nn.Module, model_config: Any) -> None:
         info.loaded_weights.clear()
         info.load_numel = 0
     finalize_layerwise_reload(model, model_config)
-    repack_cpu_linears(model)
+    repack_tied_heads(model)
 
 
-def repack_cpu_linears(model: torch.nn.Module) -> None:
-    """Rebuild the packed GEMM weights of CPU linears from their current parameters.
+def repack_tied_heads(model: torch.nn.Module) -> None:
+    """Rebuild the packed GEMM weights of the CPU linears that share their parameter with another module.
 
-    On CPU vLLM packs a layer's weight for oneDNN when it is loaded. A head that is tied to the embedding is
-    never loaded again by the layerwise reload, so that its packed copy goes stale: wrong logits, no error.
+    On CPU vLLM packs a layer's weight for oneDNN when it is loaded. A head that is tied to the embedding is never loaded
+    again by the layerwise reload, so that its packed copy goes stale: wrong logits, no error. Every other layer was packed
+    when it was loaded.
     """
+    # By identity: a packed layer keeps an empty weight, and all empty tensors share the address 0.
+    users = Counter(id(weight) for layer in model.modules() if (weight := getattr(layer, "weight", None)) is not None)
     for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
+        if hasattr(layer, "cpu_linear") and users[id(getattr(layer, "weight", None))] > 1:
             quant_method: Any = layer.quant_method
             quant_method.process_weights_after_loading(layer)
 
 
-def modules_without_weights(model: torch.nn.Module) -> list[str]:
-    """Names of modules whose parameters are still to come in the update that is under way.
+def take_expert_kernels(model: torch.nn.Module) -> dict[torch.nn.Module, Any]:
+    """Before an update on CPU, take away the kernel of every mixture of experts, so that vLLM makes a new one.
 
-    Modules that hold only buffers (rotary tables) or that share all parameters with a loaded module (a tied
-    head) never get weights of their own and are not missing.
+    On CPU vLLM pads and packs the experts' weights when it makes their kernel, and not again when it loads them anew: they
+    would be read as packed although they are not. Give what is returned to `return_expert_kernels` when the update ends.
     """
-    waiting: dict[str, set[int]] = {}
-    loaded: set[int] = set()
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        parameters = layer.parameters(recurse=False) if info.kernel_tensors is None else info.kernel_tensors[0].values()
-        # By identity: a packed CPU linear keeps an empty weight, and all empty tensors share the address 0.
-        own = {id(parameter) for parameter in parameters}
-        if not info.can_load() or info.load_numel > 0:
-            loaded |= own
-        elif not is_deferred_attention_layer(layer):
-            waiting[name] = own
-    return [name for name, own in waiting.items() if own - loaded]
+    kernels = {}
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            kernels[layer], method.moe_kernel = method.moe_kernel, None
+    return kernels
+
+
+def return_expert_kernels(kernels: dict[torch.nn.Module, Any]) -> None:
+    """After an update: a layer that was not loaded gets its kernel back."""
+    for layer, kernel in kernels.items():
+        method: Any = layer.quant_method
+        method.moe_kernel = method.moe_kernel or kernel

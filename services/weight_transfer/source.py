@@ -1,19 +1,19 @@
-"""The trainer's weights as vLLM wants them: checkpoint names, the rollout's dtype, whole tensors."""
+"""The trainer's weights as vLLM wants them: checkpoint names, the rollout's dtype, whole tensors, one layer at a time."""
 
 from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, materialize_full_tensor
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups, materialize_full_tensor
 
 
 class CheckpointSource(WeightSource):
-    """Yields a transformers model's parameters under the names its checkpoint has.
+    """Yields what `save_pretrained` would write, under the same names, decoder layer by decoder layer.
 
-    transformers 5 renames and fuses some parameters when it loads them (MoE experts, for one); vLLM reads
-    checkpoints, so the conversion is reverted. Tied parameters come once. Floating-point tensors are cast to
-    `dtype`, the dtype of the rollout server.
+    transformers 5 renames and fuses some parameters when it loads them (MoE experts, for one); vLLM reads checkpoints, so
+    the conversion is reverted. Tied parameters come once. Floating-point tensors are cast to `dtype`, the dtype of the
+    rollout server. Only one layer is gathered, converted and cast at any time.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -22,13 +22,27 @@ class CheckpointSource(WeightSource):
         self._metadata: list[ParamMeta] | None = None
 
     def metadata(self) -> list[ParamMeta]:
-        """(name, dtype, shape) of everything iteration yields; found by one pass, then remembered."""
+        """(name, dtype, shape) of everything iteration yields; gathers nothing."""
         if self._metadata is None:
-            self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self]
+            without_memory = {name: torch.empty_like(t, device="meta") for name, t in self._tensors().items()}
+            self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self._convert(without_memory)]
         return self._metadata
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        parameters = {name: materialize_full_tensor(p.detach()) for name, p in self._model.named_parameters()}
-        for name, tensor in revert_weight_conversion(self._model, parameters).items():
-            yield name, tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return self._convert(self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and persistent buffers, tied ones once."""
+        kept = dict(self._model.named_parameters())
+        names = self._model.state_dict().keys()
+        return kept | {name: buffer for name, buffer in self._model.named_buffers() if name in names}
+
+    @torch.no_grad()
+    def _convert(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for group in layerwise_groups(list(tensors)):
+            layer = {name: materialize_full_tensor(tensors[name].detach()) for name in group}
+            converted = revert_weight_conversion(self._model, layer)
+            del layer
+            for name in list(converted):
+                tensor = converted.pop(name)
+                yield name, tensor.to(self._dtype) if tensor.is_floating_point() else tensor

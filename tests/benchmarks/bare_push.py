@@ -88,9 +88,10 @@ class Loading:
 
 def _pack_tied_heads(model: torch.nn.Module) -> None:
     """A tied head has no weights of its own in a checkpoint, so that vLLM does not pack it when it loads one."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
+        if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
 
 

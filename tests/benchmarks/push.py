@@ -74,11 +74,12 @@ async def attached(
     """The trainer's end with the options of a run."""
     async with RolloutClient([url], key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in prompts[: RunConfig().weight_sync.canary_prompts]]
-        sync = WeightSync(RunConfig(), model, client, await client.info(), canaries, KEY)
+        sync = WeightSync(RunConfig(), model, client, await client.info(), canaries, KEY, run="benchmark")
         try:
+            await sync.hold()
             yield sync, client
         finally:
-            await asyncio.to_thread(sync.close)
+            await sync.close()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A trainer that pushes once, begins a second push, says so and waits to be killed: python -m ... URL MODEL STAGE."""
 
 import asyncio
-import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -11,43 +11,36 @@ from services.config import RunConfig, WeightSyncConfig
 from services.weight_transfer.source import CheckpointSource
 from tests.integration.attach import attached
 from trainer.model import load_student
-from trainer.weight_sync import WeightSync
 
 
 class Stops(CheckpointSource):
-    """Sends a few tensors of a layer, says so and goes no further."""
+    """Sends a few tensors, says so and goes no further."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, item in enumerate(super().__iter__()):
-            if index == 6:
+            if index == 14:  # in the second layer: the first has been loaded
                 wait_for_the_end()
             yield item
 
 
 def wait_for_the_end() -> None:
     print("begun", flush=True)
-    signal.pause()
-
-
-def abandon(sync: WeightSync, stage: str) -> None:
-    sync._control.pause()
-    if stage == "start":
-        sync._control.start_weight_update()
-        wait_for_the_end()
-    source = Stops(sync._model, torch.float32)
-    source._metadata = CheckpointSource(sync._model, torch.float32).metadata()
-    sync._engine.source = source
-    sync._engine.send_weights()
+    threading.Event().wait()
 
 
 async def main(url: str, model: str, stage: str) -> None:
     student = load_student(RunConfig(student={"model": model}).student)
-    async with attached(student, url) as (sync, _):
+    async with attached(student, url, lease_s=5.0) as (sync, _):
         await sync.push(0)
-        abandon(sync, stage)
+        if stage == "start":
+            await sync._control.pause(30.0)
+            await sync._control.start()
+            wait_for_the_end()
+        sync._source = Stops(student, torch.float32)
+        await sync.push(1)
 
 
 if __name__ == "__main__":
-    # Several buckets a layer: a broken push leaves one half-filled.
-    WeightSyncConfig.bucket_bytes = property(lambda _: 1 << 12)  # type: ignore[assignment]
+    # A bucket a layer: a broken push leaves one loaded and one empty.
+    WeightSyncConfig.bucket_bytes = property(lambda _: 1)  # type: ignore[assignment]
     asyncio.run(main(*sys.argv[1:]))

@@ -1,27 +1,84 @@
-"""A trainer's end of a weight push against a running rollout server."""
+"""A trainer's end of a weight push against a running rollout server, and what may happen to it on the way."""
 
-import asyncio
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from tests.integration.processes import KEY
+from services.schemas import PolicyLabel, RolloutCompletion, RolloutSampling
+from services.weight_transfer.source import CheckpointSource
+from tests.integration.processes import KEY, Server
 from trainer.prompts import Prompt
 from trainer.weight_sync import WeightSync
 
 PROMPTS = [[40 + i, 50, 60 + i] for i in range(16)]
+SAMPLING = RolloutSampling(max_new_tokens=16)
 
 
 @asynccontextmanager
-async def attached(model: PreTrainedModel, url: str) -> AsyncIterator[tuple[WeightSync, RolloutClient]]:
-    config = RunConfig(weight_sync={"stage_timeout_s": 30.0, "bucket_mib": 1}, sampling={"max_new_tokens": 16})
-    async with RolloutClient([url], key=KEY) as client:
+async def attached(
+    model: PreTrainedModel, *urls: str, run: str | None = None, **weight_sync: Any
+) -> AsyncIterator[tuple[WeightSync, RolloutClient]]:
+    options = {"stage_timeout_s": 30.0, "bucket_mib": 1, **weight_sync}
+    config = RunConfig(weight_sync=options, sampling={"max_new_tokens": 16})
+    async with RolloutClient(list(urls), key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in PROMPTS[:4]]
-        sync = WeightSync(config, model, client, await client.info(), canaries, KEY)
+        sync = WeightSync(config, model, client, await client.info(), canaries, KEY, run or uuid.uuid4().hex[:8])
         try:
+            await sync.hold()
             yield sync, client
         finally:
-            await asyncio.to_thread(sync.close)
+            await sync.close()
+
+
+def change(model: PreTrainedModel, scale: float = 0.02) -> None:
+    """An optimizer step large enough to see."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+@torch.no_grad()
+def differences(model: PreTrainedModel, completions: list[RolloutCompletion]) -> np.ndarray:
+    """Per token, against the model's own logits, each sequence run alone."""
+    found = []
+    for completion in completions:
+        prompt = PROMPTS[completion.prompt_index]
+        ids = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
+        logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
+        ours = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+        found.append(np.abs(ours.numpy() - completion.rollout_logprobs))
+    return np.concatenate(found)
+
+
+async def push_and_compare(sync: WeightSync, client: RolloutClient, model: PreTrainedModel, version: int) -> None:
+    """Push changed weights; what is sampled afterwards is of that version and of those weights, to 1e-4."""
+    change(model)
+    metrics = await sync.push(version)
+    completions = await client.generate(PROMPTS, SAMPLING)
+    labels = {PolicyLabel.parse(s.policy_version) for c in completions for s in c.policy_versions}
+    assert {(label.version, label.run) for label in labels} == {(version, sync.versions.run)} and len(labels) == 1
+    assert metrics["canary_residual"] <= 1e-4
+    assert differences(model, completions).max() <= 1e-4
+
+
+def status(running: Server) -> dict[str, Any]:
+    with running.client() as client:
+        found: dict[str, Any] = client.get("/v1/weights/status").raise_for_status().json()
+    return found
+
+
+class BreaksOff(CheckpointSource):
+    """Sends a few tensors, then fails, as a trainer that dies would."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for index, item in enumerate(super().__iter__()):
+            if index == 14:  # in the second layer: the first has been loaded
+                raise RuntimeError("the trainer breaks off here")
+            yield item

@@ -47,6 +47,43 @@ class Server:
 
 
 @dataclass
+class Family:
+    """A process and all that it has started by now, and the shared memory that they have open under a name."""
+
+    pids: set[int]
+    memory: set[Path]
+
+    @classmethod
+    def of(cls, pid: int) -> "Family":
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has just ended
+                continue
+        pids, found = {pid}, {pid}
+        while found:
+            found = {child for child, parent in parents.items() if parent in found}
+            pids |= found
+        lines = [line for one in pids for line in Path(f"/proc/{one}/maps").read_text().splitlines()]
+        names = {line.split(maxsplit=5)[5] for line in lines if " /dev/shm/" in line}
+        return cls(pids, {Path(name) for name in names if not name.endswith("(deleted)")})
+
+    def left(self) -> list[str]:
+        """What is still there."""
+        running = [f"process {pid}" for pid in sorted(self.pids) if is_running(pid)]
+        return running + [str(path) for path in sorted(self.memory) if path.exists()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@dataclass
 class Engine:
     """Switches of the engine of a teacher that was started by tests/integration/switched_teacher.py."""
 

@@ -12,9 +12,9 @@ from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
 from services.errors import ClientClosedError, DistillServeError, InputError
 from services.schemas import RolloutSampling
 from services.vllm_teacher_client import VllmTeacherClient
-from services.weight_transfer.control import WeightControlClient
 from tests.unit.services.test_clients import echo
 from tests.unit.services.test_teacher_client import answer
+from tests.unit.services.weight_transfer.controls import control
 
 URL = "http://a:1"
 SAMPLING = RolloutSampling(max_new_tokens=4)
@@ -225,10 +225,10 @@ def test_a_closed_blocking_client_says_so() -> None:
             call()
 
 
-def test_a_closed_weight_control_client_says_so() -> None:
-    control = WeightControlClient([URL], [1], None, 1.0, httpx.MockTransport(nothing))
-    control.close()
-    for call in (control.pause, control.resume, control.start_weight_update, control.clear_abandoned_update):
+async def test_a_closed_weight_control_client_says_so() -> None:
+    client = control(nothing, [URL])
+    await client.close()
+    for call in (client.start, client.resume, lambda: client.pause(1.0), lambda: client.finish("1.1@r1")):
         with pytest.raises(ClientClosedError, match=f"the weight control client of {URL} is closed") as caught:
-            call()
+            await call()
         assert isinstance(caught.value, DistillServeError)

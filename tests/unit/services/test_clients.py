@@ -423,13 +423,16 @@ async def test_prompts_are_dealt_in_turn_and_a_server_without_any_is_not_asked()
         bodies[request.url.host] = json.loads(request.content)
         return echo(request)
 
-    await rollout(handler, (A, B)).generate([[1], [2], [3]], SAMPLING, student_top_k=5)
+    client = rollout(handler, (A, B))
+    client.run = "mine"
+    await client.generate([[1], [2], [3]], SAMPLING, student_top_k=5)
     assert {host: body["prompts"] for host, body in bodies.items()} == {"a": [[1], [3]], "b": [[2]]}
     assert bodies["b"] == {
         "prompts": [[2]],
         "samples_per_prompt": 1,
         "sampling": {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7},
         "student_top_k": 5,
+        "run": "mine",
     }
     bodies.clear()
     await rollout(handler, (A, B)).generate([[1]], SAMPLING)
@@ -525,7 +528,7 @@ async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
 async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rollout_client, "_IDS_PER_REQUEST", 6)
+    monkeypatch.setattr(rollout_client, "MAX_IDS_PER_REQUEST", 6)
     server = Server(100, most_ids=4)
     client = rollout(server)  # type: ignore[arg-type]
     got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)

@@ -106,6 +106,10 @@ BAD_OPTIONS = [
         ["rollout.tensor_parallel_size = 2", "rollout.cuda_devices = '0'", "name more, or lower it"],
     ),
     (
+        ["--rollout.cuda_devices", "0,1", "--rollout.tensor_parallel_size", "2", "--rollout.data_parallel_size", "3"],
+        ["tensor_parallel_size = 2 and rollout.data_parallel_size = 3 need 6 GPUs", "name more, or lower it"],
+    ),
+    (
         ["--teacher.engine_args", '{"kv_cache_memory_bytes": 1}'],
         ["teacher.engine_args.kv_cache_memory_bytes", "teacher.kv_cache_gib"],
     ),
@@ -251,6 +255,9 @@ BAD_OPTIONS = [
     (["--rollout.engine_args", '["--max_model_len=9"]'], ["--max_model_len is refused", "rollout.max_model_len"]),
     (["--rollout.engine_args", '["--max-model", "9"]'], ["--max-model is refused", "rollout.max_model_len"]),
     (["--rollout.engine_args", '["-tp=2"]'], ["-tp is refused", "rollout.tensor_parallel_size says that"]),
+    (["--rollout.engine_args", '["-dp", "2"]'], ["-dp is refused", "rollout.data_parallel_size says that"]),
+    (["--rollout.engine_args", '["-asc=2"]'], ["-asc is refused", "its boot id tells a restart", "several servers"]),
+    (["--rollout.request_timeout_s", "10"], ["rollout.request_timeout_s", "greater than 10", "says that it lives"]),
     (["--rollout.engine_args", '["--no-trust-remote-code"]'], ["refused", "student.trust_remote_code says that"]),
     (["--data.chat_template_kwargs", "enable_thinking=no"], ["data.chat_template_kwargs.enable_thinking = 'no' is no"]),
     (["--data.chat_template_kwargs", "style=short"], ["'style=\"short\"'", "a text in quotes"]),

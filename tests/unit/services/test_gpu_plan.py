@@ -200,7 +200,6 @@ def test_a_vllm_teacher_gets_a_share_and_a_cache(gpus: Any) -> None:
         ("teacher", {"pipeline_parallel_size": 2}, 2),
         ("teacher", {"data_parallel_size": 2}, 1),
         ("rollout", ["--pipeline-parallel-size", "2"], 2),
-        ("rollout", ["--enforce-eager", "--data_parallel_size=2"], 1),
         ("rollout", ["-pp", "2"], 2),
     ],
 )
@@ -293,6 +292,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(gpus: Any) -> No
         planned(run(teacher={"cuda_devices": "3"}))
     with pytest.raises(ConfigError, match=r"rollout.tensor_parallel_size needs 2 GPUs, the rollout sees 1"):
         planned(run(rollout={"tensor_parallel_size": 2}))
+    with pytest.raises(
+        ConfigError, match=r"rollout.tensor_parallel_size times data_parallel_size needs 4 GPUs, the rollout sees 1"
+    ):
+        planned(run(rollout={"tensor_parallel_size": 2, "data_parallel_size": 2}))
+
+
+def test_each_engine_of_a_server_has_a_student_of_its_own(gpus: Any) -> None:
+    gpus(80e9, 80e9)
+    for tensor, data in ((2, 1), (1, 2)):
+        found = planned(run(rollout={"tensor_parallel_size": tensor, "data_parallel_size": data}))
+        weights = [gpu.shares["rollout"].weights for gpu in found.gpus]
+        assert weights == [2 * QWEN3_0_6B.num_parameters // tensor] * 2
     planned(run(teacher={"cuda_devices": "3", "urls": ["http://elsewhere:1"]}), "trainer")
 
 

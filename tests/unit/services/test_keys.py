@@ -11,7 +11,7 @@ from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
 from services.errors import ConfigError, InputError
 from services.keys import Secrets, key_headers, make_key, require_key_beyond_loopback, reveal
 from services.vllm_teacher_client import VllmTeacherClient
-from services.weight_transfer.control import WeightControlClient
+from tests.unit.services.weight_transfer.controls import control
 
 KEY = "SENTINEL-0f9"
 NAMES = {"rollout_key": "DISTILLSERVE_ROLLOUT_KEY", "teacher_key": "DISTILLSERVE_TEACHER_KEY"}
@@ -155,12 +155,12 @@ def test_a_client_sends_a_stripped_key_and_refuses_what_is_none(client: type) ->
         made.close()
 
 
-def test_weight_control_sends_a_stripped_key_and_refuses_what_is_none() -> None:
+async def test_weight_control_sends_a_stripped_key_and_refuses_what_is_none() -> None:
     with pytest.raises(InputError, match="key has white space"):
-        WeightControlClient(["http://a:1"], [1], f"{KEY} {KEY}", 1.0)
-    control = WeightControlClient(["http://a:1"], [1], f"{KEY}\n", 1.0)
-    assert control._http.headers["Authorization"] == f"Bearer {KEY}"
-    control.close()
+        control(None, ["http://a:1"], key=f"{KEY} {KEY}")
+    client = control(None, ["http://a:1"], key=f"{KEY}\n")
+    assert client._http.headers["Authorization"] == f"Bearer {KEY}"
+    await client.close()
 
 
 def test_made_keys_are_keys_and_differ() -> None:

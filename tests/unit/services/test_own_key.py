@@ -13,7 +13,7 @@ from services.clients import RolloutClient, TeacherClient
 from services.errors import StartupError
 from services.keys import key_headers
 from services.own_key import check_own_key_folder, own_key_path, publish_own_key
-from services.weight_transfer.control import WeightControlClient
+from tests.unit.services.weight_transfer.controls import control
 
 PORT = 8100
 
@@ -75,23 +75,22 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
         check_own_key_folder(PORT)
 
 
-def sent(url: str, key: str | None = None) -> str | None:
+async def sent(url: str, key: str | None = None) -> str | None:
     """The key that weight control sends."""
     seen: list[httpx.Request] = []
-    transport = httpx.MockTransport(lambda request: seen.append(request) or httpx.Response(200))
-    control = WeightControlClient([url], [1], key, 5.0, transport)
-    control.resume()
-    control.close()
+    client = control(lambda request: seen.append(request) or httpx.Response(200, json={}), [url], key=key)
+    await client.resume()
+    await client.close()
     return seen[0].headers.get("authorization")
 
 
-def test_a_client_without_a_key_finds_that_of_this_machine_by_the_port() -> None:
+async def test_a_client_without_a_key_finds_that_of_this_machine_by_the_port() -> None:
     key = publish_own_key(PORT)
     for host in ("127.0.0.1", "localhost", "[::1]", "127.0.0.2"):
-        assert sent(f"http://{host}:{PORT}") == f"Bearer {key}"
-    assert sent(f"http://127.0.0.1:{PORT}", "given") == "Bearer given"
+        assert await sent(f"http://{host}:{PORT}") == f"Bearer {key}"
+    assert await sent(f"http://127.0.0.1:{PORT}", "given") == "Bearer given"
     for url in ("http://127.0.0.1:8102", f"http://10.0.0.5:{PORT}", f"http://localhost.example:{PORT}"):
-        assert sent(url) is None
+        assert await sent(url) is None
 
 
 async def test_a_server_may_start_after_its_trainer_and_start_again() -> None:
@@ -137,7 +136,7 @@ async def test_a_teacher_is_never_sent_the_key_of_a_rollout_server() -> None:
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )
-def test_a_file_that_holds_no_key_is_none(spoil: Callable[[Path], object]) -> None:
+async def test_a_file_that_holds_no_key_is_none(spoil: Callable[[Path], object]) -> None:
     publish_own_key(PORT)
     spoil(own_key_path(PORT))
-    assert sent(f"http://127.0.0.1:{PORT}") is None
+    assert await sent(f"http://127.0.0.1:{PORT}") is None

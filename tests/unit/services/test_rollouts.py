@@ -5,6 +5,7 @@ from typing import Any
 
 from services.rollout.rollouts import get_info
 from services.rollout.settings import RolloutSettings
+from services.rollout.state import RolloutState
 from services.schemas import RolloutInfo
 
 
@@ -20,6 +21,6 @@ async def test_info_tells_the_limit_that_clients_cut_their_work_to() -> None:
     )
     request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(engine_client=engine)))
     settings = RolloutSettings("m", "gloo", max_logprobs=4, max_completions_per_request=77, max_body_bytes=1)
-    response = await get_info(request, settings)
+    response = await get_info(request, RolloutState(settings))
     info = RolloutInfo.model_validate_json(bytes(response.body))
     assert (info.max_completions_per_request, info.max_logprobs, info.world_size) == (77, 4, 2)

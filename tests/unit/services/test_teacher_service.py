@@ -40,7 +40,7 @@ async def test_a_full_queue_says_when_to_come_back(folder: str) -> None:
         release = hold(service)
         body = {"sequences": [GOOD], "top_k": 1}
         accepted = asyncio.create_task(score(client, body))
-        while service._pending == 0:
+        while service.pending == 0:
             await asyncio.sleep(0)
         refused = await score(client, body)
         release.set()

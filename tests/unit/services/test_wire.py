@@ -268,3 +268,12 @@ def test_a_frame_that_is_no_completion_is_refused(change: dict[str, Any]) -> Non
 def test_python_objects_cannot_be_sent() -> None:
     with pytest.raises(SafetensorError, match="object"):
         wire.encode_document({"objects": np.array([{"a": 1}])}, {})
+
+
+async def test_heartbeats_are_no_documents() -> None:
+    stream = wire.HEARTBEAT + b"\x01\0\0\0a" + wire.HEARTBEAT * 2 + b"\x01\0\0\0b" + wire.HEARTBEAT
+    for size in range(1, 6):
+        pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
+        assert await frames_of(*pieces, wire.END_OF_STREAM) == [b"a", b"b"]
+    with pytest.raises(PeerError, match="broke off"):
+        await frames_of(stream)

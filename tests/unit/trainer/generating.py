@@ -14,7 +14,9 @@ class Generator:
         end_token_ids: what ends a completion.
     """
 
-    def __init__(self, model: PreTrainedModel, end_token_ids: list[int], version: str = "0", seed: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, end_token_ids: list[int], version: str = "0.1@mine", seed: int = 0
+    ) -> None:
         self._model, self._ends, self.version = model, set(end_token_ids), version
         self._random = torch.Generator().manual_seed(seed)
 

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 
 from services.clients import TeacherClient
 from services.config import RunConfig
-from services.schemas import RolloutCompletion, RolloutSampling, VersionSpan
+from services.schemas import PolicyLabel, RolloutCompletion, RolloutSampling, VersionSpan
 from services.signals import Interruption
 from tests.scripted_teacher import ScriptedTeacher
 from trainer.evaluate import Evaluator
 from trainer.model import build_optimizer, build_schedule, load_student
+from trainer.policy_versions import PolicyVersions
 from trainer.prompts import Prompt
 from trainer.report import RunRecord
 from trainer.saving import SavedStudents
@@ -48,7 +49,7 @@ class Rollouts:
         return [self._complete(index, sampling.max_new_tokens) for index in range(len(prompts))]
 
     def _complete(self, index: int, most: int) -> RolloutCompletion:
-        random = np.random.default_rng([int(self.version), index])
+        random = np.random.default_rng([PolicyLabel.parse(self.version).version, index])
         ids = random.integers(48, 58, random.integers(1, most + 1)).astype(np.int32)
         stops = len(ids) < most
         ids[-1] = END if stops else ids[-1]
@@ -61,12 +62,14 @@ class Pushes:
     """Weight pushes that only count."""
 
     def __init__(self, rollouts: Rollouts) -> None:
-        self._rollouts = rollouts
+        self._rollouts, self.versions = rollouts, PolicyVersions("run")
         self.on_push: Callable[[int], None] = lambda version: None
 
     async def push(self, version: int) -> dict[str, float]:
         self.on_push(version)
-        self._rollouts.version = str(version)
+        label = self.versions.next_label(version)
+        self.versions.set_live(label)
+        self._rollouts.version = str(label)
         return {"push_s": 0.0}
 
 
@@ -83,7 +86,8 @@ def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitS
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
-    parts: dict[str, Any] = {"rollout_client": rollouts, "weights": Pushes(rollouts)}
+    weights = Pushes(rollouts)
+    parts: dict[str, Any] = {"rollout_client": rollouts, "weights": weights}
     return Session(
         config=config,
         accelerator=accelerator,
@@ -96,7 +100,7 @@ def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitS
         support=Support("teacher_topk", 8, VOCAB),
         teachers=teachers,
         buffer=StalenessBuffer(config.pipeline.max_staleness),
-        evaluator=Evaluator(config, PROMPTS, tokenizer, rollouts, teachers, [END]),  # type: ignore[arg-type]
+        evaluator=Evaluator(config, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),  # type: ignore[arg-type]
         quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
         record=record,
         students=students,

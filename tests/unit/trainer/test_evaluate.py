@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from services.clients import TeacherClient
 from services.config import RunConfig
-from services.errors import PeerError, WeightSyncError
-from services.schemas import RolloutSampling
+from services.errors import PeerError
+from services.schemas import PolicyLabel, RolloutSampling
 from tests.models import save_model
 from tests.teacher_app import serving
 from tests.unit.trainer.generating import Generator
 from trainer import evaluate
 from trainer.evaluate import Evaluator, ReverseKL
 from trainer.model import load_student
+from trainer.policy_versions import PolicyVersions
 from trainer.prompts import Prompt
 from trainer.rollouts import generate_rollouts
 from trainer.teacher_scores import ScoredSample, Support, score_rollouts
@@ -161,18 +162,27 @@ def folder(tmp_path: Path) -> str:
 
 def evaluator(rollouts: Any, teachers: list[Teacher], prompts: list[Prompt], **evaluation: Any) -> Evaluator:
     config = RunConfig(data={"eval_path": "e"}, evaluation={"max_new_tokens": 6, **evaluation})
-    return Evaluator(config, prompts, build_tokenizer(), rollouts, Teachers(teachers), [256])
+    versions = PolicyVersions("mine")
+    for version in (0, 6, 7):
+        versions.set_live(PolicyLabel(version, 1, "mine"))
+    return Evaluator(config, prompts, build_tokenizer(), rollouts, Teachers(teachers), [256], versions)
 
 
 async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
     student = student_of(folder)
     async with teacher_of(folder) as teacher:
-        measured = await evaluator(Generator(student, [256], version="7"), [teacher], PROMPTS).evaluate(student, 7)
+        measured = await evaluator(Generator(student, [256], version="7.1@mine"), [teacher], PROMPTS).evaluate(
+            student, 7
+        )
         assert measured.policy_version == 7 and measured.exact_match is None and measured.teacher_exact_match is None
         assert measured.num_prompts == len(PROMPTS) and measured.num_quarantined == 0
-        for version in ("default", "6"):
+        for version, reason in (
+            ("default", "under the version 'default', which is none"),
+            ("7.1@yours", "under the version '7.1@yours', which is none"),
+            ("6.1@mine", r"answers under version \[6\] after a push of version 7"),
+        ):
             rollouts = Generator(student, [256], version=version)
-            with pytest.raises(WeightSyncError, match=rf"answers under version \['{version}'\]"):
+            with pytest.raises(PeerError, match=reason):
                 await evaluator(rollouts, [teacher], PROMPTS).evaluate(student, 7)
 
 

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.config import RunConfig
+from services.config import RunConfig, WeightSyncConfig
 from tests.unit.trainer.test_batch import SAMPLES
-from tests.unit.trainer.test_preflight import rollout_info
 from tests.unit.trainer.test_step import session
-from tests.unit.trainer.test_weight_sync import Server
 from trainer import evaluate
 from trainer import model as model_module
 from trainer.batch import pack
+from trainer.canary import Canary
 from trainer.model import compute_dtype_of, load_student, student_logprobs
+from trainer.policy_versions import PolicyVersions
 from trainer.step import optimize
-from trainer.weight_sync import WeightSync
 
 HALF = {"compute_dtype": "bfloat16"}
 
@@ -104,13 +103,20 @@ async def test_training_canary_and_evaluation_compute_alike(
 
     monkeypatch.setattr(evaluate, "score_rollouts", scored)
     teacher = SimpleNamespace(info=SimpleNamespace(padded_vocab_size=300, max_top_k=300))
-    evaluator = evaluate.Evaluator(run.config, [], *(None, None), [teacher], [])  # type: ignore[arg-type]
+    evaluator = evaluate.Evaluator(run.config, [], *(None, None), [teacher], [], PolicyVersions("mine"))  # type: ignore[arg-type]
     await evaluator._reverse_kl(run.model, [sample.rollout for sample in SAMPLES])
     assert seen == {torch.bfloat16}
     seen.clear()
-    sync = WeightSync(run.config, run.model, Server([]), [rollout_info()], [], None)  # type: ignore[arg-type]
     rollout = SAMPLES[0].rollout
-    sync._differences([rollout.prompt.token_ids], [rollout.completion])
+    canary = Canary(
+        WeightSyncConfig(),
+        [rollout.prompt.token_ids],
+        [rollout.completion.token_ids.tolist()],
+        dtypes=("float32", "bfloat16"),
+        compute_dtype=compute_dtype_of(run.config, run.model.device),
+        tokens_per_micro_batch=1000,
+    )
+    canary.logprobs(run.model)
     assert seen == {torch.bfloat16}
 
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from services.errors import PeerError
 from trainer.staleness_buffer import StalenessBuffer
 
 
@@ -74,9 +75,10 @@ async def test_a_consumer_waits_for_a_batch() -> None:
     assert await waiting == ("late", 0)
 
 
-async def test_a_batch_that_is_too_old_is_a_bug() -> None:
+@pytest.mark.parametrize("sampled", [0, 2])
+async def test_a_batch_of_weights_that_were_not_live_is_an_error_of_its_server(sampled: int) -> None:
     buffer: StalenessBuffer[str] = StalenessBuffer(0)
-    buffer.put("old", 0)
+    buffer.put("a batch", sampled)
     buffer.version = 1
-    with pytest.raises(AssertionError, match="version 0 reached version 1"):
+    with pytest.raises(PeerError, match=f"sampled under version {sampled} for a step that starts from version 1"):
         await buffer.get()

@@ -1,8 +1,10 @@
-"""A push is repeated once in full, then the run stops; nothing wrong passes the canary."""
+"""A push: its stages, who is asked what when something fails, and what is left behind."""
 
+import asyncio
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,62 +13,149 @@ import pytest
 import torch
 
 from services.config import RunConfig
-from services.errors import PeerError, StartupError, WeightSyncError
-from services.schemas import RolloutCompletion, RolloutSampling, VersionSpan
+from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
+from services.schemas import CanaryScores, RolloutCompletion, RolloutSampling, VersionSpan
 from tests.models import save_model
 from tests.unit.trainer.test_preflight import rollout_info
+from trainer import weight_sync
 from trainer.model import load_student
 from trainer.prompts import Prompt
-from trainer.weight_sync import WeightSync, check_version
+from trainer.weight_sync import WeightSync
 
 URL = "http://rollout"
 PROMPT = [40, 50]
 
 
 @dataclass
-class Server:
-    """A rollout server and the engine that pushes to it; `script` says what goes wrong, one entry a push."""
+class Servers:
+    """Rollout servers and both ends of a push to them. `script` says what goes wrong, one entry a push; the canary is scored
+    by a second copy of the model."""
 
-    script: list[str]
-    connections: int = 0
-    version: str = "default"
-    events: list[str] = field(default_factory=list)
+    script: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=lambda: [URL])
+    events: list[str] = field(default_factory=list)
     asked: list[tuple[list[int], int]] = field(default_factory=list)
+    label: str = "default"
+    run: str | None = None
+    trouble: str = ""
+    aborted: threading.Event = field(default_factory=threading.Event)
+    model: Any = None
 
-    def connect(self, sync: WeightSync) -> "Server":
-        self.connections += 1
-        self.sync = sync
+    # ---- the control client
+
+    def control(self, urls: list[str], world_sizes: list[int], **options: Any) -> "Servers":
+        self.world_sizes, self.options = world_sizes, options
         return self
 
-    def send_weights(self) -> None:
-        self.trouble = self.script.pop(0)
-        if self.trouble == "breaks":
-            raise RuntimeError("Connection closed by peer\nand a long story")
-        if self.trouble == "breaks without a word":
-            raise TimeoutError
-        if self.trouble != "keeps the old version":
-            self.version = str(self.sync._control.version)
+    async def hold(self, take_over: bool, on_wait: Any) -> None:
+        self.events.append(f"hold {take_over}")
 
-    def shutdown(self) -> None:
-        self.events.append("shutdown")
+    async def connect(self, rendezvous: dict[str, Any]) -> None:
+        self.events.append(f"connect {rendezvous['master_port']}")
+
+    async def pause(self, drain_s: float) -> None:
+        self.trouble = self.script.pop(0) if self.script else "works"
+        self.events.append("pause")
+        self.drain_s = drain_s
+
+    async def start(self) -> None:
+        self.events.append("start")
+
+    async def receive(self, update: dict[str, Any]) -> list[Any]:
+        self.events.append("receive")
+        if self.trouble == "is taken over":
+            raise ServerHeldError("receive on http://rollout: held by the run r2")
+        if self.trouble == "fails in a worker":
+            raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
+        if self.trouble == "fails in a worker, later":
+            await asyncio.sleep(0.05)
+            raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
+        if self.trouble == "never answers":
+            await asyncio.sleep(3600)
+        return [["a report"]]
+
+    async def finish(self, label: str) -> None:
+        self.events.append(f"finish {label}")
+        self.label = label
+
+    async def score_canary(self, sequences: list[list[int]]) -> list[CanaryScores]:
+        self.events.append("canary")
+        if self.trouble == "is silent":
+            raise WeightSyncError("canary on http://rollout failed")
+        scores = [self._score(sequence, 0.02 if self.trouble == "garbles" else 0.0) for sequence in sequences]
+        label = "3.1@yours" if self.trouble == "answers for another run" else self.label
+        engines = {
+            "has no engine": [],
+            "garbles in its second engine": [scores, [[x + 0.02 for x in s] for s in scores]],
+        }
+        return [CanaryScores(policy_version=label, token_logprobs=engines.get(self.trouble, [scores]))] * len(self.urls)
+
+    @torch.no_grad()
+    def _score(self, sequence: list[int], shift: float) -> list[float]:
+        logits = self.model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+        return (logits.gather(1, torch.tensor(sequence[1:])[:, None]).squeeze(1) + shift).tolist()
+
+    async def resume(self) -> None:
+        self.events.append("resume")
+
+    async def release(self) -> None:
+        self.events.append("release")
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+    # ---- the sender
+
+    def sender(self, *arguments: Any) -> "Sender":
+        self.sender_arguments = arguments
+        return Sender(self)
+
+    # ---- the data plane
 
     async def generate_on(
         self, url: str, prompts: list[list[int]], sampling: RolloutSampling
     ) -> list[RolloutCompletion]:
+        self.events.append("sample")
         self.asked += [(prompt, sampling.max_new_tokens) for prompt in prompts]
-        if self.trouble == "is silent":
-            raise PeerError("no answer")
-        shift = 0.01 if self.trouble == "garbles" else 0.0
-        tokens = np.array([60, 61], np.int32)
-        found = []
-        for index in range(len(prompts)):
-            blank = RolloutCompletion(
-                index, 0, tokens, np.zeros(2, np.float32), "stop", [VersionSpan(self.version, 0, 2)]
-            )
-            logprobs = self.sync._differences([prompts[index]], [blank])  # |ours - 0| is minus our logprob
-            found.append(RolloutCompletion(index, 0, tokens, shift - logprobs, "stop", blank.policy_versions))
-        return found
+        tokens = np.arange(60, 60 + min(2, sampling.max_new_tokens), dtype=np.int32)
+        spans = [VersionSpan("default", 0, len(tokens))]
+        return [
+            RolloutCompletion(i, 0, tokens, np.zeros(len(tokens), np.float32), "stop", spans)
+            for i in range(len(prompts))
+        ]
+
+
+@dataclass
+class Sender:
+    servers: Servers
+    num_connections: int = 0
+
+    def connect(self, tell: Callable[[dict[str, Any]], object]) -> None:
+        self.num_connections += 1
+        self.servers.aborted.clear()
+        tell({"master_port": self.num_connections})
+
+    def update(self, source: Any) -> Any:
+        from services.weight_transfer.channel import Update
+
+        return Update([], [], [], 1)
+
+    def send(self, source: Any) -> list[str]:
+        servers = self.servers
+        servers.events.append("send")
+        if servers.trouble == "breaks":
+            raise RuntimeError("Connection closed by peer\nand a long story")
+        if servers.trouble == "breaks without a word":
+            raise TimeoutError
+        if servers.trouble in ("fails in a worker", "fails in a worker, later", "never answers", "is taken over"):
+            if servers.trouble == "fails in a worker, later":
+                raise RuntimeError("Connection closed by peer")  # heard of before the server's own word
+            assert servers.aborted.wait(10.0), "nobody ends the broadcast"
+            raise RuntimeError("aborted")
+        return ["a checksum"]
+
+    def abort(self) -> None:
+        self.servers.aborted.set()
 
 
 @pytest.fixture(scope="module")
@@ -74,44 +163,80 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("m"), "llama")
 
 
-def attach(
-    server: Server,
-    folder: str,
-    monkeypatch: pytest.MonkeyPatch,
-    student: dict[str, Any] | None = None,
-    **info: object,
-) -> WeightSync:
-    config = RunConfig(student={"model": folder} | (student or {}))
-    model = load_student(config.student)
-    canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
-    sync = WeightSync(config, model, server, [rollout_info(**info)], canaries, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(sync, "_connect", lambda: server.connect(sync))
-    monkeypatch.setattr(sync._control, "pause", lambda: server.events.append("pause"))
-    monkeypatch.setattr(sync._control, "resume", lambda: server.events.append("resume"))
-    return sync
+Attach = Callable[..., WeightSync]
 
 
-async def test_a_push_pauses_sends_and_resumes_over_one_connection(
-    folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = Server(["works", "works"])
-    sync = attach(server, folder, monkeypatch)
-    assert (await sync.push(0))["canary_residual"] <= 1e-6
+@pytest.fixture
+def attach(folder: str, monkeypatch: pytest.MonkeyPatch) -> Attach:
+    compared = monkeypatch.setattr
+
+    def attach(servers: Servers, info: dict[str, Any] | None = None, **sections: Any) -> WeightSync:
+        config = RunConfig(**{"student": {"model": folder}} | sections)
+        compared(weight_sync, "WeightControlClient", servers.control)
+        compared(weight_sync, "WeightSender", servers.sender)
+
+        def check_arrival(update: Any, checksums: Any, reports: Any, urls: Any) -> None:
+            servers.events.append("compare")
+            assert (checksums, reports, urls) == (["a checksum"], [["a report"]], servers.urls)
+            if servers.trouble == "loses a byte":
+                raise WeightSyncError("http://rollout, worker 0: other bytes")
+
+        compared(weight_sync, "check_arrival", check_arrival)
+        servers.model = load_student(config.student).eval()
+        canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
+        infos = [rollout_info(**info or {})] * len(servers.urls)
+        return WeightSync(config, load_student(config.student), servers, infos, canaries, None, "mine")  # type: ignore[arg-type]
+
+    return attach
+
+
+FIRST = ["sample", "connect 1"]
+
+
+def pushed(label: str) -> list[str]:
+    return ["pause", "start", "send", "compare", f"finish {label}", "canary", "resume"]
+
+
+async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sampled_before(attach: Attach) -> None:
+    servers = Servers()
+    sync = attach(servers)
+    metrics = await sync.push(0)
+    assert metrics["canary_residual"] <= 1e-5 and metrics.keys() == {"push_s", "canary_s", "canary_residual"}
     await sync.push(1)
-    assert server.events == ["pause", "resume"] * 2
-    assert (server.connections, server.version) == (1, "1")
+    assert servers.events.count("receive") == 2  # beside the sending, whichever begins first
+    assert [e for e in servers.events if e != "receive"] == [*FIRST, *pushed("0.1@mine"), *pushed("1.1@mine")]
+    assert (
+        sync.versions.oldest(
+            [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("1.1@mine", 0, 1)])]
+        )
+        == 1
+    )
+
+
+async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach) -> None:
+    servers = Servers()
+    sync = attach(servers, output={"dir": "outputs/x"}, weight_sync={"take_over": True})
+    await sync.hold()
+    assert servers.run == "mine" == servers.options["run"] and servers.events == ["hold True"]
+    assert servers.options["name"].startswith("output.dir 'outputs/x', process ")
 
 
 @pytest.mark.parametrize(
-    "trouble", ["breaks", "breaks without a word", "keeps the old version", "garbles", "is silent"]
+    "trouble",
+    ["breaks", "breaks without a word", "loses a byte", "garbles", "is silent", "fails in a worker", "has no engine"],
 )
-async def test_a_failed_push_is_repeated_in_full_over_a_new_connection(
-    trouble: str, folder: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_failed_push_is_repeated_in_full_over_a_new_connection_under_a_new_label(
+    trouble: str, attach: Attach
 ) -> None:
-    server = Server([trouble, "works"])
-    metrics = await attach(server, folder, monkeypatch).push(4)
-    assert server.connections == 2 and server.version == "4" and metrics["canary_residual"] <= 1e-6
-    assert "shutdown" in server.events
+    servers = Servers([trouble, "works"])
+    sync = attach(servers)
+    assert (await sync.push(4))["canary_residual"] <= 1e-5
+    assert servers.label == "4.2@mine" and "connect 2" in servers.events
+    assert servers.events.count("sample") == 1 and servers.events.count("resume") == 1  # nobody samples under the first
+    with pytest.raises(PeerError, match=r"4\.1@mine"):
+        sync.versions.oldest(
+            [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("4.1@mine", 0, 1)])]
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,109 +244,120 @@ async def test_a_failed_push_is_repeated_in_full_over_a_new_connection(
     [
         ("breaks", "push of version 4: Connection closed by peer$"),
         ("breaks without a word", "push of version 4: TimeoutError$"),
-        ("keeps the old version", r"answers under version \['default'\] after a push of version 4"),
-        ("garbles", r"canary of version 4 on http://rollout: .* by 0\.01, more than 0\.0001 \(float32\)"),
+        ("loses a byte", "http://rollout, worker 0: other bytes"),
+        ("fails in a worker", "receive on http://rollout answered 500: worker 1: no room"),
+        ("fails in a worker, later", "receive on http://rollout answered 500: worker 1: no room"),
+        (
+            "answers for another run",
+            r"canary of version 4 on http://rollout: it answers under 3\.1@yours, not 4\.2@mine",
+        ),
+        ("has no engine", r"canary of version 4 on http://rollout: it answers under 4\.2@mine"),
+        ("garbles", r"canary of version 4 on http://rollout: .* by 0\.02, more than 0\.01 \(float32\)"),
+        ("garbles in its second engine", r"canary of version 4 on http://rollout: .* by 0\.02, more than"),
     ],
 )
-async def test_a_push_that_fails_twice_stops_the_run(
-    trouble: str, message: str, folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_push_that_fails_twice_stops_the_run(trouble: str, message: str, attach: Attach) -> None:
+    servers = Servers([trouble] * 2)
     with pytest.raises(WeightSyncError, match=message):
-        await attach(Server([trouble] * 2), folder, monkeypatch).push(4)
+        await attach(servers).push(4)
+    assert "resume" not in servers.events
 
 
-def test_one_token_of_another_version_is_an_error() -> None:
-    spans = [VersionSpan("3", 0, 1), VersionSpan("4", 1, 2)]
-    completion = RolloutCompletion(0, 0, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", spans)
-    with pytest.raises(WeightSyncError, match=r"http://rollout answers under version \['3', '4'\]"):
-        check_version(URL, [completion], 4)
+async def test_bytes_that_did_not_arrive_are_found_before_the_update_is_finished(attach: Attach) -> None:
+    servers = Servers(["loses a byte"] * 2)
+    with pytest.raises(WeightSyncError):
+        await attach(servers).push(4)
+    assert servers.events.count("compare") == 2 and not [e for e in servers.events if e.startswith("finish")]
 
 
-async def test_a_looser_tolerance_lets_a_larger_residual_pass_and_reports_it(
-    folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = Server(["garbles"])
-    sync = attach(server, folder, monkeypatch)
-    sync._config = RunConfig(weight_sync={"canary_tolerance": 0.02})
-    assert (await sync.push(1))["canary_residual"] == pytest.approx(0.01, abs=1e-5)
-    assert server.connections == 1
+async def test_a_server_that_another_run_has_taken_is_not_pushed_to_again(attach: Attach) -> None:
+    servers = Servers(["is taken over"])
+    with pytest.raises(ServerHeldError, match="held by the run r2"):
+        await attach(servers).push(4)
+    assert servers.events.count("pause") == 1
 
 
-@pytest.mark.parametrize("differences", [[0.001, np.nan], [np.nan, np.nan]])
-def test_a_residual_that_is_no_number_never_passes(
-    differences: list[float], folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sync = attach(Server([]), folder, monkeypatch)
-    with pytest.raises(WeightSyncError, match="differ from the trainer's by nan"):
-        sync._check_residual(URL, 1, np.array(differences))
+async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
+    pushing.cancel()
+    await asyncio.wait({pushing})
+    await sync.close()
+    assert pushing.cancelled() and time.monotonic() - started < 5.0 and servers.events[-2:] == ["release", "close"]
+    assert sync._thread is not None and not sync._thread.is_alive()
 
 
-def test_half_precision_is_judged_by_the_mean(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = attach(Server([]), folder, monkeypatch, dtype="bfloat16")
-    assert sync._check_residual(URL, 1, np.array([0.08, 0.0])) == pytest.approx(0.04)
-    with pytest.raises(WeightSyncError, match=r"by 0\.06, more than 0\.05 \(bfloat16\)"):
-        sync._check_residual(URL, 1, np.array([0.12, 0.0]))
+async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: Attach) -> None:
+    servers = Servers(["never answers", "never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    await sync.close()
+    pushing.cancel()
+    await asyncio.wait({pushing})
 
 
-def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
-    servers = Server([], urls=[URL, "http://other"])
-    infos = [rollout_info(), rollout_info(dtype="bfloat16")]
-    with pytest.raises(StartupError, match="different dtypes"):
-        WeightSync(RunConfig(), load_student(RunConfig(student={"model": folder}).student), servers, infos, [], None)  # type: ignore[arg-type]
+async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    lags = []
+    for _ in range(5):
+        before = time.monotonic()
+        await asyncio.sleep(0.01)
+        lags.append(time.monotonic() - before - 0.01)
+    pushing.cancel()
+    await asyncio.wait({pushing})
+    await sync.close()
+    assert sorted(lags)[2] < 0.05
 
 
-def test_both_ends_must_mean_the_same_backend(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StartupError, match=r"over nccl, this trainer would send over gloo.*weight_sync\.backend"):
-        attach(Server([]), folder, monkeypatch, weight_transfer_backend="nccl")
+async def test_running_completions_have_a_time_of_their_own_to_end(attach: Attach) -> None:
+    short, long = Servers(), Servers()
+    await attach(short, sampling={"max_new_tokens": 10}, weight_sync={"stage_timeout_s": 7.0}).push(0)
+    await attach(long, sampling={"max_new_tokens": 1000}, weight_sync={"stage_timeout_s": 7.0}).push(0)
+    assert short.drain_s == 7.0 + 2.5 and long.drain_s == 7.0 + 250.0
 
 
 @pytest.mark.parametrize(
-    ("limit", "num_new", "kept"), [(2, 1, 1), (3, 1, 2), (5, 2, 3), (16, 8, 8), (17, 8, 9), (32, 16, 16), (64, 16, 40)]
+    ("limit", "num_new", "kept"), [(3, 1, 1), (4, 1, 2), (6, 2, 3), (17, 8, 8), (18, 8, 9), (33, 16, 16), (64, 16, 16)]
 )
-async def test_a_canary_fits_into_the_shortest_server(
-    limit: int, num_new: int, kept: int, folder: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_canary_and_the_token_behind_it_fit_into_the_shortest_server(
+    limit: int, num_new: int, kept: int, attach: Attach
 ) -> None:
-    server = Server(["works"])
-    sync = attach(server, folder, monkeypatch, max_model_len=limit)
+    servers = Servers()
+    sync = attach(servers, {"max_model_len": limit})
     sync._prompts = [list(range(40))]
     await sync.push(0)
-    assert server.asked == [(list(range(40))[-kept:], num_new)]
+    assert servers.asked == [(list(range(40))[-kept:], num_new)]
+    assert kept + num_new < limit
 
 
-def completion_of(tokens: list[int], logprobs: torch.Tensor) -> RolloutCompletion:
-    ids, spans = np.array(tokens, np.int32), [VersionSpan("0", 0, len(tokens))]
-    return RolloutCompletion(0, 0, ids, logprobs.detach().numpy(), "stop", spans)
+async def test_every_server_is_scored(attach: Attach) -> None:
+    servers = Servers(["garbles"] * 2, urls=[URL, "http://far"])
+    servers.world_sizes = []
+    with pytest.raises(WeightSyncError, match="canary of version 0 on http://rollout"):
+        await attach(servers).push(0)
+    assert servers.world_sizes == [1, 1] and servers.sender_arguments[3] == 3
 
 
-def test_a_canary_of_a_longrope_student_is_compared_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = attach(Server([]), save_model(tmp_path, "phi3"), monkeypatch)
-    prompts, answers = [[1, 2], [3], [4, 5, 6]], [[7, 8], list(range(20)), [9] * 5]
-    completions = []
-    for prompt, tokens in zip(prompts, answers, strict=True):
-        alone = sync._model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        completions.append(completion_of(tokens, alone.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)))
-    differences = sync._differences(prompts, completions)
-    assert differences.shape == (27,) and differences.max() < 1e-5
-    sync._config = RunConfig(pipeline={"tokens_per_micro_batch": 1})  # and it takes no more memory than training
-    assert sync._differences(prompts, completions).max() < 1e-5
+def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
+    infos = [rollout_info(), rollout_info(dtype="bfloat16")]
+    model, client = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(urls=[URL, "http://other"])
+    with pytest.raises(StartupError, match="different dtypes"):
+        WeightSync(RunConfig(), model, client, infos, [], None, "mine")  # type: ignore[arg-type]
 
 
-def test_a_canary_is_compared_without_the_students_dropout(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = attach(Server([]), folder, monkeypatch)
-    options = {"model": folder, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.9}}
-    sync._model = load_student(RunConfig(student=options).student)
-    completion = completion_of([60, 61, 62], torch.zeros(3))
-    first, second = (sync._differences([PROMPT], [completion]) for _ in range(2))
-    assert first.tolist() == second.tolist() and sync._model.training
-
-
-def test_a_student_in_half_precision_is_judged_as_half_precision_rollouts_are(
-    folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sync = attach(Server([]), folder, monkeypatch, student={"compute_dtype": "bfloat16"})
-    assert sync._check_residual(URL, 1, np.array([0.08, 0.0])) == pytest.approx(0.04)
-    with pytest.raises(WeightSyncError, match=r"by 0\.06, more than 0\.05 \(bfloat16\)"):
-        sync._check_residual(URL, 1, np.array([0.06, 0.06]))
+def test_both_ends_must_mean_the_same_backend(attach: Attach) -> None:
+    with pytest.raises(StartupError, match=r"over nccl, this trainer would send over gloo.*weight_sync\.backend"):
+        attach(Servers(), {"weight_transfer_backend": "nccl"})
 
 
 CARD = "8932f937-d72c-4106-c12f-20bd9faed9f6"
@@ -236,47 +372,32 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, uuid: str) -> Any:
 @pytest.mark.parametrize("uuid", [CARD, CARD.upper(), f"GPU-{CARD}"])
 def test_nccl_to_a_server_on_the_trainers_own_card_is_refused(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = RunConfig(weight_sync={"backend": "nccl"}), on_cuda(monkeypatch, uuid)
+    monkeypatch.setattr(weight_sync, "WeightSender", lambda *arguments: None)
     infos = [
         rollout_info(weight_transfer_backend="nccl", gpu_uuids=[f"GPU-{card}"]) for card in (CARD[::-1].lower(), CARD)
     ]
     client = SimpleNamespace(urls=["http://far", URL])
     with pytest.raises(StartupError, match=rf"{URL} runs on this trainer's card GPU-{CARD}.*give student.cuda_devices"):
-        WeightSync(config, model, client, infos, [], None)  # type: ignore[arg-type]
-    WeightSync(config, model, SimpleNamespace(urls=["http://far"]), infos[:1], [], None)  # type: ignore[arg-type]
+        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+    WeightSync(config, model, SimpleNamespace(urls=["http://far"]), infos[:1], [], None, "mine")  # type: ignore[arg-type]
 
 
-def test_nccl_from_a_cpu_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_from_a_cpu_is_refused() -> None:
     config, model = RunConfig(weight_sync={"backend": "nccl"}), SimpleNamespace(device=torch.device("cpu"))
     client, infos = SimpleNamespace(urls=[URL]), [rollout_info(weight_transfer_backend="nccl")]
     with pytest.raises(StartupError, match="needs the trainer on a GPU, it is on cpu"):
-        WeightSync(config, model, client, infos, [], None)  # type: ignore[arg-type]
+        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
 
 
-async def test_a_push_from_a_gpu_waits_for_the_optimizer_on_the_models_device_in_its_own_thread(
-    folder: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_runs_in_a_thread_is_on_the_models_device_and_waits_for_the_optimizer(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, calls = Server(["works"]), []
-    sync = attach(server, folder, monkeypatch)
+    calls: list[tuple[str, Any, int]] = []
+    sync = attach(Servers())
     for name in ("set_device", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda d, name=name: calls.append((name, d, threading.get_ident())))
-    send = server.send_weights
-    monkeypatch.setattr(server, "send_weights", lambda: (calls.append(("send", None, threading.get_ident())), send()))
-    connect = sync._connect
-    monkeypatch.setattr(
-        sync, "_connect", lambda: (calls.append(("connect", None, threading.get_ident())), connect())[1]
-    )
-    on_cpu = sync._model
-    sync._model = on_cuda(monkeypatch, CARD)
-
-    async def no_canary(version: int) -> float:
-        return 0.0
-
-    monkeypatch.setattr(sync, "_run_canary", no_canary)
-    await sync.push(0)
-    assert [name for name, *_ in calls] == ["set_device", "synchronize", "connect", "send"]
+    monkeypatch.setattr(sync, "_model", on_cuda(monkeypatch, CARD))
+    await sync._in_thread(lambda: calls.append(("work", None, threading.get_ident())))
+    assert [name for name, *_ in calls] == ["set_device", "synchronize", "work"]
     assert {device for _, device, _ in calls[:2]} == {torch.device("cuda:1")}
     assert len({thread for *_, thread in calls}) == 1 and calls[0][2] != threading.get_ident()
-    calls.clear()
-    sync._model, server.script = on_cpu, ["works"]
-    await sync.push(1)
-    assert [name for name, *_ in calls] == ["send"]

@@ -1,0 +1,100 @@
+"""Whose a rollout server is: one run holds it, and renews its lease for as long as it lives.
+
+Two trainers that push to one server train on each other's policy, and nothing in their numbers says so. So every weight
+route and every completion for training names its run, and one that does not hold the server is refused.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.errors import RequestError
+
+CONFLICT = 409
+
+
+@dataclass
+class Lease:
+    run: str
+    name: str
+    """What a person knows the run by."""
+    since: str
+    """Clock time at which it took the server."""
+    lease_s: float
+    renewed_at: float
+
+
+class Holder:
+    """Of one server.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.lease: Lease | None = None
+
+    @property
+    def left_s(self) -> float:
+        """How long the holder may still be silent; 0 when its lease is over or nobody holds the server."""
+        if self.lease is None:
+            return 0.0
+        return max(0.0, self.lease.renewed_at + self.lease.lease_s - self._clock())
+
+    def hold(self, run: str, name: str, lease_s: float, *, take_over: bool = False) -> bool:
+        """Give the server to a run, or renew its lease.
+
+        Returns:
+            whether it was not this run's before.
+
+        Raises:
+            RequestError: another run holds it; `retry_after_s` is what is left of its lease.
+        """
+        if self.lease is not None and self.lease.run == run:
+            self.lease.renewed_at, self.lease.lease_s = self._clock(), lease_s
+            return False
+        if self.lease is not None and self.left_s > 0 and not take_over:
+            raise RequestError(
+                CONFLICT,
+                "Held by another run",
+                f"this rollout server is held by {self.described()}; end that run, give this one a server of its own, or take "
+                "this server from it with --weight_sync.take_over true",
+                field="run",
+                retry_after_s=self.left_s,
+            )
+        self.lease = Lease(run, name, time.strftime("%H:%M:%S"), lease_s, self._clock())
+        return True
+
+    def check(self, run: str) -> None:
+        """Refuse a run that does not hold the server.
+
+        Raises:
+            RequestError: another run does, or none: the server was started again since.
+        """
+        if self.lease is None:
+            raise RequestError(
+                CONFLICT,
+                "Not held",
+                f"the run {run} does not hold this rollout server: nobody does; it was started again, or the run released it",
+                field="run",
+            )
+        if self.lease.run != run:
+            raise RequestError(
+                CONFLICT,
+                "Held by another run",
+                f"this rollout server is held by {self.described()}, which took it from the run {run}",
+                field="run",
+            )
+
+    def release(self) -> None:
+        """Nobody holds the server any more."""
+        self.lease = None
+
+    def described(self) -> str:
+        """The run that holds the server, for people."""
+        return (
+            "nobody"
+            if self.lease is None
+            else f"the run {self.lease.run} ({self.lease.name}, since {self.lease.since})"
+        )

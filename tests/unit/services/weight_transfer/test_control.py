@@ -1,0 +1,219 @@
+"""The control of several servers by one run: ranks, the lease, all-or-nothing, errors that name server and stage."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from services.errors import ServerHeldError, WeightSyncError
+from services.weight_transfer.control import WeightControlClient
+from tests.unit.services.weight_transfer import controls
+
+URLS = ["http://c", "http://a", "http://b"]
+Answer = httpx.Response | Exception
+
+
+class Servers:
+    """Answer `{}`, a hold with a boot id, or what `answers` says for "host/stage": one answer, or one after the other."""
+
+    def __init__(self, answers: dict[str, Answer | list[Answer]] | None = None) -> None:
+        self.answers = answers or {}
+        self.calls: list[tuple[str, str, Any]] = []
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        host, stage = request.url.host, request.url.path.removeprefix("/v1/weights/")
+        self.calls.append((host, stage, json.loads(request.content)))
+        self.requests.append(request)
+        usual = httpx.Response(200, json={"boot_id": f"of {host}"} if stage == "hold" else {})
+        answer = self.answers.get(f"{host}/{stage}", usual)
+        if isinstance(answer, list):
+            answer = answer.pop(0) if answer else usual
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def bodies(self, stage: str) -> dict[str, Any]:
+        return {host: body for host, called, body in self.calls if called == stage}
+
+    def stages(self) -> list[tuple[str, str]]:
+        return [(host, stage) for host, stage, _ in self.calls]
+
+
+def control(answer: Any, urls: list[str] = URLS, **options: Any) -> WeightControlClient:
+    return controls.control(answer, urls, **options)
+
+
+def problem(status: int, detail: str, **headers: str) -> httpx.Response:
+    return httpx.Response(status, json={"detail": detail}, headers=headers)
+
+
+async def test_each_server_joins_behind_the_ranks_of_those_before_it_with_the_deadline_of_a_stage() -> None:
+    servers = Servers()
+    await control(servers).connect({"master_port": 1, "rank_offset": 1})
+    bodies = servers.bodies("connect")
+    assert {host: body["rendezvous"] for host, body in bodies.items()} == {
+        "c": {"master_port": 1, "rank_offset": 1},
+        "a": {"master_port": 1, "rank_offset": 3},
+        "b": {"master_port": 1, "rank_offset": 4},
+    }
+    assert {body["timeout_s"] for body in bodies.values()} == {5.0}
+
+
+async def test_every_call_names_its_run_and_carries_the_key() -> None:
+    servers = Servers()
+    client = control(servers)
+    stages: list[Callable[[], Awaitable[Any]]] = [
+        client.hold,
+        lambda: client.connect({}),
+        lambda: client.pause(3.0),
+        client.start,
+        lambda: client.receive({}),
+        lambda: client.finish("1.1@r1"),
+        client.resume,
+        client.release,
+    ]
+    for stage in stages:
+        await stage()
+    assert len(servers.calls) == 3 * len(stages)
+    assert {body["run"] for *_, body in servers.calls} == {"r1"}
+    assert {request.headers["authorization"] for request in servers.requests} == {"Bearer k"}
+
+
+async def test_a_server_may_take_as_long_as_a_stage_and_to_drain_longer() -> None:
+    servers = Servers()
+    client = control(servers)
+    await client.start()
+    await client.pause(60.0)
+    start, pause = (request.extensions["timeout"]["read"] for request in (servers.requests[0], servers.requests[-1]))
+    assert 5.0 < start < 60.0 and pause == start + 60.0
+
+
+async def test_reports_come_in_the_order_of_the_servers_whoever_answers_first() -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep({"c": 0.04, "a": 0.02, "b": 0.0}[request.url.host])
+        return httpx.Response(200, json={"workers": [{"of": request.url.host}]})
+
+    assert await control(answer).receive({}) == [[{"of": "c"}], [{"of": "a"}], [{"of": "b"}]]
+
+
+async def test_all_servers_are_asked_at_once() -> None:
+    together = asyncio.Barrier(3)  # passed by nobody unless all three calls are under way
+
+    async def answer(_: httpx.Request) -> httpx.Response:
+        await asyncio.wait_for(together.wait(), 10.0)
+        return httpx.Response(200, json={})
+
+    await control(answer).start()
+
+
+async def test_the_server_that_fails_first_is_named_and_the_others_are_not_waited_for() -> None:
+    never = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host != "b":
+            await never.wait()
+        return problem(500, "receive failed in worker 1: RuntimeError: lost")
+
+    with pytest.raises(
+        WeightSyncError, match=r"receive on http://b answered 500 after \d+\.\d s: .* worker 1: Runtime"
+    ):
+        await asyncio.wait_for(control(answer).receive({}), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            httpx.ReadTimeout("slow"),
+            r"start on http://a failed after .*it is connected but slow: .*weight_sync\.stage_timeout_s",
+        ),
+        (httpx.ConnectError("gone"), "start on http://a failed after .*it cannot be reached: ConnectError gone"),
+        (problem(500, "no room"), "start on http://a answered 500 after .*: no room$"),
+        (httpx.Response(502, text="<html>"), "<html>"),
+        (httpx.Response(502, json=["<html>"]), "<html>"),
+        (problem(401, "a key"), "a key; give its key in DISTILLSERVE_ROLLOUT_KEY"),
+        (problem(404, "none"), "none; it is not a distillserve rollout server of this version"),
+        (httpx.Response(200, text="<html>"), "start on http://a: the answer is no JSON object"),
+        (httpx.Response(200, json=[]), "start on http://a: the answer is no JSON object"),
+    ],
+)
+async def test_what_went_wrong_is_said_with_server_and_stage(answer: Answer, said: str) -> None:
+    with pytest.raises(WeightSyncError, match=said):
+        await control(Servers({"a/start": answer})).start()
+
+
+async def test_servers_are_taken_in_one_order_whatever_the_order_of_their_urls() -> None:
+    servers = Servers()
+    await control(servers).hold()
+    assert servers.stages() == [("a", "hold"), ("b", "hold"), ("c", "hold")]
+    assert servers.bodies("hold")["a"] == {"run": "r1", "name": "a test", "lease_s": 30.0, "take_over": False}
+
+
+async def test_a_server_whose_holder_is_silent_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, told = [], []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: (waits.append(seconds), sleep(0))[1])
+    servers = Servers({"b/hold": [problem(409, "held by the run r0", **{"Retry-After": "12"})]})
+    await control(servers).hold(on_wait=lambda url, seconds: told.append((url, seconds)))
+    assert servers.stages() == [("a", "hold"), ("b", "hold"), ("b", "hold"), ("c", "hold")]
+    assert waits[0] == 13.0 and told == [("http://b", 12.0)]
+
+
+async def test_a_server_whose_holder_lives_is_refused_and_the_others_are_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
+    servers = Servers({"b/hold": problem(409, "held by the run r0 (somebody)")})
+    with pytest.raises(ServerHeldError, match=r"hold on http://b: held by the run r0 \(somebody\)"):
+        await control(servers).hold()
+    assert servers.stages() == [("a", "hold"), ("b", "hold"), ("b", "hold"), ("a", "release")]
+
+
+async def test_a_lease_is_renewed_until_it_is_lost_and_then_nothing_more_is_asked() -> None:
+    lost = problem(409, "held by the run r2, which took it from the run r1")
+    fine = httpx.Response(200, json={"boot_id": "of a"})
+    servers = Servers({"a/hold": [fine, fine, httpx.ConnectError("for a moment"), lost]})
+    client = control(servers, ["http://a"], lease_s=0.12)
+    await client.hold()
+    async with asyncio.timeout(5.0):
+        while client._lost is None:
+            await asyncio.sleep(0.01)
+    assert servers.stages() == [("a", "hold")] * 4
+    with pytest.raises(ServerHeldError, match="held by the run r2, which took it"):
+        await client.start()
+    assert len(servers.calls) == 4
+
+
+async def test_a_stage_on_a_server_that_another_run_holds_is_an_error_of_its_own() -> None:
+    with pytest.raises(ServerHeldError, match="finish on http://b: held by the run r2"):
+        await control(Servers({"b/finish": problem(409, "held by the run r2")})).finish("1.1@r1")
+
+
+async def test_a_server_that_was_started_again_is_known_by_its_boot_id() -> None:
+    boots = [httpx.Response(200, json={"boot_id": boot}) for boot in ("one", "two")]
+    client = control(Servers({"a/hold": boots}), ["http://a"])
+    await client.hold()
+    with pytest.raises(WeightSyncError, match="http://a was started again while this run held it"):
+        await client._claim("http://a")
+    await client.release()
+
+
+async def test_a_release_that_fails_is_no_error_for_the_server_forgets_the_run_by_itself() -> None:
+    servers = Servers({"a/release": httpx.ConnectError("gone"), "b/release": problem(500, "busy")})
+    client = control(servers)
+    await client.hold()
+    await client.release()
+    assert sorted(host for host, stage in servers.stages() if stage == "release") == ["a", "b", "c"]
+    await client.release()  # nothing is held any more
+    assert len(servers.stages()) == 6
+
+
+@pytest.mark.parametrize("answer", [{}, {"policy_version": "v"}, {"policy_version": "v", "token_logprobs": [[["x"]]]}])
+async def test_an_answer_that_is_no_canary_is_refused(answer: Any) -> None:
+    with pytest.raises(WeightSyncError, match="canary: a server's answer is no CanaryScores"):
+        await control(Servers({"a/canary": httpx.Response(200, json=answer)})).score_canary([[1, 2]])
