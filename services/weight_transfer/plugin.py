@@ -1,7 +1,7 @@
 """Entry point of `vllm.general_plugins`: makes the weight receiver known to vLLM, under a name for each backend.
 
-vLLM calls `register` in every one of its processes, more than once. Only names are registered; modules are imported when
-they are used.
+vLLM calls `register` in every one of its processes, more than once. Of our engine only names are registered; its modules are
+imported when they are used. vLLM's CPU communicator gets what it lacks (services/weight_transfer/cpu_collectives.py).
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +24,9 @@ def register() -> None:
     """Register the receiver for every backend; registering twice is harmless."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    from services.weight_transfer.cpu_collectives import add_collectives
+
+    add_collectives()
     for name in map(engine_name, BACKENDS):
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "services.weight_transfer.receiver", "WeightReceiver")

@@ -1,6 +1,7 @@
 """What no push can do without, each part alone: the bytes through gloo, vLLM's own loading, and packing a CPU's head.
 
-`python -m tests.benchmarks.bare_push FOLDER BUCKET_BYTES` prints the seconds of each repeat as JSON, for results/push.json.
+`python -m tests.benchmarks.bare_push FOLDER BUCKET_BYTES ANSWER` writes the figures of each repeat to the file ANSWER, as JSON,
+for results/push.json: seconds, and the memory that loading and packing take meanwhile.
 """
 
 import json
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from services.vllm_environment import vllm_defaults
+from tests.benchmarks.memory import Memory
 
 REPEATS = 5
+PARTS = ("broadcast_s", "load_weights_s", "repack_s")
 _ADDRESS = "127.0.0.1"
 
 
@@ -56,7 +59,7 @@ def _broadcast_all(store: TCPStore, rank: int, num_bytes: int, bucket_bytes: int
 class Loading:
     """Added to vLLM's worker; `self` is the worker."""
 
-    def loading_seconds(self, folder: str) -> list[dict[str, float]]:
+    def load_again(self, folder: str) -> list[dict[str, float]]:
         """Load the model's own weights again, from memory."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -66,8 +69,10 @@ class Loading:
         weights = {
             name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()
         }
-        found = []
+        memory, found = Memory(os.getpid()), []
         for _ in range(REPEATS):
+            held = memory.now()
+            memory.reset()
             with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
                 started = time.perf_counter()
                 initialize_layerwise_reload(model)
@@ -75,36 +80,39 @@ class Loading:
                 finalize_layerwise_reload(model, worker.model_config)
                 loaded = time.perf_counter()
                 _pack_tied_heads(model)
-            found.append({"load_weights": loaded - started, "repack": time.perf_counter() - loaded})
+                packed = time.perf_counter()
+            seconds = {"load_weights_s": loaded - started, "repack_s": packed - loaded}
+            found.append(seconds | {"loading_extra_mib": memory.peak() - held})
         return found
 
 
 def _pack_tied_heads(model: torch.nn.Module) -> None:
     """A tied head has no weights of its own in a checkpoint, so that vLLM does not pack it when it loads one."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() > 0:
+        if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
 
 
-def loading_seconds(folder: str) -> list[dict[str, float]]:
+def load_again(folder: str) -> list[dict[str, float]]:
     os.environ |= {name: value for name, value in vllm_defaults("float32").items() if name not in os.environ}
     from vllm import LLM
 
     extension = f"tests.benchmarks.bare_push.{Loading.__name__}"
     options = {"enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 1 << 30}
     llm = LLM(model=folder, dtype="float32", worker_extension_cls=extension, **options)
-    (seconds,) = llm.collective_rpc("loading_seconds", args=(folder,))
-    return seconds
+    (found,) = llm.collective_rpc("load_again", args=(folder,))
+    return found
 
 
 def main() -> None:
     folder, bucket_bytes = sys.argv[1], int(sys.argv[2])
     num_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    found = {"broadcast": broadcast_seconds(num_bytes, bucket_bytes)}
-    loading = loading_seconds(folder)
-    found |= {name: [seconds[name] for seconds in loading] for name in loading[0]}
-    print(json.dumps(found))
+    found = {"broadcast_s": broadcast_seconds(num_bytes, bucket_bytes)}
+    loading = load_again(folder)
+    found |= {name: [figures[name] for figures in loading] for name in loading[0]}
+    Path(sys.argv[3]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

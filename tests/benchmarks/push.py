@@ -2,8 +2,9 @@
 
 The least is the sum of a broadcast, of vLLM's load_weights and of packing the tied head, each measured alone
 (tests/benchmarks/bare_push.py). Beside the seconds: the memory that a push takes on either side above what is held between
-pushes, against two buckets; the canary against the rollouts of a small step; and how long the event loops of the trainer
-and of the API server did not answer, measured from outside for the latter, by /health.
+pushes, against two buckets, and what vLLM's own loading takes of it; the canary against the rollouts of a small step; and
+how long the event loops of the trainer and of the API server did not answer, measured from outside for the latter, by
+/health. On few cores they wait for a processor too: the rollouts show how long without a push.
 """
 
 import asyncio
@@ -30,7 +31,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.schemas import RolloutSampling
-from tests.benchmarks import results
+from tests.benchmarks import bare_push, results
+from tests.benchmarks.memory import Memory
 from tests.integration.processes import KEY, server
 from trainer.model import load_student
 from trainer.prompts import Prompt
@@ -72,30 +74,12 @@ async def attached(
     """The trainer's end with the options of a run."""
     async with RolloutClient([url], key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in prompts[: RunConfig().weight_sync.canary_prompts]]
-        sync = WeightSync(RunConfig(), model, client, await client.info(), canaries, KEY)
+        sync = WeightSync(RunConfig(), model, client, await client.info(), canaries, KEY, run="benchmark")
         try:
+            await sync.hold()
             yield sync, client
         finally:
-            await asyncio.to_thread(sync.close)
-
-
-class Memory:
-    """Resident memory of a process, MiB: what it holds, and the most since `reset`."""
-
-    def __init__(self, pid: int) -> None:
-        self._folder = Path(f"/proc/{pid}")
-
-    def reset(self) -> None:
-        (self._folder / "clear_refs").write_text("5")
-
-    def now(self) -> float:
-        return self._read("VmRSS")
-
-    def peak(self) -> float:
-        return self._read("VmHWM")
-
-    def _read(self, field: str) -> float:
-        return int((self._folder / "status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+            await sync.close()
 
 
 @contextmanager
@@ -145,10 +129,20 @@ def longest_health(url: str, found: dict[str, float], name: str) -> Iterator[Non
         asking.join()
 
 
-def bare_parts(folder: str) -> dict[str, list[float]]:
-    words = [sys.executable, "-m", "tests.benchmarks.bare_push", folder, str(RunConfig().weight_sync.bucket_bytes)]
-    answer = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, list[float]] = json.loads(answer.stdout.splitlines()[-1])
+@contextmanager
+def watched_loops(url: str, found: dict[str, float], what: str) -> Iterator[None]:
+    """How long either event loop was blocked inside."""
+    with (
+        longest_health(url, found, f"{what}_blocks_server_ms"),
+        longest_tick(found, f"{what}_blocks_trainer_ms"),
+    ):
+        yield
+
+
+def bare_parts(folder: str, answer: Path) -> dict[str, list[float]]:
+    bucket_bytes = str(RunConfig().weight_sync.bucket_bytes)
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.bare_push", folder, bucket_bytes, str(answer)], check=True)
+    found: dict[str, list[float]] = json.loads(answer.read_text())
     return found
 
 
@@ -168,14 +162,16 @@ async def measure(url: str, worker_pid: int, folder: str) -> list[dict[str, floa
         for version in range(REPEATS + 1):
             change(model)
             found: dict[str, float] = {}
-            started = time.perf_counter()
-            await client.generate(prompts, RolloutSampling(max_new_tokens=NEW_TOKENS))
-            found["rollouts_s"] = time.perf_counter() - started
+            with watched_loops(url, found, "rollouts"):
+                started = time.perf_counter()
+                await client.generate(prompts, RolloutSampling(max_new_tokens=NEW_TOKENS))
+                found["rollouts_s"] = time.perf_counter() - started
             held = {side: memory.now() for side, memory in sides.items()}
             for memory in sides.values():
                 memory.reset()
-            with longest_health(url, found, "server_blocked_ms"), longest_tick(found, "trainer_blocked_ms"):
-                found |= await sync.push(version)
+            with watched_loops(url, found, "push"):
+                pushed = await sync.push(version)
+            found |= {name: pushed[name] for name in ("push_s", "canary_s", "canary_residual")}
             found |= {f"{side}_extra_mib": memory.peak() - held[side] for side, memory in sides.items()}
             rounds.append(found)
     return rounds
@@ -189,28 +185,28 @@ def worker_of(server_pid: int) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         folder = save_student(Path(parent) / "student")
-        parts = bare_parts(folder)
+        parts = bare_parts(folder, Path(parent) / "bare.json")
         options = ["--rollout.max_model_len", "256", "--sampling.max_new_tokens", str(NEW_TOKENS)]
         with server("rollout", Path(parent) / "log", "--student.model", folder, *options) as rollout:
             first, *rounds = asyncio.run(measure(rollout.url, worker_of(rollout.process.pid), folder))
     medians = {name: statistics.median([found[name] for found in rounds]) for name in rounds[0]}
-    least = sum(statistics.median(seconds) for seconds in parts.values())
+    least = sum(statistics.median(parts[name]) for name in bare_push.PARTS)
     figures: dict[str, Any] = {
         "bucket_mib": RunConfig().weight_sync.bucket_mib,
-        "bare_s": parts,
+        "bare": parts,
         "first_push": first,
         "pushes": rounds,
         "median": medians,
         "push_to_bare_sum": medians["push_s"] / least,
         "canary_to_rollouts": medians["canary_s"] / medians["rollouts_s"],
         "longest_blocked_ms": {
-            side: max(found[f"{side}_blocked_ms"] for found in rounds) for side in ("server", "trainer")
+            side: max(found[f"push_blocks_{side}_ms"] for found in rounds) for side in ("server", "trainer")
         },
     }
     results.write("push", figures)
     table = Table("what", "median")
-    for name, seconds in parts.items():
-        table.add_row(f"bare {name}", f"{statistics.median(seconds):.2f} s")
+    for name, values in parts.items():
+        table.add_row(f"bare {name}", f"{statistics.median(values):.3g}")
     for name, median in medians.items():
         table.add_row(name, f"{median:.3g}")
     for name in ("push_to_bare_sum", "canary_to_rollouts"):

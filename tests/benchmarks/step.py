@@ -27,15 +27,20 @@ NUM_ROLLOUTS, NEW_TOKENS, REPEATS, WARM_UP = 64, 5, 30, 5
 TOP_K = 32
 
 
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median, fastest, slowest, after a warm-up."""
+    kept = seconds[WARM_UP:]
+    return {"median_s": statistics.median(kept), "min_s": min(kept), "max_s": max(kept)}
+
+
 async def timed(work: Callable[[], Awaitable[object]]) -> dict[str, float]:
-    """Seconds of one call: median, fastest, slowest, after a warm-up."""
+    """Seconds of one call."""
     seconds = []
     for _ in range(WARM_UP + REPEATS):
         started = time.perf_counter()
         await work()
         seconds.append(time.perf_counter() - started)
-    kept = seconds[WARM_UP:]
-    return {"median_s": statistics.median(kept), "min_s": min(kept), "max_s": max(kept)}
+    return summary(seconds)
 
 
 async def measure(rollout_url: str, teacher_url: str) -> dict[str, dict[str, float]]:
@@ -44,10 +49,10 @@ async def measure(rollout_url: str, teacher_url: str) -> dict[str, dict[str, flo
     prompts = [list(f"{a:02d}+{b:02d}=".encode()) for a in range(8) for b in range(8)]
     sampling = RolloutSampling(max_new_tokens=NEW_TOKENS)
     figures: dict[str, dict[str, float]] = {}
-    versions = iter(range(10_000))
     async with attached(model, rollout_url) as (sync, rollouts), TeacherClient([teacher_url], key=KEY) as teacher:
-        figures["push_and_canary"] = await timed(lambda: sync.push(next(versions)))
-        figures["push"] = await timed(lambda: asyncio.to_thread(sync._send, next(versions)))
+        pushes = [await sync.push(version) for version in range(WARM_UP + REPEATS)]
+        figures["push_and_canary"] = summary([push["push_s"] + push["canary_s"] for push in pushes])
+        figures["push"] = summary([push["push_s"] for push in pushes])
         figures["rollouts_64"] = await timed(lambda: rollouts.generate(prompts[:NUM_ROLLOUTS], sampling))
         completions = await rollouts.generate(prompts[:NUM_ROLLOUTS], sampling)
         sequences = [([*prompts[c.prompt_index], *c.token_ids.tolist()], 6) for c in completions]

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.schemas import RolloutCompletion, RolloutSampling
-from tests.integration.attach import PROMPTS, attached
+from services.schemas import PolicyLabel, RolloutCompletion
+from tests.integration.attach import PROMPTS, SAMPLING, attached, change, differences
 from tests.integration.processes import server
-from tests.integration.test_weight_push import change, differences
 from trainer.model import load_student
 from trainer.weight_sync import WeightSync
 
@@ -21,7 +20,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 NUM_PUSHES, NUM_CLIENTS = 20, 4
 LONGEST_WAIT_S = 60.0
-SAMPLING = RolloutSampling(max_new_tokens=16)
 
 State = dict[str, torch.Tensor]
 
@@ -56,7 +54,7 @@ def version_of(completion: RolloutCompletion) -> int:
     """All of its tokens have one version."""
     (span,) = completion.policy_versions
     assert (span.start, span.end) == (0, len(completion.token_ids))
-    return int(span.policy_version.partition(".")[0])
+    return PolicyLabel.parse(span.policy_version).version
 
 
 @pytest.mark.timeout(1200)
