@@ -49,16 +49,21 @@ class GlooChannel:
             left = self._left.wait(_POLL_S)
             if left or time.monotonic() > deadline:
                 threading.Thread(target=_keep, args=(group, work), name="gloo-end", daemon=True).start()
+                del group, work  # the error would keep them, and with them the connections to the peers
                 raise (
                     RuntimeError(_LEFT) if left else TimeoutError(f"a broadcast took longer than {self._timeout_s:g} s")
                 )
         try:
             work.wait()
         except RuntimeError as error:  # what gloo says is the place in its source
+            del group, work
             raise RuntimeError("the connection to a peer of this push was lost: it ended, or left the group") from error
 
     def abort(self) -> None:
-        """Leave the group; a broadcast that runs in another thread ends with a RuntimeError. Safe to call twice."""
+        """Leave the group; a broadcast that runs in another thread ends with a RuntimeError. Safe to call twice.
+
+        The peers notice it in the next broadcast: gloo brings one to its end that has begun, or to its deadline.
+        """
         group, self._group = self._group, None
         self._left.set()
         if group is not None:

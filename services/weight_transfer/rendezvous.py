@@ -32,7 +32,7 @@ def listen_on(address: str, port: int) -> socket.socket:
             if port
             else "give an address of this machine at which the rollout servers reach it"
         )
-        reason = error.strerror or error
+        reason = str(error.strerror).partition(" (")[0]  # create_server adds the address
         raise WeightSyncError(
             f"weight_sync.master_address = {address} cannot be listened on ({reason}); {fix}"
         ) from error

@@ -24,7 +24,8 @@ class CheckpointSource(WeightSource):
     def metadata(self) -> list[ParamMeta]:
         """(name, dtype, shape) of everything iteration yields; gathers nothing."""
         if self._metadata is None:
-            without_memory = {name: torch.empty_like(t, device="meta") for name, t in self._tensors().items()}
+            tensors = self._tensors().items()
+            without_memory = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors}
             self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self._convert(without_memory)]
         return self._metadata
 
