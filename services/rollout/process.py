@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -77,9 +78,10 @@ def _unlink_shared_memory() -> None:
     import psutil
 
     for process in psutil.Process().children(recursive=True):
-        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-            if "-cpushm_" in line:
-                Path(line.split(maxsplit=5)[5]).unlink(missing_ok=True)
+        with suppress(OSError):  # one that has just ended, such as a compiler
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if "-cpushm_" in line:
+                    Path(line.split(maxsplit=5)[5]).unlink(missing_ok=True)
 
 
 def _leave(code: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.rollout.process import GRACE_S
-from tests.integration.processes import Family, Server, environment, server, wait_until
+from tests.integration.processes import Family, Server, command, environment, server, wait_until
 from tests.integration.raw_http import connection, head
 
 pytestmark = pytest.mark.integration
@@ -123,3 +123,32 @@ def test_ten_moments_of_a_push(number: signal.Signals, models: dict[str, str], t
             seconds.append(time.monotonic() - started)
             assert running.process.wait(1.0) in (0, 143, -signal.SIGKILL)
     print(number.name, "a push takes", round(push_s, 2), "s; ends took", [round(s, 1) for s in seconds])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_nothing_outlives_a_whole_run_that_is_killed(models: dict[str, str], tmp_path: Path) -> None:
+    seconds = []
+    for moment in range(3):
+        output, data = tmp_path / f"out-{moment}", tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(20)))
+        words = command(
+            *("up", "--student.model", models["qwen3"], "--teacher.model", models["qwen3"], "--data.path", str(data)),
+            *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "100000"),
+            *("--pipeline.prompts_per_step", "8", "--rollout.tensor_parallel_size", "2", "--output.dir", str(output)),
+            *("--output.save_every_steps", "0"),
+        )
+        run = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            metrics = output / "metrics.jsonl"
+            wait_until(lambda path=metrics: path.exists() and '"num_steps"' in path.read_text(), 300.0)  # type: ignore[misc]
+            time.sleep(0.3 * moment)
+            family = Family.of(run.pid)
+            assert len(family.pids) >= 7, "up, its three roles, an engine and two workers"
+            started = time.monotonic()
+        finally:
+            run.kill()
+            run.wait()
+        wait_until(lambda family=family: family.left() == [], 30.0)  # type: ignore[misc]
+        seconds.append(time.monotonic() - started)
+    print("of a run whose `up` is killed nothing is left after", [round(s, 1) for s in seconds], "s")
