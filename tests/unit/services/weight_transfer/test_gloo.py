@@ -1,7 +1,6 @@
 """Bytes through a real gloo group, and its ends: a deadline, a peer that leaves, a peer that is killed."""
 
 import multiprocessing
-import socket
 import threading
 import time
 from collections.abc import Iterator
