@@ -93,14 +93,12 @@ class Arrivals:
         A layer waits for its last element, which a padded one never gets: when nothing else of it is to come it is loaded
         here. Whatever else waits keeps a copy.
         """
-        whole: dict[torch.nn.Module, bool] = {}
-        for parameter in self._parameters:
-            whole[parameter.module] = whole.get(parameter.module, True) and parameter.is_whole()
         for module in self._model.modules():
             info = get_layerwise_info(module)
             if not info.can_load() or not info.loaded_weights:
                 continue
-            if whole.get(module, False) and not is_deferred_attention_layer(module):
+            is_whole = all(p.is_whole() for p in self._parameters if p.module is module)
+            if is_whole and not is_deferred_attention_layer(module):
                 _layerwise_process(module, info)
                 continue
             for _, call in info.loaded_weights:
