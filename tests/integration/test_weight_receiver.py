@@ -52,9 +52,7 @@ def run_workers(size: int, old: str, new: str, folder: Path) -> list[dict[str, A
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "qwen3_moe"])
-def test_vllms_model_holds_what_was_pushed_and_names_what_was_not(
-    architecture: str, size: int, tmp_path: Path
-) -> None:
+def test_vllms_model_holds_what_was_pushed_and_names_what_was_not(architecture: str, size: int, tmp_path: Path) -> None:
     old, new = (save(tmp_path / name, architecture, seed) for seed, name in enumerate(("old", "new")))
     for found in run_workers(size, old, new, tmp_path):
         assert len(found["before"]) > 10

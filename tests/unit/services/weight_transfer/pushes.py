@@ -1,9 +1,11 @@
 """A worker's model with what makes vLLM's loading hard, and a channel in memory that can do damage."""
 
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -55,7 +57,7 @@ class Norm(torch.nn.Module):
 class Model(torch.nn.Module):
     """Stands for vLLM's: a padded embedding, a head tied to it, fused projections with a bias."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,12 +125,14 @@ class Wire:
     Attributes:
         damage: given a buffer and its number in the push, changes it on its way.
         sent: of every push, in order.
+        delay_s: how long a buffer lies before it is read.
     """
 
     def __init__(self, num_workers: int = 1) -> None:
         self._queues: list[queue.Queue[torch.Tensor | None]] = [queue.Queue() for _ in range(num_workers)]
         self.damage: Callable[[torch.Tensor, int], None] = lambda buffer, index: None
         self.sent: list[torch.Tensor] = []
+        self.delay_s = 0.0
 
     def sender_end(self) -> "SendingEnd":
         return SendingEnd(self._queues, self)
@@ -147,6 +151,7 @@ class SendingEnd:
     def broadcast(self, buffer: torch.Tensor) -> None:
         if self.aborted:
             raise RuntimeError("left")
+        time.sleep(self._wire.delay_s)
         copy = buffer.clone()
         self._wire.damage(copy, len(self._wire.sent))
         self._wire.sent.append(copy)
@@ -194,3 +199,24 @@ def connected(num_workers: int = 1, bucket_bytes: int = 200) -> tuple[WeightSend
     for rank, worker in enumerate(workers):
         worker._attach(wire.worker_end(rank), 20.0)
     return source_end, workers, wire
+
+
+class Stalled:
+    """A channel in which nothing moves until it is left.
+
+    Attributes:
+        begun: set when a broadcast waits.
+    """
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.begun, self._left = threading.Event(), threading.Event()
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        self.begun.set()
+        assert self._left.wait(20.0)
+        raise RuntimeError("left")
+
+    def abort(self) -> None:
+        self._left.set()

@@ -162,3 +162,17 @@ def test_a_server_that_refuses_ends_the_connecting() -> None:
     trainer = sender(world_size=3, timeout_s=60.0)
     with pytest.raises(WeightSyncError, match="answered 409"):
         trainer.connect(refuse)
+
+
+def test_a_server_that_fails_after_its_workers_came_ends_the_connecting() -> None:
+    worker = receiver()
+
+    def join_and_fail(rendezvous: dict) -> None:  # type: ignore[type-arg]
+        worker.init_transfer_engine(Rendezvous(**rendezvous))
+        raise WeightSyncError("connect on http://b answered 500")
+
+    trainer = sender(world_size=2)
+    with pytest.raises(WeightSyncError, match="answered 500"):
+        trainer.connect(join_and_fail)
+    assert trainer._channel is None
+    worker.shutdown()

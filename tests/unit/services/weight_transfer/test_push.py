@@ -16,6 +16,7 @@ from tests.unit.services.weight_transfer.pushes import (
     NUM_LAYERS,
     Parameters,
     Source,
+    Stalled,
     a_small_step,
     connected,
     random_weights,
@@ -149,7 +150,7 @@ def test_a_source_that_yields_what_it_did_not_announce_ends_the_push_on_both_end
 ) -> None:
     sender, workers, _ = connected()
     weights = random_weights(0)
-    with pytest.raises((ValueError, RuntimeError), match="metadata announces|peer is gone"):
+    with pytest.raises((ValueError, RuntimeError), match=r"metadata announces|peer is gone"):
         push(sender, workers, Source(changed(weights), announced=weights))
     assert sender._channel is None
     with pytest.raises(RuntimeError, match="no worker has joined: connect first"):
@@ -166,6 +167,39 @@ def test_a_lone_tensor_is_sent_from_where_it_is() -> None:
     assert sent[0] == weights["embed.weight"].data_ptr() and sent[-1] == weights["norm.weight"].data_ptr()
     assert sent[1] == sent[3] and sent[2] not in sent[:2]
     assert len(sent) == 2 + NUM_LAYERS
+
+
+def test_a_buffer_is_not_packed_again_before_it_was_sent() -> None:
+    sender, workers, wire = connected(bucket_bytes=1)
+    wire.delay_s = 0.03
+    push(sender, workers, Source(random_weights(0)))
+
+
+def test_a_push_that_stalls_ends_at_the_deadline_of_the_stage() -> None:
+    sender, (worker,), _ = connected()
+    source = Source(random_weights(0))
+    sender._timeout_s = 0.2
+    sender._attach(Stalled())
+    with pytest.raises(
+        TimeoutError, match=r"sending the weights took longer than weight_sync\.stage_timeout_s = 0\.2 s"
+    ):
+        sender.send(source)
+    worker.start_weight_update()
+    worker._attach(Stalled(), 0.2)
+    with pytest.raises(TimeoutError, match="receiving the weights took longer"):
+        worker.receive_weights(sender.update(source))
+    assert not worker.is_connected
+
+
+def test_a_sender_that_is_aborted_from_another_thread_ends_at_once() -> None:
+    sender, _, _ = connected()
+    stalled = Stalled()
+    sender._attach(stalled)
+    with ThreadPoolExecutor(1) as executor:
+        sending = executor.submit(sender.send, Source(random_weights(0)))
+        assert stalled.begun.wait(10.0)
+        sender.abort()
+        assert isinstance(sending.exception(timeout=10.0), RuntimeError)
 
 
 UPDATE_REPORT = {"problem": None, "checksums": ["a", "b"], "missing": [], "bytes_received": 1, "parameters_received": 2}

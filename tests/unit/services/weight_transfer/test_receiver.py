@@ -210,7 +210,9 @@ def test_a_second_trainer_takes_the_place_of_the_first(worker: Worker, monkeypat
     joined = []
     monkeypatch.setattr(receiver_module, "join_store", lambda rendezvous: "the store")
     monkeypatch.setattr(
-        receiver_module, "channel_class", lambda backend: lambda *made: joined.append((backend, made)) or wire.worker_end(0)
+        receiver_module,
+        "channel_class",
+        lambda backend: lambda *made: joined.append((backend, made)) or wire.worker_end(0),
     )
     body = {"master_address": "a", "master_port": 1, "rank_offset": 3, "world_size": 5, "timeout_s": 20.0}
     assert worker.weights_connect(body) == {"problem": None} and first.aborted
@@ -221,7 +223,9 @@ def test_a_second_trainer_takes_the_place_of_the_first(worker: Worker, monkeypat
 def test_ranks_follow_data_and_tensor_parallel_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = []
     monkeypatch.setattr(receiver_module, "join_store", lambda rendezvous: None)
-    monkeypatch.setattr(receiver_module, "channel_class", lambda backend: lambda *made: ranks.append(made[2]) or Buffers([]))
+    monkeypatch.setattr(
+        receiver_module, "channel_class", lambda backend: lambda *made: ranks.append(made[2]) or Buffers([])
+    )
     for replica in range(2):
         for rank in range(2):
             parallel = SimpleNamespace(data_parallel_index=replica, world_size=2, rank=rank)
@@ -250,6 +254,17 @@ def test_a_padded_layer_is_loaded_when_its_bucket_is_and_keeps_no_copy(worker: W
     receive(worker, 1, 1)
     assert not get_layerwise_info(engine.model.embed).can_load()
     assert (engine.model.embed.weight[6:] == 0).all()
+
+
+def test_a_bias_that_is_copied_onto_itself_has_not_come(worker: Worker) -> None:
+    """As vLLM does when it takes a layer for complete."""
+    engine = engine_of(worker)
+    worker.weights_start()
+    assert engine._arrivals is not None
+    bias = engine.model.layers[0]["qkv_proj"].bias
+    with engine._arrivals.recording(), torch.no_grad():
+        bias.data.copy_(bias.data)
+    assert "layers.0.q_proj.bias" in engine._arrivals.missing([])
 
 
 class Packing:

@@ -38,7 +38,9 @@ def test_a_port_that_is_taken_is_an_error_that_names_the_option() -> None:
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_that_is_not_this_machines_is_an_error_that_names_the_option(address: str) -> None:
-    with pytest.raises(WeightSyncError, match=rf"weight_sync\.master_address = {address} cannot .*; give an address of this"):
+    with pytest.raises(
+        WeightSyncError, match=rf"weight_sync\.master_address = {address} cannot .*; give an address of this"
+    ):
         host_store(address, 0, 5.0)
 
 
