@@ -10,6 +10,7 @@ The source is iterated in the calling thread: to gather sharded weights is a col
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from threading import Thread
 from typing import Any
 
 import torch
@@ -74,17 +75,16 @@ class WeightSender:
         rendezvous = Rendezvous(
             self._address, self._store.port, 1, self._world_size, self._timeout_s, attempt=self._attempts
         )
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-tell")
+        told: Future[None] = Future()
+        # A daemon: servers that never answer must not keep the process from ending.
+        Thread(target=_run, args=(tell, asdict(rendezvous), told), name="weights-tell", daemon=True).start()
         try:
-            told = executor.submit(tell, asdict(rendezvous))
             store = await_workers(self._store, rendezvous, told)
             self._attach(self._make_channel(store, rendezvous, 0, self._device))
             told.result()
         except BaseException:
             self.abort()
             raise
-        finally:
-            executor.shutdown(wait=False)
 
     def _attach(self, channel: Channel) -> None:
         self._channel, self._buffers = channel, Buffers(channel.device)
@@ -158,6 +158,15 @@ class WeightSender:
         if self._channel is not None:
             self._channel.abort()
             self._channel = None
+
+
+def _run(tell: Callable[[dict[str, Any]], object], rendezvous: dict[str, Any], told: "Future[None]") -> None:
+    try:
+        tell(rendezvous)
+    except BaseException as error:
+        told.set_exception(error)
+    else:
+        told.set_result(None)
 
 
 def _next(tensors: Iterator[tuple[str, torch.Tensor]], expected: ParamMeta) -> torch.Tensor:

@@ -175,6 +175,20 @@ def test_a_buffer_is_not_packed_again_before_it_was_sent() -> None:
     push(sender, workers, Source(random_weights(0)))
 
 
+def test_a_worker_that_is_lost_in_the_last_broadcast_fails_the_push() -> None:
+    sender, _, wire = connected(bucket_bytes=1)
+    weights = random_weights(0)
+
+    def fail(buffer: torch.Tensor, index: int) -> None:
+        if index == 4:
+            raise RuntimeError("a peer is gone")
+
+    wire.damage = fail
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        sender.send(Source(weights))
+    assert len(wire.sent) == 4
+
+
 def test_a_push_that_stalls_ends_at_the_deadline_of_the_stage() -> None:
     sender, (worker,), _ = connected()
     source = Source(random_weights(0))
