@@ -97,10 +97,10 @@ class Guard:
             await problem_response(error)(scope, receive, exchange.send)
         except asyncio.CancelledError:  # by uvicorn, which ends and waits no longer
             if not exchange.answered:
-                error = RequestError(
+                refusal = RequestError(
                     503, "Shutting down", "the server ends; ask again once it is started", retry_after_s=5
                 )
-                await problem_response(error)(scope, receive, exchange.send)
+                await problem_response(refusal)(scope, receive, exchange.send)
         except ConnectionAbortedError:
             if not exchange.answered:
                 raise
