@@ -3,6 +3,7 @@
 Pure ASGI, so that the rollout server can put it around vLLM's application.
 """
 
+import asyncio
 import hmac
 import json
 import os
@@ -94,6 +95,12 @@ class Guard:
             if self._on_refused is not None:
                 self._on_refused(error)
             await problem_response(error)(scope, receive, exchange.send)
+        except asyncio.CancelledError:  # by uvicorn, which ends and waits no longer
+            if not exchange.answered:
+                refusal = RequestError(
+                    503, "Shutting down", "the server ends; ask again once it is started", retry_after_s=5
+                )
+                await problem_response(refusal)(scope, receive, exchange.send)
         except ConnectionAbortedError:
             if not exchange.answered:
                 raise

@@ -84,13 +84,15 @@ def test_a_second_ctrl_c_ends_a_busy_server_at_once(models: dict[str, str], tmp_
 
 
 @pytest.mark.timeout(400)
-def test_an_idle_server_ends_in_silence(models: dict[str, str], tmp_path: Path) -> None:
+def test_an_idle_server_ends_in_order(models: dict[str, str], tmp_path: Path) -> None:
+    """In silence where its workers end within vLLM's five seconds; on a machine with other work vLLM says that it kills them."""
     with two_workers(models["qwen3"], tmp_path / "log") as (running, family):
         said = running.log.read_text()
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(GRACE_S + 5) == 0
         wait_until(lambda: family.left() == [], 5.0)
-        assert running.log.read_text() == said
+        lines = running.log.read_text().removeprefix(said).splitlines()
+        assert len(lines) < 10 and all("[shutdown]" in line or "resource_tracker" in line for line in lines), lines
 
 
 @pytest.mark.timeout(400)

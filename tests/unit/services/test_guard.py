@@ -1,11 +1,14 @@
 """What both servers refuse before their applications see it, and what they let through."""
 
+import asyncio
+
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from services.guard import OPEN_PATHS, Guard
 
@@ -74,3 +77,23 @@ async def test_a_slash_too_many_is_a_problem_document_and_no_redirect() -> None:
             assert (response.status_code, response.headers["content-type"]) == (404, "application/problem+json")
             assert response.json()["detail"] == f"{path} is not a route; leave out the slash at its end"
             assert (await http.request(method, path, headers={"Authorization": ""})).status_code == 401
+
+
+async def test_a_request_that_is_cancelled_is_told_that_the_server_ends() -> None:
+    """uvicorn cancels what is open at its end, and would log a traceback for each."""
+    begun, sent = asyncio.Event(), []
+
+    async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    guard = Guard(waits, key=None, open_paths=OPEN_PATHS, max_body_bytes=100)
+    scope = {"type": "http", "method": "POST", "path": "/act", "headers": []}
+    asking = asyncio.create_task(guard(scope, None, send))  # type: ignore[arg-type]
+    await begun.wait()
+    asking.cancel()
+    await asking
+    assert sent[0]["status"] == 503 and b"Shutting down" in sent[1]["body"]
