@@ -270,8 +270,8 @@ class WeightSync:
         return await asyncio.wrap_future(done)
 
     def _choose_device(self) -> None:
-        """A new thread's device is 0, and nccl packs on streams of its own, which wait for nothing: without this, weights
-        from before the optimizer's step may go out."""
+        """A new thread's device is 0 and its stream waits for nothing: without this, weights from before the optimizer's step
+        may be packed."""
         device = self._model.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
