@@ -389,8 +389,8 @@ class WeightSyncConfig(Section):
     """Take rollout servers from a run that holds them and lives; it then ends."""
     lease_s: float = Field(30.0, ge=1, le=3600)
     """Silence after which rollout servers count this run as gone, seconds; it speaks six times as often."""
-    canary_prompts: int = Field(4, ge=1)
-    """Prompts completed after each push to compare the server's logprobs with the trainer's."""
+    canary_prompts: int = Field(2, ge=1)
+    """Prompts with completions whose logprobs the servers and the trainer compare after each push."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest difference of a canary logprob, a mean where the rollouts or the student's compute_dtype are in half precision;
     default: three times what the first push showed, in float32 from 1e-4 to 1e-2, in half precision from 0.05 to 0.1."""

@@ -140,6 +140,7 @@ class RolloutClient(ServerClient):
             completions = await self._read_completions(url, body)
         except httpx.RequestError as error:
             raise self._unanswered(error, 1, time.monotonic() - started) from error
+        _check_complete(url, completions, len(prompts), 1)
         return sorted(completions, key=lambda c: c.prompt_index)
 
     async def _read_completions(self, url: str, body: dict[str, Any]) -> list[RolloutCompletion]:

@@ -137,11 +137,11 @@ class RolloutInfo(WireModel):
     """New at every start of the server, so that a restart is recognised."""
     policy_version: str
     """A PolicyLabel; "default" until the first push."""
-    dtype: str
-    max_model_len: int
-    vocab_size: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    max_model_len: int = Field(ge=2)
+    vocab_size: int = Field(ge=1)
     max_logprobs: int
-    world_size: int
+    world_size: int = Field(ge=1)
     """Processes that receive weights: tensor x pipeline x data parallel."""
     weight_transfer_backend: str
     gpu_uuids: list[str] = []

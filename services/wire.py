@@ -84,9 +84,29 @@ def decode_completion(document: bytes) -> RolloutCompletion:
     try:
         spans = [VersionSpan(**span) for span in metadata.pop("policy_versions")]
         others: dict[str, Any] = {**arrays, **metadata}
-        return RolloutCompletion(**others, policy_versions=spans)
+        completion = RolloutCompletion(**others, policy_versions=spans)
     except (KeyError, TypeError) as error:
         raise PeerError(f"the frame is not a rollout completion: {error}") from error
+    if (wrong := _wrong_field(completion)) is not None:
+        raise PeerError(f"the frame is not a rollout completion: its {wrong} is not what it should be")
+    return completion
+
+
+def _wrong_field(completion: RolloutCompletion) -> str | None:
+    """The first field that has another type than it says, or None."""
+    ids, logprobs = completion.token_ids, completion.rollout_logprobs
+    spans = completion.policy_versions
+    checks = {
+        "prompt_index": isinstance(completion.prompt_index, int),
+        "sample_index": isinstance(completion.sample_index, int),
+        "finish_reason": completion.finish_reason in ("stop", "length", "abort"),
+        "token_ids": ids.ndim == 1 and ids.dtype.kind in "iu",
+        "rollout_logprobs": logprobs.ndim == 1 and logprobs.dtype.kind == "f",
+        "policy_versions": all(
+            isinstance(s.policy_version, str) and isinstance(s.start, int) and isinstance(s.end, int) for s in spans
+        ),
+    }
+    return next((name for name, is_right in checks.items() if not is_right), None)
 
 
 def encode_stream_error(message: str) -> bytes:

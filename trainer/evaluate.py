@@ -9,6 +9,7 @@ tokens and of the bucket of all others, plus a correction at sampled tokens outs
 "hybrid"). Its standard error comes from the differences between completions.
 """
 
+import asyncio
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class Evaluator:
         for part in _parts(rollouts, support.size):
             samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
             reason = reason or (quarantined[0].reason if quarantined else "")
-            measured.add(model, samples, self._config.pipeline.micro_batch_tokens, dtype)
+            # Beside the event loop: servers that do not hear of a run for long take it for gone.
+            await asyncio.to_thread(measured.add, model, samples, self._config.pipeline.micro_batch_tokens, dtype)
         if not measured.lengths:
             raise PeerError(f"no completion could be scored, the first one because {reason}")
         return measured

@@ -75,6 +75,7 @@ class WeightSync:
         sync = config.weight_sync
         self._control = WeightControlClient(
             client.urls,
+            [info.boot_id for info in infos],
             [info.world_size for info in infos],
             run=run,
             name=f"output.dir {config.output.dir!r}, process {os.getpid()} on {platform.node()}",
@@ -151,28 +152,29 @@ class WeightSync:
             ServerHeldError: another run has taken a server over.
             WeightSyncError: the push, or its canary, failed twice.
         """
-        if self._canary is None:
-            self._canary = await self._sample_canary()
         try:
-            return await self._push_once(version, self._canary)
+            return await self._push_once(version)
         except ServerHeldError:
             raise
         except DistillServeError as error:
             logger.warning("push of version %d failed, repeating it in full: %s", version, error)
-        return await self._push_once(version, self._canary)
+        return await self._push_once(version)
 
-    async def _push_once(self, version: int, canary: Canary) -> dict[str, float]:
+    async def _push_once(self, version: int) -> dict[str, float]:
         label = self.versions.next_label(version)
         started = time.monotonic()
         try:
+            canary = self._canary = self._canary or await self._sample_canary()
+            # Before the workers are made to meet: data-parallel engines take steps together until they are paused.
+            await self._control.pause(self._drain_s())
             if not self._connected:
                 await self._connect()
-            await self._control.pause(self._drain_s())
             await self._control.start()
             await self._send()
             await self._control.finish(str(label))
             sent = time.monotonic()
             residual = await self._run_canary(label, canary)
+            self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
             self._disconnect()
@@ -181,7 +183,6 @@ class WeightSync:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise WeightSyncError(f"push of version {version}: {reason}") from error
             raise
-        self.versions.set_live(label)
         return {"push_s": sent - started, "canary_s": time.monotonic() - sent, "canary_residual": residual}
 
     def _drain_s(self) -> float:
@@ -199,8 +200,8 @@ class WeightSync:
 
     async def _send(self) -> None:
         """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
-        update = self._sender.update(self._source)
-        receiving = asyncio.create_task(self._control.receive(asdict(update)))
+        update = await self._in_thread(lambda: self._sender.update(self._source))
+        receiving = asyncio.create_task(self._control.receive(await asyncio.to_thread(asdict, update)))
         receiving.add_done_callback(self._abort_if_failed)
         try:
             checksums = await self._in_thread(lambda: self._sender.send(self._source))
@@ -213,7 +214,7 @@ class WeightSync:
                 raise said from error  # it names the server and the worker
             receiving.cancel()
             raise
-        check_arrival(update, checksums, reports, self._client.urls)
+        await asyncio.to_thread(check_arrival, update, checksums, reports, self._client.urls)
 
     def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
         if receiving.cancelled() or receiving.exception() is not None:
@@ -226,7 +227,10 @@ class WeightSync:
         kept = min(PROMPT_TOKENS, limit - 1 - num_new)
         prompts = [ids[-kept:] for ids in self._prompts]
         sampling = RolloutSampling(max_new_tokens=num_new)
-        completions = await self._client.generate_on(self._client.urls[0], prompts, sampling)
+        async with asyncio.timeout(
+            self._drain_s()
+        ):  # while it waits its server says that it lives, for as long as it takes
+            completions = await self._client.generate_on(self._client.urls[0], prompts, sampling)
         compute_dtype = compute_dtype_of(self._config, self._model.device)
         return Canary(
             self._config.weight_sync,
@@ -239,9 +243,15 @@ class WeightSync:
 
     async def _run_canary(self, label: PolicyLabel, canary: Canary) -> float:
         """The largest residual of all data-parallel engines of all servers."""
-        ours, scored = await asyncio.gather(
-            self._in_thread(lambda: canary.logprobs(self._model)), self._control.score_canary(canary.sequences)
-        )
+        scoring = asyncio.create_task(self._control.score_canary(canary.sequences))
+        try:
+            # To its end also when the servers have failed: two of these at once would leave the model in evaluation mode.
+            ours = await self._in_thread(lambda: canary.logprobs(self._model))
+        except BaseException:
+            scoring.cancel()
+            await asyncio.wait({scoring})
+            raise
+        scored = await scoring
         residuals = []
         for url, scores in zip(self._client.urls, scored, strict=True):
             where = f"version {label.version} on {url}"

@@ -76,20 +76,23 @@ class Holder:
             raise RequestError(
                 CONFLICT,
                 "Not held",
-                f"the run {run} does not hold this rollout server: nobody does; it was started again, or the run released it",
+                f"the run {run} does not hold this rollout server: nobody does. The server was started again, or the run was "
+                "silent for longer than its lease; start the run again",
                 field="run",
             )
         if self.lease.run != run:
             raise RequestError(
                 CONFLICT,
                 "Held by another run",
-                f"this rollout server is held by {self.described()}, which took it from the run {run}",
+                f"this rollout server is held by {self.described()}, which took it from the run {run}; give each run a server "
+                "of its own",
                 field="run",
             )
 
-    def release(self) -> None:
-        """Nobody holds the server any more."""
-        self.lease = None
+    def release(self, run: str | None = None) -> None:
+        """Nobody holds the server any more, or not this run."""
+        if run is None or (self.lease is not None and self.lease.run == run):
+            self.lease = None
 
     def described(self) -> str:
         """The run that holds the server, for people."""

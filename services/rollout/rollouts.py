@@ -26,7 +26,6 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
 from services.request_body import read_body
-from services.rollout.admission import Admission
 from services.rollout.body import read_request
 from services.rollout.state import RolloutState
 from services.schemas import (
@@ -86,16 +85,16 @@ async def create_rollouts(request: Request, state: RolloutState) -> Response:
         rollouts = await read_request(body, settings, model.max_model_len, model.get_vocab_size())
         if rollouts.run is not None:
             state.holder.check(rollouts.run)
-        frames = stream_completions(engine, rollouts, state.admission)
+        frames = stream_completions(engine, rollouts, state)
         return FrameStream(frames, on_end=stack.pop_all().close)
 
 
-async def stream_completions(engine: Any, request: RolloutRequest, admission: Admission) -> AsyncGenerator[bytes]:
+async def stream_completions(engine: Any, request: RolloutRequest, state: RolloutState) -> AsyncGenerator[bytes]:
     """Frames of all completions as they finish, then the end mark; an error frame when one fails; heartbeats in between."""
     batch = uuid.uuid4().hex[:12]
     finished: asyncio.Queue[asyncio.Task[RolloutCompletion]] = asyncio.Queue()
     tasks = [
-        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}", admission))
+        asyncio.create_task(_complete(engine, request, prompt, sample, f"{batch}-{prompt}-{sample}", state))
         for prompt in range(len(request.prompts))
         for sample in range(request.samples_per_prompt)
     ]
@@ -160,14 +159,17 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _complete(
-    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str, admission: Admission
+    engine: Any, request: RolloutRequest, prompt_index: int, sample_index: int, request_id: str, state: RolloutState
 ) -> RolloutCompletion:
     params = sampling_params(request.sampling, request.student_top_k, sample_index)
     prompt = tokens_input(request.prompts[prompt_index])
-    async with admission.admitted(), aclosing(engine.generate(prompt, params, request_id)) as outputs:
-        async for output in outputs:
-            if output.finished:
-                return to_completion(output.outputs[0], prompt_index, sample_index, request.student_top_k)
+    async with state.admission.admitted():
+        if request.run is not None:
+            state.holder.check(request.run)  # the server may have changed hands while the gate was shut
+        async with aclosing(engine.generate(prompt, params, request_id)) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    return to_completion(output.outputs[0], prompt_index, sample_index, request.student_top_k)
     raise RuntimeError(f"the engine ended request {request_id} without an answer")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.places import Places
 from services.rollout.admission import Admission
@@ -21,6 +22,8 @@ class Stage:
     """Of a push, as it runs."""
 
     name: str
+    deadline: float
+    """On the monotonic clock, as `started`."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -37,6 +40,10 @@ class RolloutState:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the stage that runs."""
     stage: Stage | None = None
+    is_paused: bool = False
+    """Whether the engine was paused and not resumed since."""
+    unanswered: tuple[Stage, asyncio.Future[Any]] | None = None
+    """A call that the engine had not answered at its deadline, and may still work on."""
     timeout_s: float = 120.0
     """Deadline of a stage, as the trainer that connected last wants it."""
     watching: asyncio.Task[None] | None = None

@@ -14,6 +14,7 @@ over, what it began is discarded and completions are admitted again.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.errors import RequestError, describe_validation_error
+from services.request_body import read_body
 from services.rollout.rollouts import engine_of
 from services.rollout.state import MIXED, RolloutState, Stage
 from services.schemas import (
@@ -58,19 +60,23 @@ async def hold(request: Request, state: RolloutState) -> Response:
     Raises:
         RequestError: another run holds it.
     """
-    body = await _body(request, HoldRequest)
+    body = await _body(request, state, HoldRequest)
     engine = engine_of(request)
-    if state.holder.hold(body.run, body.name, body.lease_s, take_over=body.take_over):
-        async with _stage(state, body.run, "hold"):  # what the run before has left undone is of no use to this one
-            await _reset(engine, state)
     if state.watching is None:
         state.watching = asyncio.create_task(_watch(engine, state))
-    return JSONResponse({"boot_id": state.boot_id, "policy_version": state.policy_version})
+    if state.holder.hold(body.run, body.name, body.lease_s, take_over=body.take_over):
+        try:
+            async with _stage(state, body.run, "hold"):  # what the run before has left undone is of no use to this one
+                await _reset(engine, state)
+        except RequestError:
+            state.holder.release(body.run)
+            raise
+    return JSONResponse({"boot_id": state.boot_id})
 
 
 async def connect(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/connect`: forget what an earlier push has left undone, and join the trainer's group."""
-    body = await _body(request, ConnectRequest)
+    body = await _body(request, state, ConnectRequest)
     async with _stage(state, body.run, "connect"):
         state.timeout_s = body.timeout_s
         engine = engine_of(request)
@@ -81,9 +87,10 @@ async def connect(request: Request, state: RolloutState) -> Response:
 
 async def pause(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/pause`: admit nothing, let what is in flight end, drop the caches: they are of old weights."""
-    body = await _body(request, PauseRequest)
-    async with _stage(state, body.run, "pause"):
+    body = await _body(request, state, PauseRequest)
+    async with _stage(state, body.run, "pause", extra_s=body.drain_s):
         await state.admission.close(body.drain_s)
+        state.is_paused = True
         await _in_time(state, engine_of(request).pause_generation(mode="wait", clear_cache=True))
     return _done()
 
@@ -94,7 +101,7 @@ async def start(request: Request, state: RolloutState) -> Response:
     Raises:
         RequestError: completions are admitted.
     """
-    body = await _body(request, WeightCall)
+    body = await _body(request, state, WeightCall)
     async with _stage(state, body.run, "start"):
         if state.admission.is_open:
             raise RequestError(400, "Not paused", "the server samples; pause it before its weights change")
@@ -104,7 +111,7 @@ async def start(request: Request, state: RolloutState) -> Response:
 
 async def receive(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/receive`: answers, for each worker, the checksums of what it got and the names that never came."""
-    body = await _body(request, ReceiveRequest)
+    body = await _body(request, state, ReceiveRequest)
     async with _stage(state, body.run, "receive"):
         reports = await _in_every_worker(engine_of(request), state, "weights_receive", body.update)
     return JSONResponse({"workers": reports})
@@ -112,18 +119,21 @@ async def receive(request: Request, state: RolloutState) -> Response:
 
 async def finish(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/finish`: the trainer has found everything arrived. The engine runs again, for the canary alone."""
-    body = await _body(request, FinishRequest)
+    body = await _body(request, state, FinishRequest)
     async with _stage(state, body.run, "finish"):
         engine = engine_of(request)
+        await _set_version(
+            engine, state, MIXED
+        )  # what is broken off from here on must not have the name of the old ones
         await _in_every_worker(engine, state, "weights_finish", body.label)
         await _set_version(engine, state, body.label)
-        await _in_time(state, engine.resume_generation())
+        await _resume(engine, state)
     return _done()
 
 
 async def score_canary(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/canary`: logprobs of given tokens in every data-parallel engine, one prefill each."""
-    body = await _body(request, CanaryRequest)
+    body = await _body(request, state, CanaryRequest)
     async with _stage(state, body.run, "canary"):
         engine = engine_of(request)
         ranks = range(engine.vllm_config.parallel_config.data_parallel_size)
@@ -136,6 +146,8 @@ async def score_canary(request: Request, state: RolloutState) -> Response:
             raise RequestError(
                 500, "Wrong version", f"the engines answered under {sorted(versions)}, not {state.policy_version}"
             )
+        if not all(math.isfinite(logprob) for _, logprobs in found for logprob in logprobs):
+            raise RequestError(500, "No number", "the engine's logprobs are not finite: its weights are damaged")
         count = len(body.sequences)
         per_engine = [[logprobs for _, logprobs in found[rank * count : (rank + 1) * count]] for rank in ranks]
         answer = CanaryScores(policy_version=state.policy_version, token_logprobs=per_engine)
@@ -144,7 +156,7 @@ async def score_canary(request: Request, state: RolloutState) -> Response:
 
 async def resume(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/resume`: everybody may sample under the new weights."""
-    body = await _body(request, WeightCall)
+    body = await _body(request, state, WeightCall)
     async with _stage(state, body.run, "resume"):
         state.admission.open()
     return _done()
@@ -152,7 +164,7 @@ async def resume(request: Request, state: RolloutState) -> Response:
 
 async def release(request: Request, state: RolloutState) -> Response:
     """`POST /v1/weights/release`: the run ends. The server samples, and waits for another."""
-    body = await _body(request, WeightCall)
+    body = await _body(request, state, WeightCall)
     async with _stage(state, body.run, "release"):
         await _reset(engine_of(request), state)
         state.holder.release()
@@ -164,10 +176,11 @@ async def get_status(request: Request, state: RolloutState) -> Response:
 
     While a stage runs the workers cannot be asked: then `workers` is null and `stage` says what is going on.
     """
-    stage = state.stage
-    workers = None
+    stage, workers = state.stage, None
+    if stage is None and state.unanswered is not None and not state.unanswered[1].done():
+        stage = state.unanswered[0]
     if stage is None:
-        async with _busy(state, Stage("status")):
+        async with _busy(state, "status"):
             workers = await _in_every_worker(engine_of(request), state, "weights_status", is_report=True)
     lease = state.holder.lease
     status = {
@@ -185,9 +198,9 @@ async def get_status(request: Request, state: RolloutState) -> Response:
 # ---- what the routes are made of
 
 
-async def _body(request: Request, kind: type[Body]) -> Body:
+async def _body(request: Request, state: RolloutState, kind: type[Body]) -> Body:
     try:
-        return kind.model_validate_json(await request.body() or b"{}")
+        return kind.model_validate_json(await read_body(request, state.settings.transfer_timeout_s))
     except ValidationError as error:
         field, message = describe_validation_error(error)[0]
         raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
@@ -198,23 +211,28 @@ def _done() -> Response:
 
 
 @asynccontextmanager
-async def _stage(state: RolloutState, run: str, name: str) -> AsyncIterator[None]:
-    """One stage of the holder's push; a stage of the holder before it is waited for, which ends at its deadline."""
+async def _stage(state: RolloutState, run: str, name: str, extra_s: float = 0.0) -> AsyncIterator[None]:
+    """One stage of the holder's push; a stage of the holder before it is waited for, which ends at its deadline.
+
+    Args:
+        extra_s: how much longer than other stages it may take.
+    """
     state.holder.check(run)
-    async with _busy(state, Stage(name)):
+    async with _busy(state, name, extra_s):
         state.holder.check(run)  # it may have been taken over meanwhile
         yield
 
 
 @asynccontextmanager
-async def _busy(state: RolloutState, stage: Stage) -> AsyncIterator[None]:
+async def _busy(state: RolloutState, name: str, extra_s: float = 0.0) -> AsyncIterator[None]:
+    deadline = time.monotonic() + state.timeout_s + _ANSWER_S + extra_s
     try:
         async with asyncio.timeout(state.timeout_s + _ANSWER_S):
             await state.lock.acquire()
     except TimeoutError as error:
         running = state.stage.name if state.stage else "another stage"
         raise RequestError(503, "Busy", f"{running} is still running", retry_after_s=_ANSWER_S) from error
-    state.stage = stage
+    state.stage = Stage(name, deadline)
     try:
         yield
     finally:
@@ -223,20 +241,20 @@ async def _busy(state: RolloutState, stage: Stage) -> AsyncIterator[None]:
 
 
 async def _in_time(state: RolloutState, work: Any) -> Any:
-    """The result of a call of the engine.
+    """The result of a call of the engine within the stage that runs.
 
     Raises:
-        RequestError: it takes longer than a stage may, or the engine is dead.
+        RequestError: the deadline of the stage has passed, or the engine failed or is dead.
     """
-    call = asyncio.ensure_future(work)
+    stage, call = state.stage, asyncio.ensure_future(work)
+    assert stage is not None  # _busy has set it
     # Not cancelled at the deadline: the engine answers all the same, and complains of whom it cannot reach.
-    done, _ = await asyncio.wait({call}, timeout=state.timeout_s + _ANSWER_S)
+    done, _ = await asyncio.wait({call}, timeout=max(0.0, stage.deadline - time.monotonic()))
     if not done:
         call.add_done_callback(lambda late: late.cancelled() or late.exception())
-        name = state.stage.name if state.stage else "a stage"
-        raise RequestError(
-            504, "Deadline passed", f"{name}: no answer of the engine within {state.timeout_s + _ANSWER_S:g} s"
-        )
+        state.unanswered = (stage, call)
+        took_s = time.monotonic() - stage.started
+        raise RequestError(504, "Deadline passed", f"{stage.name}: no answer of the engine within {took_s:.1f} s")
     try:
         return call.result()
     except EngineDeadError as error:
@@ -281,11 +299,18 @@ async def _set_version(engine: Any, state: RolloutState, label: str) -> None:
     state.policy_version = label
 
 
+async def _resume(engine: Any, state: RolloutState) -> None:
+    """Let the engine run again. One that runs already is left alone: data-parallel engines would wait for each other."""
+    if state.is_paused:
+        await _in_time(state, engine.resume_generation())
+        state.is_paused = False
+
+
 async def _reset(engine: Any, state: RolloutState) -> None:
     """Leave no trace of a trainer: no update, no group, and nothing that waits."""
     await _discard(engine, state)
     await _in_every_worker(engine, state, "weights_disconnect")
-    await _in_time(state, engine.resume_generation())
+    await _resume(engine, state)
     state.admission.open()
 
 
@@ -293,15 +318,19 @@ async def _watch(engine: Any, state: RolloutState) -> None:
     """A run that is gone in the middle of a push leaves completions waiting: end that."""
     while True:
         await asyncio.sleep(_WATCH_S)
-        if state.holder.lease is None or state.holder.left_s > 0 or state.admission.is_open:
+        if not _is_abandoned(state):
             continue
         try:
-            async with _busy(state, Stage("release")):
-                if state.holder.left_s == 0 and not state.admission.is_open:
+            async with _busy(state, "release"):
+                if _is_abandoned(state):
                     await _reset(engine, state)
                     state.holder.release()
-        except RequestError as error:
+        except Exception as error:  # it is tried again, and must not end
             logger.warning("the run that held this server is gone, what it left cannot be cleared yet: %s", error)
+
+
+def _is_abandoned(state: RolloutState) -> bool:
+    return state.holder.left_s == 0 and not state.admission.is_open
 
 
 async def _score(engine: Any, ids: list[int], rank: int, request_id: str) -> tuple[str, list[float]]:

@@ -1,7 +1,7 @@
 """The trainer's calls of `/v1/weights/...` on several rollout servers at once: all of them, or the error of the first that failed.
 
-A run holds its servers from `hold` to `release` and renews its lease meanwhile: a trainer that is killed is known to be gone
-after a lease. The stages are those of services/rollout/weights.py.
+A run holds its servers from `hold` to `release`, and a thread renews its lease meanwhile (lease.py): a trainer that is killed is
+known to be gone after it. The stages are those of services/rollout/weights.py.
 """
 
 import asyncio
@@ -9,23 +9,26 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
 from services.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
-from services.errors import ClientClosedError, ServerHeldError, WeightSyncError
+from services.errors import ClientClosedError, ServerHeldError, StartupError, WeightSyncError
 from services.own_key import OwnKeyAuth
 from services.schemas import CanaryScores
 from services.server_client import all_or_first_error
+from services.weight_transfer.lease import Claim, Lease
 
 logger = logging.getLogger(__name__)
 
-_RENEWALS_PER_LEASE = 6
 # A server keeps the deadline of a stage itself, and answers then: it is waited for a little longer than it takes.
 _ANSWER_S = 20.0
 _RELEASE_S = 10.0
+_LONGEST_LEASE_S = 3600.0
+_NAME_CHARACTERS = 300
 _CONFLICT, _NOT_FOUND = 409, 404
 
 
@@ -34,6 +37,7 @@ class WeightControlClient:
 
     Args:
         urls: base URLs of the servers, in rank order.
+        boot_ids: of the servers, as they were when the run attached.
         world_sizes: worker processes of each server, data parallel included.
         run: id of the run.
         name: what a person knows the run by.
@@ -41,11 +45,15 @@ class WeightControlClient:
         stage_timeout_s: deadline of each stage.
         lease_s: silence after which the servers count this run as gone.
         transport: replaces the network in tests.
+
+    Raises:
+        StartupError: two URLs lead to one server.
     """
 
     def __init__(
         self,
         urls: list[str],
+        boot_ids: list[str],
         world_sizes: list[int],
         *,
         run: str,
@@ -56,11 +64,16 @@ class WeightControlClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.urls, self.world_sizes, self.run = urls, world_sizes, run
-        self._name, self._timeout_s, self._lease_s = name, stage_timeout_s, lease_s
-        self._http = async_client(urls, stage_timeout_s + _ANSWER_S, key, transport, None if key else OwnKeyAuth())
-        self._boot_ids: dict[str, str] = {}
-        self._lost: str | None = None
-        self._renewal: asyncio.Task[None] | None = None
+        self._boot_ids = dict(zip(urls, boot_ids, strict=True))
+        if len(set(boot_ids)) < len(boot_ids):
+            raise StartupError(f"rollout.urls = {urls} lead to one server twice; name each once")
+        self._name, self._timeout_s, self._lease_s = name[:_NAME_CHARACTERS], stage_timeout_s, lease_s
+        self._client = partial(
+            async_client, urls, stage_timeout_s + _ANSWER_S, key, transport, None if key else OwnKeyAuth()
+        )
+        self._http = self._client()
+        self._lease = Lease(self._claimer, lease_s)
+        self._held: list[str] = []
 
     # ---- the lease
 
@@ -76,42 +89,35 @@ class WeightControlClient:
             WeightSyncError: a server cannot be asked.
         """
         try:
-            # In one order for everybody: of two runs that want the same servers one gets all of them.
-            for url in sorted(self.urls):
+            # In one order for everybody, whatever they call the servers: of two runs that want the same one gets them all.
+            for url in sorted(self.urls, key=self._boot_ids.__getitem__):
                 await self._hold_one(url, take_over, on_wait)
         except WeightSyncError:
             await self.release()
             raise
-        self._renewal = asyncio.create_task(self._renew())
 
     async def _hold_one(self, url: str, take_over: bool, on_wait: Callable[[str, float], None] | None) -> None:
         try:
-            await self._claim(url, take_over)
+            await self._claim(self._http, url, take_over)
         except ServerHeldError as error:
             # A run that was killed renews no more; one that lives does, and is still there afterwards.
+            left_s = min(error.left_s, _LONGEST_LEASE_S)
             if on_wait is not None:
-                on_wait(url, error.left_s)
-            await asyncio.sleep(error.left_s + 1.0)
-            await self._claim(url, take_over)
+                on_wait(url, left_s)
+            await asyncio.sleep(left_s + 1.0)
+            await self._claim(self._http, url, take_over)
+        self._held.append(url)
+        self._lease.add(url)
 
-    async def _claim(self, url: str, take_over: bool = False) -> None:
+    async def _claim(self, http: httpx.AsyncClient, url: str, take_over: bool = False) -> None:
         body = {"name": self._name, "lease_s": self._lease_s, "take_over": take_over}
-        boot_id = (await self._call(url, "hold", body)).get("boot_id")
-        if not isinstance(boot_id, str):
-            raise WeightSyncError(f"hold on {url}: the answer has no boot_id; it is not a distillserve rollout server")
-        if self._boot_ids.setdefault(url, boot_id) != boot_id:
-            raise WeightSyncError(f"{url} was started again while this run held it; start the run again")
+        boot_id = (await self._call(url, "hold", body, http=http)).get("boot_id")
+        if boot_id != self._boot_ids[url]:
+            raise ServerHeldError(f"{url} was started again while this run held it; start the run again")
 
-    async def _renew(self) -> None:
-        while self._lost is None:
-            await asyncio.sleep(self._lease_s / _RENEWALS_PER_LEASE)
-            for url in self.urls:
-                try:
-                    await self._claim(url)
-                except ServerHeldError as error:
-                    self._lost = str(error)
-                except WeightSyncError as error:  # it may be back in time
-                    logger.debug("%s", error)
+    def _claimer(self) -> Claim:
+        http = self._client()
+        return lambda url: self._claim(http, url)
 
     # ---- the stages of a push
 
@@ -135,7 +141,11 @@ class WeightControlClient:
     async def receive(self, update: dict[str, Any]) -> list[list[dict[str, Any]]]:
         """Returns when the workers have received and loaded everything: the report of each worker of each server."""
         answers = await self._all("receive", [{"update": update}] * len(self.urls))
-        return [answer.get("workers", []) for answer in answers]
+        for url, answer, count in zip(self.urls, answers, self.world_sizes, strict=True):
+            reports = answer.get("workers")
+            if not (isinstance(reports, list) and len(reports) == count and all(isinstance(r, dict) for r in reports)):
+                raise WeightSyncError(f"receive on {url}: the answer is not a report of each of its {count} workers")
+        return [answer["workers"] for answer in answers]
 
     async def finish(self, label: str) -> None:
         """The weights are whole and called `label`; only the canary is answered yet."""
@@ -147,8 +157,9 @@ class WeightControlClient:
         try:
             return [CanaryScores.model_validate(answer) for answer in answers]
         except ValidationError as error:
+            where = ", ".join(self.urls)
             raise WeightSyncError(
-                f"canary: a server's answer is no CanaryScores: {error.errors()[0]['msg']}"
+                f"canary on {where}: the answer is no CanaryScores: {error.errors()[0]['msg']}"
             ) from error
 
     async def resume(self) -> None:
@@ -157,10 +168,8 @@ class WeightControlClient:
 
     async def release(self) -> None:
         """Leave every server as another trainer wants to find it; one that cannot be reached forgets the run by itself."""
-        if self._renewal is not None:
-            self._renewal.cancel()
-        held = [url for url in self.urls if url in self._boot_ids]
-        self._boot_ids.clear()
+        self._lease.close()
+        held, self._held = self._held, []
         with suppress(TimeoutError):
             async with asyncio.timeout(_RELEASE_S):
                 for left in await asyncio.gather(
@@ -184,18 +193,20 @@ class WeightControlClient:
         """The answers in the order of the URLs; at the first error the other servers are not waited for."""
         if self._http.is_closed:
             raise ClientClosedError(f"the weight control client of {', '.join(self.urls)} is closed; make a new one")
-        if self._lost is not None:
-            raise ServerHeldError(self._lost)
+        if self._lease.lost is not None:
+            raise ServerHeldError(self._lease.lost)
         bodies = bodies or [{}] * len(self.urls)
         return await all_or_first_error(
             [self._call(url, stage, body, extra_s) for url, body in zip(self.urls, bodies, strict=True)]
         )
 
-    async def _call(self, url: str, stage: str, body: dict[str, Any], extra_s: float = 0.0) -> dict[str, Any]:
+    async def _call(
+        self, url: str, stage: str, body: dict[str, Any], extra_s: float = 0.0, http: httpx.AsyncClient | None = None
+    ) -> dict[str, Any]:
         started = time.monotonic()
         timeout = httpx.Timeout(self._timeout_s + _ANSWER_S + extra_s, connect=min(self._timeout_s, CONNECT_TIMEOUT_S))
         try:
-            response = await self._http.post(
+            response = await (http or self._http).post(
                 f"{url}/v1/weights/{stage}", json=body | {"run": self.run}, timeout=timeout
             )
         except httpx.RequestError as error:
@@ -230,6 +241,6 @@ def _refusal(url: str, stage: str, response: httpx.Response, elapsed: float) -> 
 def _reason(response: httpx.Response) -> str:
     """The detail of a problem document, or the beginning of what came instead."""
     try:
-        return str(response.json()["detail"])
+        return " ".join(str(response.json()["detail"]).split())
     except (ValueError, TypeError, KeyError):
         return response.text[:300]

@@ -67,7 +67,7 @@ def test_nobody_holds_a_server_that_was_released_or_has_just_started(held: Holde
     held.release()
     for holder in (held, Holder()):
         with pytest.raises(
-            RequestError, match="the run first does not hold this rollout server: nobody does; it was started"
+            RequestError, match=r"the run first does not hold this rollout server: nobody does. The server was started"
         ):
             holder.check("first")
         assert holder.left_s == 0

@@ -27,6 +27,7 @@ class Engine:
     calls: list[str] = field(default_factory=list)
     answers: dict[str, Callable[[int], Any]] = field(default_factory=dict)
     version: str = "default"
+    wrong: float = 0.0
     generated: list[tuple[list[int], Any, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -64,7 +65,9 @@ class Engine:
         ends = [sum(map(len, positions[: i + 1])) for i in range(len(positions))]
         flat = SimpleNamespace(
             token_ids=[token for position in positions for token in position],
-            logprobs=[
+            logprobs=[self.wrong] * 99
+            if self.wrong
+            else [
                 -0.1 if token == 9999 else -float(token) - options["data_parallel_rank"]
                 for p in positions
                 for token in p
@@ -114,8 +117,9 @@ async def server() -> AsyncIterator[Server]:
 
 async def test_a_push_is_these_calls_in_this_order(server: Server) -> None:
     server.engine.answers["weights_receive"] = lambda rank: {"problem": None, "checksums": [f"of {rank}"]}
-    await server.post("connect", rendezvous={}, timeout_s=7.0)
     await server.post("pause", drain_s=1.0)
+    await server.post("connect", rendezvous={}, timeout_s=7.0)
+    assert server.state.timeout_s == 7.0
     await server.post("start")
     answer = await server.post("receive", update={})
     assert [worker["checksums"] for worker in answer["workers"]] == [["of 0"], ["of 1"], ["of 2"], ["of 3"]]
@@ -124,11 +128,12 @@ async def test_a_push_is_these_calls_in_this_order(server: Server) -> None:
     await server.post("resume")
     assert server.state.admission.is_open and server.state.policy_version == f"3.1@{RUN}"
     assert server.engine.calls == [
+        "pause wait True",
         "weights_discard",
         "weights_connect",
-        "pause wait True",
         "weights_start",
         "weights_receive",
+        "version mixed",
         "weights_finish",
         f"version 3.1@{RUN}",
         "resume",
@@ -201,14 +206,18 @@ async def test_a_stage_that_takes_too_long_is_given_up_and_status_names_it_meanw
 ) -> None:
     monkeypatch.setattr(weights, "_ANSWER_S", 0.05)
     server.state.timeout_s = 0.05
-    server.engine.answers["weights_receive"] = lambda rank: asyncio.sleep(0.4, {"problem": None})
+    server.engine.answers["weights_receive"] = lambda rank: asyncio.sleep(0.1, {"problem": None})
     receiving = asyncio.create_task(server.post("receive", update={}))
     await asyncio.sleep(0.01)
     status = await server.status()
     assert status["workers"] is None and status["stage"]["name"] == "receive" and status["stage"]["seconds"] < 1
-    with pytest.raises(RequestError, match=r"receive: no answer of the engine within 0\.1 s") as error:
+    with pytest.raises(RequestError, match=r"receive: no answer of the engine within 0\.\d s") as error:
         await receiving
     assert error.value.status == 504
+    status = await server.status()  # the engine is still at it, and is not asked
+    assert status["workers"] is None and status["stage"]["name"] == "receive"
+    await asyncio.sleep(0.6)
+    assert len((await server.status())["workers"]) == 4
 
 
 async def test_a_second_stage_waits_for_the_first_and_not_for_ever(
@@ -284,6 +293,55 @@ async def test_who_takes_a_server_over_finds_nothing_of_the_run_before(server: S
     server.engine.calls.clear()
     await server.hold("other")
     assert server.engine.calls == []
+    await server.hold("third", take_over=True)
+    assert server.engine.calls == ["weights_discard", "weights_disconnect"]  # an engine that runs is not resumed
+
+
+async def test_a_stage_that_waited_while_the_server_changed_hands_is_refused(server: Server) -> None:
+    go = asyncio.Event()
+
+    async def slow() -> dict[str, Any]:
+        await go.wait()
+        return {"problem": None, "changed": False}
+
+    server.engine.answers["weights_receive"] = lambda rank: slow()
+    receiving = asyncio.create_task(server.post("receive", update={}))
+    await asyncio.sleep(0.01)
+    finishing = asyncio.create_task(server.post("finish", label=f"1.1@{RUN}"))
+    await asyncio.sleep(0.01)
+    taking = asyncio.create_task(server.hold("other", take_over=True))
+    await asyncio.sleep(0.01)
+    go.set()
+    await receiving
+    with pytest.raises(RequestError, match="held by the run other"):
+        await finishing
+    await taking
+    assert "weights_finish" not in server.engine.calls
+
+
+async def test_a_server_that_cannot_be_cleared_for_a_new_holder_is_not_held(server: Server) -> None:
+    server.engine.answers["weights_discard"] = lambda rank: {"problem": "stuck", "changed": False}
+    with pytest.raises(RequestError, match="hold failed in worker 0: stuck"):
+        await server.hold("other", take_over=True)
+    assert server.state.holder.lease is None
+    del server.engine.answers["weights_discard"]
+    await server.hold("other")
+    assert server.engine.calls[-2:] == ["weights_discard", "weights_disconnect"]
+
+
+async def test_weights_that_were_finished_half_way_have_no_name(server: Server) -> None:
+    server.engine.answers["weights_finish"] = lambda rank: {"problem": "lost" if rank == 3 else None}
+    with pytest.raises(RequestError, match="finish failed in worker 3: lost"):
+        await server.post("finish", label=f"5.1@{RUN}")
+    await server.post("release")
+    assert server.state.policy_version == server.engine.version == "mixed"
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+async def test_a_canary_that_is_no_number_is_an_error_of_its_server(wrong: float, server: Server) -> None:
+    server.engine.wrong = wrong
+    with pytest.raises(RequestError, match="the engine's logprobs are not finite"):
+        await server.post("canary", sequences=[[5, 6]])
 
 
 async def test_a_holder_that_is_gone_in_the_middle_of_a_push_leaves_nobody_waiting(

@@ -22,4 +22,5 @@ def control(answer: Callable[[httpx.Request], Any] | None, urls: list[str], **op
         "lease_s": 30.0,
     } | options
     transport = None if answer is None else httpx.MockTransport(answer)
-    return WeightControlClient(urls, [2, 1, 4][: len(urls)], transport=transport, **given)
+    boot_ids = given.pop("boot_ids", [f"of {url.removeprefix('http://')}" for url in urls])
+    return WeightControlClient(urls, boot_ids, [2, 1, 4][: len(urls)], transport=transport, **given)

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from services.errors import ServerHeldError, WeightSyncError
+from services.errors import ServerHeldError, StartupError, WeightSyncError
+from services.schemas import HoldRequest
 from services.weight_transfer.control import WeightControlClient
 from tests.unit.services.weight_transfer import controls
 
@@ -71,7 +73,6 @@ async def test_every_call_names_its_run_and_carries_the_key() -> None:
         lambda: client.connect({}),
         lambda: client.pause(3.0),
         client.start,
-        lambda: client.receive({}),
         lambda: client.finish("1.1@r1"),
         client.resume,
         client.release,
@@ -95,9 +96,10 @@ async def test_a_server_may_take_as_long_as_a_stage_and_to_drain_longer() -> Non
 async def test_reports_come_in_the_order_of_the_servers_whoever_answers_first() -> None:
     async def answer(request: httpx.Request) -> httpx.Response:
         await asyncio.sleep({"c": 0.04, "a": 0.02, "b": 0.0}[request.url.host])
-        return httpx.Response(200, json={"workers": [{"of": request.url.host}]})
+        host = request.url.host
+        return httpx.Response(200, json={"workers": [{"of": host}] * {"c": 2, "a": 1, "b": 4}[host]})
 
-    assert await control(answer).receive({}) == [[{"of": "c"}], [{"of": "a"}], [{"of": "b"}]]
+    assert await control(answer).receive({}) == [[{"of": "c"}] * 2, [{"of": "a"}], [{"of": "b"}] * 4]
 
 
 async def test_all_servers_are_asked_at_once() -> None:
@@ -146,11 +148,22 @@ async def test_what_went_wrong_is_said_with_server_and_stage(answer: Answer, sai
         await control(Servers({"a/start": answer})).start()
 
 
-async def test_servers_are_taken_in_one_order_whatever_the_order_of_their_urls() -> None:
+async def test_servers_are_taken_in_one_order_whatever_they_are_called() -> None:
     servers = Servers()
-    await control(servers).hold()
+    await control(servers, boot_ids=["of c", "of a", "of b"]).hold()
     assert servers.stages() == [("a", "hold"), ("b", "hold"), ("c", "hold")]
     assert servers.bodies("hold")["a"] == {"run": "r1", "name": "a test", "lease_s": 30.0, "take_over": False}
+
+
+async def test_one_server_under_two_names_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"rollout.urls = .* lead to one server twice"):
+        control(Servers(), boot_ids=["x", "y", "x"])
+
+
+async def test_a_name_is_cut_to_what_a_server_takes() -> None:
+    servers = Servers()
+    await control(servers, name="n" * 1000).hold()
+    HoldRequest.model_validate(servers.bodies("hold")["a"])
 
 
 async def test_a_server_whose_holder_is_silent_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,19 +187,63 @@ async def test_a_server_whose_holder_lives_is_refused_and_the_others_are_given_b
     assert servers.stages() == [("a", "hold"), ("b", "hold"), ("b", "hold"), ("a", "release")]
 
 
+async def soon(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def test_a_lease_is_renewed_until_it_is_lost_and_then_nothing_more_is_asked() -> None:
     lost = problem(409, "held by the run r2, which took it from the run r1")
     fine = httpx.Response(200, json={"boot_id": "of a"})
     servers = Servers({"a/hold": [fine, fine, httpx.ConnectError("for a moment"), lost]})
     client = control(servers, ["http://a"], lease_s=0.12)
     await client.hold()
-    async with asyncio.timeout(5.0):
-        while client._lost is None:
-            await asyncio.sleep(0.01)
-    assert servers.stages() == [("a", "hold")] * 4
+    await soon(lambda: client._lease.lost is not None)
+    assert servers.stages()[:4] == [("a", "hold")] * 4
     with pytest.raises(ServerHeldError, match="held by the run r2, which took it"):
         await client.start()
-    assert len(servers.calls) == 4
+    assert ("a", "start") not in servers.stages()
+    await client.close()
+
+
+async def test_a_lease_is_renewed_while_the_trainer_is_busy() -> None:
+    servers = Servers()
+    client = control(servers, ["http://a"], lease_s=0.12)
+    await client.hold()
+    time.sleep(0.3)  # nothing of the event loop runs
+    assert len(servers.calls) > 3
+    await client.release()
+    await asyncio.sleep(0.1)
+    number = servers.stages().count(("a", "hold"))
+    await asyncio.sleep(0.2)
+    assert servers.stages().count(("a", "hold")) == number
+    await client.close()
+
+
+async def test_a_server_that_stalls_does_not_cost_the_others_their_lease() -> None:
+    renewed: list[str] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        renewed.append(host)
+        if host == "a" and renewed.count("a") > 1:
+            await asyncio.sleep(3600)
+        return httpx.Response(200, json={"boot_id": f"of {host}"})
+
+    client = control(answer, ["http://a", "http://b"], lease_s=0.18)
+    await client.hold()
+    await soon(lambda: renewed.count("b") > 4)
+    assert client._lease.lost is None
+    client._lease.close()
+
+
+async def test_what_was_taken_first_is_renewed_while_the_rest_is_waited_for() -> None:
+    servers = Servers({"b/hold": [problem(409, "held by the run r0", **{"Retry-After": "1"})]})
+    client = control(servers, lease_s=0.12)
+    await client.hold()
+    assert servers.stages().count(("a", "hold")) > 3 and servers.stages()[-1][0] == "c"
+    await client.release()
 
 
 async def test_a_stage_on_a_server_that_another_run_holds_is_an_error_of_its_own() -> None:
@@ -195,12 +252,37 @@ async def test_a_stage_on_a_server_that_another_run_holds_is_an_error_of_its_own
 
 
 async def test_a_server_that_was_started_again_is_known_by_its_boot_id() -> None:
-    boots = [httpx.Response(200, json={"boot_id": boot}) for boot in ("one", "two")]
-    client = control(Servers({"a/hold": boots}), ["http://a"])
+    boots = [httpx.Response(200, json={"boot_id": boot}) for boot in ("of a", "another")]
+    client = control(Servers({"a/hold": boots}), ["http://a"], lease_s=0.12)
     await client.hold()
-    with pytest.raises(WeightSyncError, match="http://a was started again while this run held it"):
-        await client._claim("http://a")
+    await soon(lambda: client._lease.lost is not None)
+    with pytest.raises(ServerHeldError, match="http://a was started again while this run held it"):
+        await client.start()
+
+
+@pytest.mark.parametrize("workers", [None, [], [{}], [{}, {}, {}], [{}, 1], {"a": 1}, "xy"])
+async def test_a_report_of_each_worker_is_asked_for(workers: Any) -> None:
+    servers = Servers({"c/receive": httpx.Response(200, json={"workers": workers})})
+    with pytest.raises(
+        WeightSyncError, match="receive on http://c: the answer is not a report of each of its 2 workers"
+    ):
+        await control(servers, ["http://c"]).receive({})
+
+
+async def test_a_wait_is_no_longer_than_a_lease_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: (waits.append(seconds), sleep(0))[1])
+    servers = Servers({"a/hold": [problem(409, "held", **{"Retry-After": "1e9"})]})
+    client = control(servers, ["http://a"])
+    await client.hold()
     await client.release()
+    assert waits == [3601.0]
+
+
+async def test_a_reason_of_several_lines_is_one() -> None:
+    with pytest.raises(WeightSyncError, match=r": one two three$"):
+        await control(Servers({"a/start": problem(500, "one\n two\r\nthree")})).start()
 
 
 async def test_a_release_that_fails_is_no_error_for_the_server_forgets_the_run_by_itself() -> None:
@@ -215,5 +297,5 @@ async def test_a_release_that_fails_is_no_error_for_the_server_forgets_the_run_b
 
 @pytest.mark.parametrize("answer", [{}, {"policy_version": "v"}, {"policy_version": "v", "token_logprobs": [[["x"]]]}])
 async def test_an_answer_that_is_no_canary_is_refused(answer: Any) -> None:
-    with pytest.raises(WeightSyncError, match="canary: a server's answer is no CanaryScores"):
-        await control(Servers({"a/canary": httpx.Response(200, json=answer)})).score_canary([[1, 2]])
+    with pytest.raises(WeightSyncError, match=r"canary on http://.*: the answer is no CanaryScores"):
+        await control(Servers({"a/canary": httpx.Response(200, json=answer)}), ["http://a"]).score_canary([[1, 2]])

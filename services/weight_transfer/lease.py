@@ -1,0 +1,62 @@
+"""A run's hold on its rollout servers, renewed from a thread of its own: a trainer that computes for minutes still lives."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+
+from services.errors import ServerHeldError, WeightSyncError
+
+logger = logging.getLogger(__name__)
+
+_RENEWALS_PER_LEASE = 6
+
+Claim = Callable[[str], Awaitable[None]]
+"""Tells one server, by its URL, that the run lives."""
+
+
+class Lease:
+    """Renews until it is closed, each server apart from the others.
+
+    Args:
+        connect: called in the thread, makes what claims a server there.
+        lease_s: what a claim is good for, seconds.
+    """
+
+    def __init__(self, connect: Callable[[], Claim], lease_s: float) -> None:
+        self._connect, self._every_s = connect, lease_s / _RENEWALS_PER_LEASE
+        self._urls: list[str] = []
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost: str | None = None
+        """Why the run does not hold all of its servers any more."""
+
+    def add(self, url: str) -> None:
+        """A server that the run has just been given."""
+        self._urls.append(url)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="weight-lease", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Renew no more."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        with asyncio.Runner() as runner:
+            claim = self._connect()
+            while not self._closed.wait(self._every_s):
+                runner.run(self._renew(claim))
+
+    async def _renew(self, claim: Claim) -> None:
+        await asyncio.gather(*(self._renew_one(claim, url) for url in list(self._urls)))
+
+    async def _renew_one(self, claim: Claim, url: str) -> None:
+        try:
+            async with asyncio.timeout(self._every_s):
+                await claim(url)
+        except ServerHeldError as error:
+            self.lost = self.lost or str(error)
+        except (WeightSyncError, TimeoutError) as error:
+            if not self._closed.is_set():
+                logger.warning("%s was not told that this run lives: %s", url, str(error) or "no answer")
