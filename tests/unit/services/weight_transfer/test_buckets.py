@@ -27,6 +27,7 @@ LAYERS = parameters("embed", "layers.0.q", "layers.0.k", "layers.1.q", "layers.1
     ("bucket_bytes", "expected"),
     [
         (1, ["embed", "layers.0.q layers.0.k", "layers.1.q layers.1.k", "layers.2.q", "norm", "head"]),
+        (47, ["embed", "layers.0.q layers.0.k", "layers.1.q layers.1.k", "layers.2.q norm", "head"]),
         (48, ["embed layers.0.q layers.0.k", "layers.1.q layers.1.k layers.2.q", "norm head"]),
         (64, ["embed layers.0.q layers.0.k", "layers.1.q layers.1.k layers.2.q norm", "head"]),
         (1000, ["embed layers.0.q layers.0.k layers.1.q layers.1.k layers.2.q norm head"]),

@@ -144,6 +144,27 @@ def test_a_bias_that_came_before_the_rest_of_its_layer_counts_as_changed(worker:
     assert worker.weights_discard()["changed"] and worker.weights_status()["label"] is None
 
 
+def fill_half_a_layer(worker: Worker) -> None:
+    """Start an update, and break it off between two tensors of one fused layer."""
+    assert worker.weights_start() == {"problem": None}
+    with torch.no_grad():
+        engine_of(worker).model.load_weights([("layers.0.q_proj.weight", random_weights(1)["layers.0.q_proj.weight"])])
+
+
+def test_half_a_layer_is_forgotten_when_it_is_discarded(worker: Worker) -> None:
+    whole_push(worker, 0, "0.0@run")
+    fill_half_a_layer(worker)
+    assert worker.weights_discard()["problem"] is None
+    assert_holds(engine_of(worker), random_weights(0))
+
+
+def test_a_start_discards_half_a_layer_that_nobody_discarded(worker: Worker) -> None:
+    whole_push(worker, 0, "0.0@run")
+    fill_half_a_layer(worker)
+    assert worker.weights_start() == {"problem": None}
+    assert get_layerwise_info(engine_of(worker).model.layers[0]["qkv_proj"]).loaded_weights == []
+
+
 def test_an_update_that_nobody_finished_does_not_stop_the_next(worker: Worker) -> None:
     for seed in (0, 1):
         worker.weights_start()
