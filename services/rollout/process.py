@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,11 +99,23 @@ def end_with_parent_and_be_one() -> None:
     os.environ[_PARENT] = str(os.getpid())
 
 
+def _end_as_forks_do() -> None:
+    """In a process that was spawned: leave out the interpreter's own end, in which vLLM's workers look for garbage for seconds,
+    until they are killed."""
+    bootstrap = BaseProcess._bootstrap  # type: ignore[attr-defined]
+
+    def run(process: BaseProcess, parent_sentinel: int) -> None:
+        os._exit(bootstrap(process, parent_sentinel))
+
+    BaseProcess._bootstrap = run  # type: ignore[attr-defined]
+
+
 # Of the two ways in which multiprocessing starts a process: a fork calls this first ...
 multiprocessing.util.register_after_fork(end_with_parent_and_be_one, lambda work: work())
 # ... and what is spawned imports this module, before it imports vLLM, which takes seconds.
 if __name__ == "__mp_main__":
     end_with_parent_and_be_one()
+    _end_as_forks_do()
 
 
 def main() -> int:

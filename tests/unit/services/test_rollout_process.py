@@ -122,3 +122,24 @@ def test_what_is_killed_ends_with_the_number_of_the_signal(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=30)
     assert done.returncode == 143 and time.monotonic() - started < 20
     wait_until(lambda: not is_running(int(done.stdout)), 5.0)
+
+
+def test_what_is_spawned_ends_with_its_own_exit_code_and_without_the_interpreters_end(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, multiprocessing, sys\n"
+        "from services.rollout import process\n"
+        "def work():\n"
+        "    atexit.register(print, 'the interpreter ends')\n"
+        "    print('works')\n"
+        "    sys.exit(7)\n"
+        "if __name__ == '__mp_main__':\n"
+        "    process._end_as_forks_do()\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "    child.start()\n"
+        "    child.join()\n"
+        "    print(child.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.stdout.split("\n") == ["works", "7", ""]
