@@ -30,7 +30,7 @@ def wait_for_the_end() -> None:
 
 async def main(url: str, model: str, stage: str) -> None:
     student = load_student(RunConfig(student={"model": model}).student)
-    async with attached(student, url, lease_s=5.0) as (sync, _):
+    async with attached(student, url, lease_s=5.0, stage_timeout_s=10.0) as (sync, _):
         await sync.push(0)
         if stage == "start":
             await sync._control.pause(30.0)
