@@ -49,7 +49,7 @@ def start(student: str, servers: tuple[Server, Server], output: Path) -> Trainer
     words = arguments({"qwen3": student}, *servers, output)
     words[words.index("--output.save_every_steps") + 1] = "1"
     words += ["--output.save_total_limit", "1000", "--output.samples_every_steps", "1"]
-    words += ["--output.samples_per_record", "8", "--evaluation.every_steps", "2"]
+    words += ["--output.samples_per_record", "8", "--evaluation.every_steps", "2", "--weight_sync.lease_s", "10"]
     words[words.index("--sampling.temperature") + 1] = "1"
     return started(command("train", *words)), output
 
