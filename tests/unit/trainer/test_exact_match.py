@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from services.config import RunConfig
 from services.errors import DataError
-from services.schemas import RolloutSampling
+from services.schemas import PolicyLabel, RolloutSampling
 from tests.tokenizers import FAMILIES
 from tests.unit.trainer.generating import Generator
 from tests.unit.trainer.test_evaluate import student_of, teacher_of
 from trainer.evaluate import Evaluator
 from trainer.exact_match import ExactMatch, check_answers, count_teacher_matches
+from trainer.policy_versions import PolicyVersions
 from trainer.prompts import Prompt, PromptRows, read_prompts
 from trainer.teachers import Teachers
 
@@ -117,7 +118,10 @@ async def test_a_model_compared_with_itself_shows_the_same_on_both_sides(family:
     student = student_of(folder)
     async with teacher_of(folder) as teacher:
         assert teacher.info.eos_token_ids == sorted({end, *({tokenizer.eos_token_id} - {None})})
-        evaluator = Evaluator(config, prompts, tokenizer, Generator(student, [end]), Teachers([teacher]), [end])  # type: ignore[arg-type]
+        versions = PolicyVersions("mine")
+        versions.set_live(PolicyLabel(0, 1, "mine"))
+        rollouts: Any = Generator(student, [end])
+        evaluator = Evaluator(config, prompts, tokenizer, rollouts, Teachers([teacher]), [end], versions)
         measured = await evaluator.evaluate(student, 0)
         alone = [await count_teacher_matches(teacher, [prompt], rule(tokenizer, end)) for prompt in prompts]
     assert measured.exact_match == measured.teacher_exact_match
