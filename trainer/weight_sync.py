@@ -28,6 +28,7 @@ from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import DistillServeError, ServerHeldError, StartupError, WeightSyncError
 from services.schemas import PolicyLabel, RolloutInfo, RolloutSampling
+from services.weight_transfer.channel import GroupLostError
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.sender import WeightSender, check_arrival
 from services.weight_transfer.source import CheckpointSource
@@ -206,13 +207,18 @@ class WeightSync:
         try:
             checksums = await self._in_thread(lambda: self._sender.send(self._source))
             reports = await receiving
-        except BaseException as error:
+        except (GroupLostError, TimeoutError, WeightSyncError) as error:
+            # Where a worker has failed its server says so, and why; else it says that the trainer is gone.
             self._sender.abort()
-            if isinstance(error, Exception):
-                await asyncio.wait({receiving}, timeout=_REASON_S)
-            if receiving.done() and not receiving.cancelled() and (said := receiving.exception()) is not None:
-                raise said from error  # it names the server and the worker
+            await asyncio.wait({receiving}, timeout=_REASON_S)
             receiving.cancel()
+            if receiving.done() and (said := receiving.exception()) is not None:
+                raise said from error
+            raise
+        except BaseException:
+            self._sender.abort()
+            receiving.cancel()
+            await asyncio.wait({receiving})
             raise
         await asyncio.to_thread(check_arrival, update, checksums, reports, self._client.urls)
 

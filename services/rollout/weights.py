@@ -90,8 +90,9 @@ async def pause(request: Request, state: RolloutState) -> Response:
     body = await _body(request, state, PauseRequest)
     async with _stage(state, body.run, "pause", extra_s=body.drain_s):
         await state.admission.close(body.drain_s)
-        state.is_paused = True
-        await _in_time(state, engine_of(request).pause_generation(mode="wait", clear_cache=True))
+        if not state.is_paused:  # data-parallel engines agree on a pause by steps, for which there may be no weights now
+            state.is_paused = True
+            await _in_time(state, engine_of(request).pause_generation(mode="wait", clear_cache=True))
     return _done()
 
 

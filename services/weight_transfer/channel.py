@@ -16,6 +16,10 @@ from typing import Protocol
 import torch
 
 
+class GroupLostError(RuntimeError):
+    """A peer is lost or has left, or this end has: the other ends may know why."""
+
+
 class Channel(Protocol):
     """A group of the trainer, rank 0, and every worker of every rollout server.
 
@@ -33,11 +37,11 @@ class Channel(Protocol):
 
         Raises:
             TimeoutError: this broadcast took longer than the rendezvous' `timeout_s`.
-            RuntimeError: a peer is lost, or the channel was aborted.
+            GroupLostError: a peer is lost, or the channel was aborted.
         """
 
     def abort(self) -> None:
-        """Leave the group; a broadcast that runs in another thread ends with an error. Safe to call twice."""
+        """Leave the group; a broadcast that runs in another thread ends with a GroupLostError. Safe to call twice."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroupGloo, Store
 
-from services.weight_transfer.channel import Rendezvous
+from services.weight_transfer.channel import GroupLostError, Rendezvous
 from services.weight_transfer.rendezvous import own_address
 
 _POLL_S, _KEEP_POLL_S = 0.001, 0.1
@@ -38,11 +38,11 @@ class GlooChannel:
 
         Raises:
             TimeoutError: it took longer than the rendezvous' `timeout_s`.
-            RuntimeError: a peer is lost, or the channel was aborted.
+            GroupLostError: a peer is lost, or the channel was aborted.
         """
         group = self._group
         if group is None:
-            raise RuntimeError(_LEFT)
+            raise GroupLostError(_LEFT)
         deadline = time.monotonic() + self._timeout_s
         work = group.broadcast(buffer, 0)  # type: ignore[attr-defined]  # missing in torch's stubs
         while not work.is_completed():  # work.wait() does not notice that the group is left
@@ -51,16 +51,20 @@ class GlooChannel:
                 threading.Thread(target=_keep, args=(group, work), name="gloo-end", daemon=True).start()
                 del group, work  # the error would keep them, and with them the connections to the peers
                 raise (
-                    RuntimeError(_LEFT) if left else TimeoutError(f"a broadcast took longer than {self._timeout_s:g} s")
+                    GroupLostError(_LEFT)
+                    if left
+                    else TimeoutError(f"a broadcast took longer than {self._timeout_s:g} s")
                 )
         try:
             work.wait()
         except RuntimeError as error:  # what gloo says is the place in its source
             del group, work
-            raise RuntimeError("the connection to a peer of this push was lost: it ended, or left the group") from error
+            raise GroupLostError(
+                "the connection to a peer of this push was lost: it ended, or left the group"
+            ) from error
 
     def abort(self) -> None:
-        """Leave the group; a broadcast that runs in another thread ends with a RuntimeError. Safe to call twice.
+        """Leave the group; a broadcast that runs in another thread ends with a GroupLostError. Safe to call twice.
 
         The peers notice it in the next broadcast: gloo brings one to its end that has begun, or to its deadline.
         """

@@ -16,7 +16,7 @@ from vllm.distributed.utils import StatelessProcessGroup
 from vllm.utils.nccl import unpinned_nccl_env
 from vllm.utils.torch_utils import current_stream
 
-from services.weight_transfer.channel import Rendezvous
+from services.weight_transfer.channel import GroupLostError, Rendezvous
 
 
 class NcclChannel:
@@ -45,12 +45,12 @@ class NcclChannel:
 
         Raises:
             TimeoutError: it took longer than the rendezvous' `timeout_s`; the group has been left.
-            RuntimeError: nccl failed, or the channel was aborted.
+            GroupLostError: nccl failed, or the channel was aborted.
         """
         self._within_deadline(f"a broadcast of {buffer.numel()} bytes", lambda: self._broadcast(buffer))
 
     def abort(self) -> None:
-        """Leave the group; a broadcast that runs in another thread ends with a RuntimeError. Safe to call twice."""
+        """Leave the group; a broadcast that runs in another thread ends with a GroupLostError. Safe to call twice."""
         with self._lock:
             if self._left.done():
                 return
@@ -81,8 +81,11 @@ class NcclChannel:
         if self.device.type == "cuda":
             # The optimizer, what fills the buffer and what still reads it run on streams that nccl's would not wait for.
             torch.cuda.synchronize(self.device)
-        communicator.broadcast(buffer, src=0)
-        current_stream().synchronize()
+        try:
+            communicator.broadcast(buffer, src=0)
+            current_stream().synchronize()
+        except RuntimeError as error:
+            raise GroupLostError(str(error)) from error
 
     def _within_deadline(self, what: str, call: Callable[[], None]) -> None:
         done: Future[None] = Future()
@@ -90,7 +93,7 @@ class NcclChannel:
         Thread(target=self._run, args=(call, done), name="nccl", daemon=True).start()
         wait((done, self._left), self._timeout_s, FIRST_COMPLETED)
         if self._left.done():
-            raise RuntimeError(f"{what} over nccl did not take place: the group of this push has been left")
+            raise GroupLostError(f"{what} over nccl did not take place: the group of this push has been left")
         if not done.done():
             self.abort()
             raise TimeoutError(

@@ -9,7 +9,7 @@ import torch
 
 from services.config import RunConfig, WeightSyncConfig
 from services.weight_transfer.source import CheckpointSource
-from tests.integration.attach import attached
+from tests.integration.attach import BEHIND_THE_LAYERS, attached
 from trainer.model import load_student
 
 
@@ -17,8 +17,8 @@ class Stops(CheckpointSource):
     """Sends a few tensors, says so and goes no further."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for index, item in enumerate(super().__iter__()):
-            if index == 14:  # in the second layer: the first has been loaded
+        for item in super().__iter__():
+            if item[0] == BEHIND_THE_LAYERS:
                 wait_for_the_end()
             yield item
 

@@ -1,6 +1,7 @@
 """Ends of a real rollout server of two workers: whatever it is doing, it is gone in time, and all that it started with it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from services.rollout.process import GRACE_S
@@ -129,9 +131,12 @@ def test_ten_moments_of_a_push(number: signal.Signals, models: dict[str, str], t
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_nothing_outlives_a_whole_run_that_is_killed(models: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["up", "trainer"])
+def test_nothing_outlives_a_whole_run_of_which_a_part_is_killed(
+    victim: str, models: dict[str, str], tmp_path: Path
+) -> None:
     seconds = []
-    for moment in range(3):
+    for moment in range(5):
         output, data = tmp_path / f"out-{moment}", tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(20)))
         words = command(
@@ -144,13 +149,18 @@ def test_nothing_outlives_a_whole_run_that_is_killed(models: dict[str, str], tmp
         try:
             metrics = output / "metrics.jsonl"
             wait_until(lambda path=metrics: path.exists() and '"num_steps"' in path.read_text(), 300.0)  # type: ignore[misc]
-            time.sleep(0.3 * moment)
+            time.sleep(0.13 * moment)  # a push is a third of a step
             family = Family.of(run.pid)
             assert len(family.pids) >= 7, "up, its three roles, an engine and two workers"
+            (trainer_pid,) = [
+                p.pid for p in psutil.Process(run.pid).children() if "train" in p.cmdline() and p.pid in family.pids
+            ]
             started = time.monotonic()
+            os.kill(run.pid if victim == "up" else trainer_pid, signal.SIGKILL)
+            run.wait(30.0)
         finally:
             run.kill()
             run.wait()
         wait_until(lambda family=family: family.left() == [], 30.0)  # type: ignore[misc]
         seconds.append(time.monotonic() - started)
-    print("of a run whose `up` is killed nothing is left after", [round(s, 1) for s in seconds], "s")
+    print(f"of a run whose {victim} is killed nothing is left after", [round(s, 1) for s in seconds], "s")

@@ -16,7 +16,7 @@ import torch
 from services.config import RunConfig
 from services.errors import WeightSyncError
 from services.weight_transfer.source import CheckpointSource
-from tests.integration.attach import BreaksOff, attached, push_and_compare, status
+from tests.integration.attach import BEHIND_THE_LAYERS, BreaksOff, attached, push_and_compare, status
 from tests.integration.processes import Server, environment, server, wait_until
 from tests.models import save_model
 from trainer.model import load_student
@@ -32,8 +32,8 @@ class Stalls(CheckpointSource):
         self.begun, self.let_go = threading.Event(), threading.Event()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for index, item in enumerate(super().__iter__()):
-            if index == 14:
+        for item in super().__iter__():
+            if item[0] == BEHIND_THE_LAYERS:
                 self.begun.set()
                 self.let_go.wait(60.0)
             yield item

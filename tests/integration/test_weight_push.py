@@ -54,10 +54,10 @@ async def break_off(sync: WeightSync, model: PreTrainedModel, monkeypatch: pytes
         patch.setattr(sync, "_source", BreaksOff(model, dtype))
         patch.setattr(sync._sender, "_bucket_bytes", 1)
         with pytest.raises(WeightSyncError, match="breaks off"):
-            await sync._push_once(99, sync._canary)
+            await sync._push_once(99)
         assert status(running)["policy_version"] == before and not status(running)["admits"]
         with pytest.raises(WeightSyncError, match="breaks off"):
-            await sync._push_once(99, sync._canary)
+            await sync._push_once(99)
     assert status(running)["policy_version"] == "mixed"  # seen when the second attempt cleared what the first left
 
 
@@ -111,7 +111,7 @@ async def refuse_what_does_not_arrive(
                     else "did not arrive as they were sent: other checksums"
                 )
                 with pytest.raises(WeightSyncError, match=said):
-                    await sync._push_once(NUM_PUSHES + 1, sync._canary)
+                    await sync._push_once(NUM_PUSHES + 1)
             found = status(running)
             assert not found["admits"], (fault, trial)
             assert [worker["label"] for worker in found["workers"]] == [f"{NUM_PUSHES}.1@{sync.versions.run}"]

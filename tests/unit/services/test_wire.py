@@ -249,6 +249,12 @@ def test_what_a_later_server_adds_to_its_scores_is_left_out() -> None:
         {"policy_versions": None},
         {"policy_versions": [1]},
         {"policy_versions": [{"policy_version": "a"}]},
+        {"policy_versions": [{"policy_version": ["a"], "start": 0, "end": 3}]},
+        {"policy_versions": [{"policy_version": "a", "start": "0", "end": 3}]},
+        {"policy_versions": [{"policy_version": "a", "start": 0, "end": None}]},
+        {"finish_reason": "tired"},
+        {"prompt_index": "0"},
+        {"sample_index": 0.5},
         {"surprise": 1},
     ],
     ids=json.dumps,
@@ -263,6 +269,14 @@ def test_a_frame_that_is_no_completion_is_refused(change: dict[str, Any]) -> Non
             metadata[name] = value
     with pytest.raises(PeerError, match="not a rollout completion"):
         wire.decode_completion(wire.encode_document(arrays, metadata))
+
+
+@pytest.mark.parametrize("name", ["token_ids", "rollout_logprobs"])
+@pytest.mark.parametrize("wrong", [np.array(1), np.zeros((3, 1)), np.zeros(3, np.complex64), np.zeros(3, bool)])
+def test_arrays_of_another_kind_are_refused(name: str, wrong: np.ndarray) -> None:
+    arrays, metadata = wire.decode_document(wire.encode_completion(completion())[4:])
+    with pytest.raises(PeerError, match=f"its {name} is not what it should be"):
+        wire.decode_completion(wire.encode_document({**arrays, name: wrong}, metadata))
 
 
 def test_python_objects_cannot_be_sent() -> None:

@@ -15,6 +15,7 @@ import torch
 from services.config import RunConfig
 from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
 from services.schemas import CanaryScores, RolloutCompletion, RolloutSampling, VersionSpan
+from services.weight_transfer.channel import GroupLostError, Update
 from tests.models import save_model
 from tests.unit.trainer.test_preflight import rollout_info
 from trainer import weight_sync
@@ -72,6 +73,9 @@ class Servers:
             raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
         if self.trouble == "never answers":
             await asyncio.sleep(3600)
+        if self.trouble == "breaks":
+            await asyncio.sleep(0.05)
+            raise WeightSyncError("receive on http://rollout answered 500: worker 0: the trainer is gone")
         return [["a report"]]
 
     async def finish(self, label: str) -> None:
@@ -138,8 +142,6 @@ class Sender:
         tell({"master_port": self.num_connections})
 
     def update(self, source: Any) -> Any:
-        from services.weight_transfer.channel import Update
-
         return Update([], [], [], 1)
 
     def send(self, source: Any) -> list[str]:
@@ -151,9 +153,9 @@ class Sender:
             raise TimeoutError
         if servers.trouble in ("fails in a worker", "fails in a worker, later", "never answers", "is taken over"):
             if servers.trouble == "fails in a worker, later":
-                raise RuntimeError("Connection closed by peer")  # heard of before the server's own word
+                raise GroupLostError("Connection closed by peer")  # heard of before the server's own word
             assert servers.aborted.wait(10.0), "nobody ends the broadcast"
-            raise RuntimeError("aborted")
+            raise GroupLostError("aborted")
         return ["a checksum"]
 
     def abort(self) -> None:

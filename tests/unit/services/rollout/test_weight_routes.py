@@ -195,6 +195,15 @@ async def test_weights_change_only_while_nobody_samples(server: Server) -> None:
     assert server.engine.calls == []
 
 
+async def test_an_engine_that_is_paused_is_not_paused_again_until_it_has_run(server: Server) -> None:
+    for _ in range(2):
+        await server.post("pause", drain_s=1.0)
+    assert server.engine.calls == ["pause wait True"]
+    await server.post("finish", label=f"1.1@{RUN}")
+    await server.post("pause", drain_s=1.0)
+    assert server.engine.calls.count("pause wait True") == 2
+
+
 async def test_what_was_discarded_half_way_has_no_version(server: Server) -> None:
     server.engine.answers["weights_discard"] = lambda rank: {"problem": None, "changed": rank == 3}
     await server.post("connect", rendezvous={}, timeout_s=1.0)
