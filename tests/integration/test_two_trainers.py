@@ -78,8 +78,7 @@ def check_undisturbed(trainer: Trainer, student: str, other: str) -> None:
     assert max(row["canary_residual"] for row in steps) <= 1e-4
     assert max(abs(row["importance_ratio_mean"] - 1) for row in steps) <= 1e-3
     assert max(row["importance_ratio_max"] for row in steps) <= 1 + 1e-3
-    # Not splitlines(): a random completion may hold a line separator of Unicode.
-    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().split("\n") if line]
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_bytes().splitlines()]
     for step in [*range(1, CHECKED_STEPS + 1), *range(len(steps) - CHECKED_STEPS + 1, len(steps) + 1)]:
         folder = output / "checkpoints" / f"step-{step - 1}" if step > 1 else Path(student)
         own = [sample for sample in samples if sample["step"] == step]
