@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -97,7 +98,7 @@ class WeightSync:
         )
         self._connected = False
         self._canary: Canary | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def _check_backends(self) -> None:
         backend = self._config.weight_sync_backend()
@@ -171,10 +172,10 @@ class WeightSync:
             if not self._connected:
                 await self._connect()
             await self._control.start()
-            await self._send()
+            ours = await self._send_beside(canary)
             await self._control.finish(str(label))
             sent = time.monotonic()
-            residual = await self._run_canary(label, canary)
+            residual = await self._run_canary(label, canary, ours)
             self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
@@ -198,6 +199,16 @@ class WeightSync:
 
         await self._in_thread(lambda: self._sender.connect(tell))
         self._connected = True
+
+    async def _send_beside(self, canary: Canary) -> list[np.ndarray]:
+        """Send, and meanwhile compute the trainer's own logprobs of the canary."""
+        ours = asyncio.create_task(self._in_thread(lambda: canary.logprobs(self._model)))
+        try:
+            await self._send()
+        except BaseException:
+            await asyncio.wait({ours})  # two of these at once would leave the model in evaluation mode
+            raise
+        return await ours
 
     async def _send(self) -> None:
         """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
@@ -247,17 +258,9 @@ class WeightSync:
             tokens_per_micro_batch=self._config.pipeline.micro_batch_tokens,
         )
 
-    async def _run_canary(self, label: PolicyLabel, canary: Canary) -> float:
+    async def _run_canary(self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray]) -> float:
         """The largest residual of all data-parallel engines of all servers."""
-        scoring = asyncio.create_task(self._control.score_canary(canary.sequences))
-        try:
-            # To its end also when the servers have failed: two of these at once would leave the model in evaluation mode.
-            ours = await self._in_thread(lambda: canary.logprobs(self._model))
-        except BaseException:
-            scoring.cancel()
-            await asyncio.wait({scoring})
-            raise
-        scored = await scoring
+        scored = await self._control.score_canary(canary.sequences)
         residuals = []
         for url, scores in zip(self._client.urls, scored, strict=True):
             where = f"version {label.version} on {url}"
@@ -281,8 +284,9 @@ class WeightSync:
             except BaseException as error:
                 done.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name="weight-push", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="weight-push", daemon=True)
+        self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+        thread.start()
         return await asyncio.wrap_future(done)
 
     def _choose_device(self) -> None:
@@ -300,7 +304,7 @@ class WeightSync:
     async def close(self) -> None:
         """End a push that is under way, leave the group, and give the servers back."""
         self._disconnect()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, _ABORT_S)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, _ABORT_S)
         await self._control.release()
         await self._control.close()

@@ -301,7 +301,7 @@ async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach:
     await asyncio.wait({pushing})
     await sync.close()
     assert pushing.cancelled() and time.monotonic() - started < 5.0 and servers.events[-2:] == ["release", "close"]
-    assert sync._thread is not None and not sync._thread.is_alive()
+    assert not any(thread.is_alive() for thread in sync._threads)
 
 
 async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: Attach) -> None:
