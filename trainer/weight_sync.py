@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import DistillServeError, ServerHeldError, StartupError, WeightSyncError
-from services.schemas import PolicyLabel, RolloutInfo, RolloutSampling
+from services.schemas import CanaryScores, PolicyLabel, RolloutInfo, RolloutSampling
 from services.weight_transfer.channel import GroupLostError
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.sender import WeightSender, check_arrival
@@ -172,10 +172,15 @@ class WeightSync:
             if not self._connected:
                 await self._connect()
             await self._control.start()
-            ours = await self._send_beside(canary)
-            await self._control.finish(str(label))
-            sent = time.monotonic()
-            residual = await self._run_canary(label, canary, ours)
+            await self._send()
+            ours = asyncio.create_task(self._in_thread(lambda: canary.logprobs(self._model)))
+            try:
+                await self._control.finish(str(label))
+                sent = time.monotonic()
+                scored = await self._control.score_canary(canary.sequences)
+            finally:
+                await asyncio.wait({ours})  # two of these at once would leave the model in evaluation mode
+            residual = self._check_canary(label, canary, await ours, scored)
             self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
@@ -199,16 +204,6 @@ class WeightSync:
 
         await self._in_thread(lambda: self._sender.connect(tell))
         self._connected = True
-
-    async def _send_beside(self, canary: Canary) -> list[np.ndarray]:
-        """Send, and meanwhile compute the trainer's own logprobs of the canary."""
-        ours = asyncio.create_task(self._in_thread(lambda: canary.logprobs(self._model)))
-        try:
-            await self._send()
-        except BaseException:
-            await asyncio.wait({ours})  # two of these at once would leave the model in evaluation mode
-            raise
-        return await ours
 
     async def _send(self) -> None:
         """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
@@ -258,9 +253,10 @@ class WeightSync:
             tokens_per_micro_batch=self._config.pipeline.micro_batch_tokens,
         )
 
-    async def _run_canary(self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray]) -> float:
+    def _check_canary(
+        self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray], scored: list[CanaryScores]
+    ) -> float:
         """The largest residual of all data-parallel engines of all servers."""
-        scored = await self._control.score_canary(canary.sequences)
         residuals = []
         for url, scores in zip(self._client.urls, scored, strict=True):
             where = f"version {label.version} on {url}"

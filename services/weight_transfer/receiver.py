@@ -1,8 +1,9 @@
 """A worker's end of a push.
 
-thread   broadcast ► checksum of bucket n + 1      waits for the trainer; ends with the stage's deadline, or when the
+thread   broadcast of bucket n + 1                 waits for the trainer; ends with the stage's deadline, or when the
                                                    trainer or another worker leaves the group
-main     load_weights of bucket n                  waits for the thread
+thread   checksum of bucket n
+main     load_weights of bucket n                  waits for both threads
 
 trainer, rank 0                              worker, rank rank_offset + its own rank
 ---------------                              ---------------------------------------
@@ -136,25 +137,23 @@ class WeightReceiver(WeightTransferEngine[Rendezvous, Update]):
 
     def _receive_and_load(self, channel: Channel, arrivals: Arrivals, buckets: list[Bucket]) -> None:
         self._buffers.reserve(buckets)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as executor:
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="weights") as executor:
             try:
                 arriving = executor.submit(self._receive, channel, buckets, 0)
                 for index, bucket in enumerate(buckets):
-                    self.receipt.checksums.append(arriving.result())
+                    arriving.result()
+                    buffer = self._buffers.of(index, bucket)
+                    summed = executor.submit(checksum, [tensor for _, tensor in unpack(buffer, bucket)])
                     arriving = executor.submit(self._receive, channel, buckets, index + 1)
-                    self._load(arrivals, bucket, self._buffers.of(index, bucket))
-                arriving.result()
+                    self._load(arrivals, bucket, buffer)
+                    self.receipt.checksums.append(summed.result())  # before the buffer is used again
             except BaseException:
                 channel.abort()  # ends the thread, which the executor waits for
                 raise
 
-    def _receive(self, channel: Channel, buckets: list[Bucket], index: int) -> str:
-        if index == len(buckets):
-            return ""
-        bucket = buckets[index]
-        buffer = self._buffers.of(index, bucket)
-        channel.broadcast(buffer)
-        return checksum(tensor for _, tensor in unpack(buffer, bucket))
+    def _receive(self, channel: Channel, buckets: list[Bucket], index: int) -> None:
+        if index < len(buckets):
+            channel.broadcast(self._buffers.of(index, buckets[index]))
 
     def _load(self, arrivals: Arrivals, bucket: Bucket, buffer: torch.Tensor) -> None:
         with arrivals.recording():

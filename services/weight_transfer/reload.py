@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -33,7 +34,7 @@ def discard_partial_update(model: torch.nn.Module, model_config: Any) -> None:
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
-    """Rebuild the packed GEMM weights of the CPU linears that share their parameter with another module.
+    """Rebuild the packed GEMM weights of a head that shares its parameter with the embedding.
 
     On CPU vLLM packs a layer's weight for oneDNN when it is loaded. A head that is tied to the embedding is never loaded
     again by the layerwise reload, so that its packed copy goes stale: wrong logits, no error. Every other layer was packed
@@ -42,7 +43,7 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     # By identity: a packed layer keeps an empty weight, and all empty tensors share the address 0.
     users = Counter(id(weight) for layer in model.modules() if (weight := getattr(layer, "weight", None)) is not None)
     for layer in model.modules():
-        if hasattr(layer, "cpu_linear") and users[id(getattr(layer, "weight", None))] > 1:
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear") and users[id(layer.weight)] > 1:
             quant_method: Any = layer.quant_method
             quant_method.process_weights_after_loading(layer)
 

@@ -1,6 +1,6 @@
 """The trainer's end of a push.
 
-    calling thread   take the tensors of bucket n + 1 from the source, checksum, pack      waits for the buffer it packs into
+    calling thread   take the tensors of bucket n + 1 from the source, pack, checksum      waits for the buffer it packs into
     thread           broadcast of bucket n                                                 waits for the slowest worker;
                      ends with the stage's deadline, with `abort`, or when a worker leaves the group
 
@@ -127,9 +127,9 @@ class WeightSender:
                     if index >= 2:
                         sent[index - 2].result()  # its buffer is the one that is needed now
                     whole = [_next(tensors, parameter) for parameter in bucket.parameters]
+                    sent.append(executor.submit(channel.broadcast, self._pack(channel, index, bucket, whole)))
                     # Of the source, not of the buffer: what the buffer held before must not pass for it.
                     checksums.append(checksum(whole))
-                    sent.append(executor.submit(channel.broadcast, self._pack(channel, index, bucket, whole)))
                     del whole
                 if (extra := next(tensors, None)) is not None:
                     raise ValueError(

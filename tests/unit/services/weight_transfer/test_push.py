@@ -126,11 +126,12 @@ def test_a_source_that_is_read_while_it_changes_is_found(monkeypatch: pytest.Mon
     weights = random_weights(0)
     pack = sender._pack
 
-    def change_and_pack(channel, index, bucket, tensors):  # type: ignore[no-untyped-def]
+    def pack_and_change(channel, index, bucket, tensors):  # type: ignore[no-untyped-def]
+        packed = pack(channel, index, bucket, tensors)
         tensors[0].view(-1)[0] += 1.0
-        return pack(channel, index, bucket, tensors)
+        return packed
 
-    monkeypatch.setattr(sender, "_pack", change_and_pack)
+    monkeypatch.setattr(sender, "_pack", pack_and_change)
     with pytest.raises(WeightSyncError, match="did not arrive as they were sent"):
         push(sender, workers, Source(weights))
 

@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from services.weight_transfer import receiver as receiver_module
+from services.weight_transfer import reload
 from services.weight_transfer.plugin import channel_class, engine_name, register
 from services.weight_transfer.receiver import WeightReceiver
 from services.weight_transfer.reload import is_reloading, repack_tied_heads, return_expert_kernels, take_expert_kernels
@@ -299,9 +300,12 @@ class Packing:
         self.packed.append(layer)
 
 
-def test_only_a_tied_head_is_packed_again() -> None:
+def test_only_a_tied_head_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, method = Model(), Packing()
-    for layer in (model.lm_head, model.layers[0]["qkv_proj"], model.norm):
+    head = type("Head", (type(model.lm_head),), {})
+    model.lm_head.__class__ = head
+    monkeypatch.setattr(reload, "ParallelLMHead", head)
+    for layer in (model.lm_head, model.embed, model.layers[0]["qkv_proj"], model.norm):  # nobody reads an embedding's
         layer.cpu_linear, layer.quant_method = None, method
     repack_tied_heads(model)
     assert method.packed == [model.lm_head]
