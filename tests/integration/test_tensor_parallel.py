@@ -64,7 +64,8 @@ async def test_two_workers_hold_what_is_pushed_also_after_trainers_that_were_kil
 
         for stage in ("start", "update"):
             kill_a_trainer(running, model, stage)
-            found = status(running)  # answered once the workers have noticed
+            wait_until(lambda: status(running)["workers"] is not None)  # they can be asked once they have noticed
+            found = status(running)
             assert not found["admits"] and found["holder"]["left_s"] > 0
             assert [worker["update"] for worker in found["workers"]] == ["started"] * 2
             wait_until(lambda: status(running)["admits"])  # after the lease, by itself
