@@ -7,6 +7,7 @@ in any bucket, alone when it is larger.
 """
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from services.weight_transfer.channel import Update
 
 _ALIGNMENT = 16
 """Bytes; each parameter starts at a multiple of it, so that it is a view of the buffer whatever its dtype."""
+_THREADS = max(1, (os.cpu_count() or 1) // 4)
+"""Of a checksum: beside it a worker loads, and the trainer packs."""
 _HASHED_AT_ONCE = 16 << 20
 """Bytes; a tensor of another device is hashed in pieces, so that no copy of all of it is needed."""
 
@@ -123,7 +126,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:
     """Blake3 of the bytes of contiguous tensors, one after the other, in hexadecimal."""
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = blake3(max_threads=_THREADS)
     for tensor in tensors:
         for piece in as_bytes(tensor).split(_HASHED_AT_ONCE):
             hasher.update(piece.cpu().numpy())
