@@ -1,10 +1,14 @@
-"""The body of a request, from the wire to bytes, in a bounded time."""
+"""The body of a request, from the wire to bytes in a bounded time, and from JSON to what it spells."""
 
 import asyncio
+from typing import TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from services.errors import RequestError
+from services.errors import RequestError, describe_validation_error
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
@@ -29,3 +33,16 @@ async def read_body(request: Request, timeout_s: float) -> bytes:
 def caller_gone(detail: str) -> RequestError:
     """Seen by nobody but the metrics."""
     return RequestError(499, "Client closed request", detail)
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """What the JSON of a body spells.
+
+    Raises:
+        RequestError: it spells none; names the first wrong field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        field, message = describe_validation_error(error)[0]
+        raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error

@@ -3,9 +3,8 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from pydantic import ValidationError
-
-from services.errors import RequestError, describe_validation_error
+from services.errors import RequestError
+from services.request_body import parse_body
 from services.rollout.settings import RolloutSettings
 from services.schemas import RolloutRequest
 from services.wire import MAX_IDS_PER_REQUEST
@@ -33,11 +32,7 @@ async def read_request(body: bytes, settings: RolloutSettings, max_model_len: in
 def parse_request(body: bytes, settings: RolloutSettings, max_model_len: int, vocab_size: int) -> RolloutRequest:
     """As `read_request`, in the calling thread; the largest bodies take a tenth of a second."""
     _check_size(body, settings)
-    try:
-        request = RolloutRequest.model_validate_json(body)
-    except ValidationError as error:
-        field, message = describe_validation_error(error)[0]
-        raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
+    request = parse_body(body, RolloutRequest)
     _check_limits(request, settings, max_model_len, vocab_size)
     return request
 

@@ -18,9 +18,8 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from vllm import SamplingParams
@@ -28,8 +27,8 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from services.errors import RequestError, describe_validation_error
-from services.request_body import read_body
+from services.errors import RequestError
+from services.request_body import Body, parse_body, read_body
 from services.rollout.rollouts import engine_of
 from services.rollout.state import MIXED, RolloutState, Stage
 from services.schemas import (
@@ -44,8 +43,6 @@ from services.schemas import (
 )
 
 logger = logging.getLogger(__name__)
-
-Body = TypeVar("Body", bound=BaseModel)
 
 # A worker keeps the deadline itself; its answer takes a moment more.
 _ANSWER_S = 10.0
@@ -202,11 +199,7 @@ async def get_status(request: Request, state: RolloutState) -> Response:
 
 
 async def _body(request: Request, state: RolloutState, kind: type[Body]) -> Body:
-    try:
-        return kind.model_validate_json(await read_body(request, state.settings.transfer_timeout_s))
-    except ValidationError as error:
-        field, message = describe_validation_error(error)[0]
-        raise RequestError(422, "Invalid request", f"{field}: {message}", field=field) from error
+    return parse_body(await read_body(request, state.settings.transfer_timeout_s), kind)
 
 
 def _done() -> Response:

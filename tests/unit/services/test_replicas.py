@@ -7,15 +7,9 @@ from contextlib import ExitStack
 import pytest
 
 from services.replicas import Lease, Replicas
+from tests.clock import Clock
 
 A, B, C = "http://a", "http://b", "http://c"
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -4,14 +4,7 @@ import pytest
 
 from services.errors import RequestError
 from services.rollout.holder import Holder
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture
