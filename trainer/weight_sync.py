@@ -172,15 +172,11 @@ class WeightSync:
             if not self._connected:
                 await self._connect()
             await self._control.start()
-            await self._send()
-            ours = asyncio.create_task(self._in_thread(lambda: canary.logprobs(self._model)))
-            try:
-                await self._control.finish(str(label))
-                sent = time.monotonic()
-                scored = await self._control.score_canary(canary.sequences)
-            finally:
-                await asyncio.wait({ours})  # two of these at once would leave the model in evaluation mode
-            residual = self._check_canary(label, canary, await ours, scored)
+            ours = await self._send(canary)
+            await self._control.finish(str(label))
+            sent = time.monotonic()
+            scored = await self._control.score_canary(canary.sequences)
+            residual = self._check_canary(label, canary, ours, scored)
             self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
@@ -205,13 +201,21 @@ class WeightSync:
         await self._in_thread(lambda: self._sender.connect(tell))
         self._connected = True
 
-    async def _send(self) -> None:
-        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
+    async def _send(self, canary: Canary) -> list[np.ndarray]:
+        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it.
+
+        Returns:
+            the trainer's own logprobs of the canary, computed while the workers load what they have received.
+        """
+
+        def send() -> tuple[list[str], list[np.ndarray]]:
+            return self._sender.send(self._source), canary.logprobs(self._model)
+
         update = await self._in_thread(lambda: self._sender.update(self._source))
         receiving = asyncio.create_task(self._control.receive(await asyncio.to_thread(asdict, update)))
         receiving.add_done_callback(self._abort_if_failed)
         try:
-            checksums = await self._in_thread(lambda: self._sender.send(self._source))
+            checksums, ours = await self._in_thread(send)
             reports = await receiving
         except (GroupLostError, TimeoutError, WeightSyncError) as error:
             # Where a worker has failed its server says so, and why; else it says that the trainer is gone.
@@ -227,6 +231,7 @@ class WeightSync:
             await asyncio.wait({receiving})
             raise
         await asyncio.to_thread(check_arrival, update, checksums, reports, self._client.urls)
+        return ours
 
     def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
         if receiving.cancelled() or receiving.exception() is not None:

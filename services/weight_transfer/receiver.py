@@ -31,6 +31,7 @@ from services.weight_transfer.plugin import channel_class
 from services.weight_transfer.reload import (
     discard_partial_update,
     is_reloading,
+    load_embeddings_in_place,
     repack_tied_heads,
     return_expert_kernels,
     take_expert_kernels,
@@ -110,6 +111,7 @@ class WeightReceiver(WeightTransferEngine[Rendezvous, Update]):
         if self.device.type == "cpu":
             self._expert_kernels = take_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
+        load_embeddings_in_place(self.model)
         self._arrivals = Arrivals(self.model)
 
     def receive_weights(self, update_info: Update) -> None:

@@ -2,9 +2,11 @@
 
 The least is the sum of a broadcast, of vLLM's load_weights and of packing the tied head, each measured alone
 (tests/benchmarks/bare_push.py). Beside the seconds: the memory that a push takes on either side above what is held between
-pushes, against two buckets, and what vLLM's own loading takes of it; the canary against the rollouts of a small step; and
-how long the event loops of the trainer and of the API server did not answer, measured from outside for the latter, by
-/health. On few cores they wait for a processor too: the rollouts show how long without a push.
+pushes, against two buckets, and what vLLM's own loading takes of it; the canary against the rollouts of a small step.
+
+Of other pushes, since to watch costs a part of the processors: how long the event loops of the trainer and of the API server
+were late, the latter measured from outside, by /health; and how long they were blocked, which leaves out the time that Linux
+says their threads waited for a processor. How late everybody is shows a process that has no part in the push and only sleeps.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -41,6 +44,7 @@ from trainer.weight_sync import WeightSync
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 48
 REPEATS = 5
+Rounds = list[dict[str, float]]
 _TICK_S = 0.005
 _HEALTH_EVERY_S = 0.01
 
@@ -82,61 +86,75 @@ async def attached(
             await sync.close()
 
 
+def waited_for_processor(thread: int) -> float:
+    """Seconds that a thread could have run and did not, since it began (/proc/.../schedstat)."""
+    return int(Path(f"/proc/{thread}/schedstat").read_text().split()[1]) / 1e9
+
+
 @contextmanager
-def longest_tick(found: dict[str, float], name: str) -> Iterator[None]:
+def longest_tick(found: dict[str, float]) -> Iterator[None]:
     """Milliseconds that the running event loop did not come round inside, beyond what was asked for."""
-    longest = 0.0
+    late = blocked = 0.0
+    thread = threading.get_native_id()
 
     async def tick() -> None:
-        nonlocal longest
+        nonlocal late, blocked
         while True:
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), waited_for_processor(thread)
             await asyncio.sleep(_TICK_S)
-            longest = max(longest, time.perf_counter() - started - _TICK_S)
+            lateness = time.perf_counter() - started - _TICK_S
+            late = max(late, lateness)
+            blocked = max(blocked, lateness - waited_for_processor(thread) + waited)
 
     ticking = asyncio.get_running_loop().create_task(tick())
     try:
         yield
     finally:
         ticking.cancel()
-        found[name] = 1000 * longest
+        found |= {"trainer_late_ms": 1000 * late, "trainer_blocked_ms": 1000 * blocked}
 
 
-def ask_health(url: str, connection: Connection) -> None:
-    """In a process of its own: until told to end, /health every 10 ms; answers the longest wait, milliseconds."""
-    longest = 0.0
+def ask_health(url: str, server_thread: int, connection: Connection) -> None:
+    """In a process of its own: until told to end, /health every 10 ms.
+
+    Answers the longest time that it took, without the waits for a processor too, and that this process, which has nothing
+    else to do, overslept; milliseconds.
+    """
+    late = blocked = overslept = 0.0
+    threads = (server_thread, threading.get_native_id())
     with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
         client.get("/health").raise_for_status()
         connection.send("asking")
-        while not connection.poll(_HEALTH_EVERY_S):
+        while True:
             started = time.perf_counter()
+            if connection.poll(_HEALTH_EVERY_S):
+                break
+            woke, waited = time.perf_counter(), sum(map(waited_for_processor, threads))
             client.get("/health").raise_for_status()
-            longest = max(longest, time.perf_counter() - started)
-    connection.send(1000 * longest)
+            lateness = time.perf_counter() - woke
+            late = max(late, lateness)
+            blocked = max(blocked, lateness - sum(map(waited_for_processor, threads)) + waited)
+            overslept = max(overslept, woke - started - _HEALTH_EVERY_S)
+    named = {"server_late": late, "server_blocked": blocked, "uninvolved_late": overslept}
+    connection.send({f"{name}_ms": 1000 * seconds for name, seconds in named.items()})
 
 
 @contextmanager
-def longest_health(url: str, found: dict[str, float], name: str) -> Iterator[None]:
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    asking = multiprocessing.get_context("spawn").Process(target=ask_health, args=(url, theirs))
+def watched_loops(url: str, server_thread: int) -> Iterator[dict[str, float]]:
+    """How long either event loop did not answer in the body, and how long a process that had nothing to do overslept."""
+    found: dict[str, float] = {}
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    asking = context.Process(target=ask_health, args=(url, server_thread, theirs))
     asking.start()
     ours.recv()
     try:
-        yield
+        with longest_tick(found):
+            yield found
     finally:
         ours.send("end")
-        found[name] = ours.recv()
+        found |= ours.recv()
         asking.join()
-
-
-@contextmanager
-def watched_loops(url: str, found: dict[str, float], what: str) -> Iterator[None]:
-    """How long either event loop was blocked inside."""
-    with (
-        longest_health(url, found, f"{what}_blocks_server_ms"),
-        longest_tick(found, f"{what}_blocks_trainer_ms"),
-    ):
-        yield
 
 
 def bare_parts(folder: str, answer: Path) -> dict[str, list[float]]:
@@ -152,29 +170,30 @@ def change(model: PreTrainedModel) -> None:
         parameter.mul_(1.0001)
 
 
-async def measure(url: str, worker_pid: int, folder: str) -> list[dict[str, float]]:
-    """Of each push but the first, which also connects."""
+async def measure(url: str, server_pid: int, folder: str) -> tuple[dict[str, float], Rounds, Rounds]:
+    """The first push, which also connects; then pushes whose cost is measured, and pushes that are watched, in turn."""
     model = load_student(RunConfig(student={"model": folder}).student)
     prompts = torch.randint(0, 200, (NUM_PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    sides = {"trainer": Memory(psutil.Process().pid), "worker": Memory(worker_pid)}
-    rounds = []
+    sides = {"trainer": Memory(psutil.Process().pid), "worker": Memory(worker_of(server_pid))}
+    costs, watched = [], []
     async with attached(model, url, prompts) as (sync, client):
-        for version in range(REPEATS + 1):
+        first = await sync.push(0)
+        for repeat in range(REPEATS):
             change(model)
             found: dict[str, float] = {}
-            with watched_loops(url, found, "rollouts"):
-                started = time.perf_counter()
-                await client.generate(prompts, RolloutSampling(max_new_tokens=NEW_TOKENS))
-                found["rollouts_s"] = time.perf_counter() - started
+            started = time.perf_counter()
+            await client.generate(prompts, RolloutSampling(max_new_tokens=NEW_TOKENS))
+            found["rollouts_s"] = time.perf_counter() - started
             held = {side: memory.now() for side, memory in sides.items()}
             for memory in sides.values():
                 memory.reset()
-            with watched_loops(url, found, "push"):
-                pushed = await sync.push(version)
-            found |= {name: pushed[name] for name in ("push_s", "canary_s", "canary_residual")}
-            found |= {f"{side}_extra_mib": memory.peak() - held[side] for side, memory in sides.items()}
-            rounds.append(found)
-    return rounds
+            found |= await sync.push(2 * repeat + 1)
+            costs.append(found | {f"{side}_extra_mib": memory.peak() - held[side] for side, memory in sides.items()})
+            change(model)
+            with watched_loops(url, server_pid) as loops:
+                await sync.push(2 * repeat + 2)
+            watched.append(loops)
+    return first, costs, watched
 
 
 def worker_of(server_pid: int) -> int:
@@ -188,20 +207,20 @@ def main() -> None:
         parts = bare_parts(folder, Path(parent) / "bare.json")
         options = ["--rollout.max_model_len", "256", "--sampling.max_new_tokens", str(NEW_TOKENS)]
         with server("rollout", Path(parent) / "log", "--student.model", folder, *options) as rollout:
-            first, *rounds = asyncio.run(measure(rollout.url, worker_of(rollout.process.pid), folder))
-    medians = {name: statistics.median([found[name] for found in rounds]) for name in rounds[0]}
+            first, costs, watched = asyncio.run(measure(rollout.url, rollout.process.pid, folder))
+    medians = {
+        name: statistics.median([found[name] for found in rounds]) for rounds in (costs, watched) for name in rounds[0]
+    }
     least = sum(statistics.median(parts[name]) for name in bare_push.PARTS)
     figures: dict[str, Any] = {
         "bucket_mib": RunConfig().weight_sync.bucket_mib,
         "bare": parts,
         "first_push": first,
-        "pushes": rounds,
+        "pushes": costs,
+        "watched_pushes": watched,
         "median": medians,
         "push_to_bare_sum": medians["push_s"] / least,
         "canary_to_rollouts": medians["canary_s"] / medians["rollouts_s"],
-        "longest_blocked_ms": {
-            side: max(found[f"push_blocks_{side}_ms"] for found in rounds) for side in ("server", "trainer")
-        },
     }
     results.write("push", figures)
     table = Table("what", "median")
