@@ -71,7 +71,9 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
         if not isinstance(head, ParallelLMHead) or not hasattr(head, "cpu_linear"):
             continue
         tied = [layer for layer in users[id(head.weight)] if layer is not head]
-        packed = [layer for layer in tied if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod)]
+        packed = [
+            layer for layer in tied if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod)
+        ]
         if packed and getattr(head, "bias", None) is None:
             head.cpu_linear = packed[0].cpu_linear
         elif tied:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
@@ -26,6 +27,7 @@ class Embedding(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.quant_method: Any = UnquantizedEmbeddingMethod()
         self.weight = torch.nn.Parameter(torch.zeros(PADDED, WIDTH, dtype=torch.bfloat16), requires_grad=False)
         self.weight.weight_loader = self.load  # type: ignore[attr-defined]
 

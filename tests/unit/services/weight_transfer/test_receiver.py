@@ -20,6 +20,7 @@ from services.weight_transfer.reload import is_reloading, repack_tied_heads, ret
 from services.weight_transfer.worker import WeightUpdates
 from tests.unit.services.weight_transfer.pushes import (
     CPU,
+    PADDED,
     Model,
     Source,
     Wire,
@@ -300,15 +301,48 @@ class Packing:
         self.packed.append(layer)
 
 
-def test_only_a_tied_head_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, method = Model(), Packing()
+@pytest.fixture
+def tied_head(monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A model whose head vLLM would know as one."""
+    model = Model()
     head = type("Head", (type(model.lm_head),), {})
     model.lm_head.__class__ = head
     monkeypatch.setattr(reload, "ParallelLMHead", head)
-    for layer in (model.lm_head, model.embed, model.layers[0]["qkv_proj"], model.norm):  # nobody reads an embedding's
-        layer.cpu_linear, layer.quant_method = None, method
-    repack_tied_heads(model)
-    assert method.packed == [model.lm_head]
+    return model
+
+
+def test_only_a_tied_head_is_packed_again(tied_head: Model) -> None:
+    method = Packing()
+    for layer in (tied_head.lm_head, tied_head.embed, tied_head.layers[0]["qkv_proj"], tied_head.norm):
+        layer.cpu_linear, layer.quant_method = "packed", method
+    repack_tied_heads(tied_head)
+    assert method.packed == [tied_head.lm_head]
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(PADDED)])
+def test_a_tied_head_computes_with_what_was_packed_of_the_embedding(
+    tied_head: Model, bias: torch.Tensor | None
+) -> None:
+    method = Packing()
+    tied_head.embed.cpu_linear, tied_head.lm_head.cpu_linear = "new", "stale"
+    tied_head.lm_head.quant_method, tied_head.lm_head.bias = method, bias  # which may be packed with the weight
+    repack_tied_heads(tied_head)
+    assert (tied_head.lm_head.cpu_linear, len(method.packed)) == (("new", 0) if bias is None else ("stale", 1))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_an_embedding_is_loaded_where_it_is_served_unless_it_is_quantised(worker: Worker, quantised: bool) -> None:
+    model: Any = engine_of(worker).model
+    if quantised:
+        model.embed.quant_method = model.lm_head.quant_method = Packing()
+    served = model.embed.weight
+    for seed in range(3):
+        worker.weights_start()
+        assert (model.embed.weight is served) is not quantised and model.layers[0]["qkv_proj"].weight.is_meta
+        assert receive(worker, seed)["missing"] == []
+        assert worker.weights_finish(f"{seed}.0@run") == {"problem": None}
+        assert model.embed.weight is served and model.lm_head.weight is served
+        assert_holds(engine_of(worker), random_weights(seed))
 
 
 def test_experts_get_a_new_kernel_or_their_old_one_back() -> None:
