@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
-needed_driver=580.65.06  # NEEDED_DRIVER of services/gpus.py
+needed_driver=580.65.06  # NEEDED_DRIVER of services/gpus/cards.py
 torch_cpu_index="https://download.pytorch.org/whl/cpu"
 
 log="$venv/setup.log"

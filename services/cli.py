@@ -1,4 +1,4 @@
-"""The `distillserve` command: one subcommand per role, every option of services/config.py on each.
+"""The `distillserve` command: one subcommand per role, every option of services/config/run.py on each.
 
 argparse only carries the subcommands and their help; options, files and validation are pydantic-settings'.
 Role code is imported when its command runs, so that --help answers at once.
@@ -23,15 +23,15 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from services.addresses import checked_urls
 from services.config import RunConfig
-from services.dict_options import with_tables_as_json
+from services.config.addresses import checked_urls
+from services.config.dict_options import with_tables_as_json
+from services.config.run_file import run_file_source
 from services.errors import ERROR_PREFIX, ConfigError, DistillServeError, describe_validation_error
-from services.gpus import check_granted, keep_segments_expandable, make_visible
+from services.gpus.cards import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
-from services.run_file import run_file_source
-from services.signals import Interrupted, handling, raise_interrupted, run_until_signalled
-from services.streams import give_up_unwritten, say, set_up_streams, writing_stdout
+from services.process.signals import Interrupted, handling, raise_interrupted, run_until_signalled
+from services.process.streams import give_up_unwritten, say, set_up_streams, writing_stdout
 
 _EXAMPLES = {
     "up": """examples:
@@ -57,7 +57,7 @@ _EXAMPLES = {
 
 A row of the input is {"prompt", "completion"} (texts or lists of messages), {"messages"} (maybe with "tools") or
 {"token_ids", "prompt_length"}. A run that ended early is
-finished by the same command; services.score.read_shards reads the folder. The key is DISTILLSERVE_TEACHER_KEY.""",
+finished by the same command; services.score.command.read_shards reads the folder. The key is DISTILLSERVE_TEACHER_KEY.""",
 }
 _SUMMARIES = {
     "up": "start rollout server, teacher server and trainer on this machine",
@@ -249,7 +249,7 @@ def option_help() -> dict[str, str]:
 
 
 def _up(config: RunConfig, verbose: bool) -> int:
-    from services.supervisor import up
+    from services.launch.supervisor import up
 
     return up(config, verbose=verbose)
 
@@ -295,7 +295,7 @@ def _tiny(arguments: argparse.Namespace) -> int:
     say(f"tiny pair of models: in {arguments.output}, built unless it is there (usually 1 to 2 min)")
     from transformers.utils.logging import disable_progress_bar
 
-    from trainer.tiny_pair import build_tiny_pair
+    from trainer.tiny.pair import build_tiny_pair
 
     disable_progress_bar()
     build_tiny_pair(Path(arguments.output), seed=arguments.seed, on_progress=say)
@@ -362,7 +362,7 @@ def _positive_int(text: str) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from services.score import FileOptions, TeacherOptions, score_file, score_pair
+    from services.score.command import FileOptions, TeacherOptions, score_file, score_pair
 
     if not 0.01 <= arguments.temperature <= 100:
         raise ConfigError(f"--temperature = {arguments.temperature} must be between 0.01 and 100")

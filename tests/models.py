@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trainer.tiny_pair import build_tokenizer
+from trainer.tiny.pair import build_tokenizer
 
 _SHAPE = {
     "num_hidden_layers": 2,

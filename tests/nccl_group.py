@@ -5,7 +5,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
 
-from services.startup import free_port
+from services.process.startup import free_port
 from services.weight_transfer.channel import Rendezvous
 from services.weight_transfer.nccl import NcclChannel
 

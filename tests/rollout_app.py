@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 from vllm.logprobs import FlatLogprobs
 
-from services.bounded_connection import BoundedConnection
-from services.guard import OPEN_PATHS, Guard
+from services.http.bounded_connection import BoundedConnection
+from services.http.guard import OPEN_PATHS, Guard
 from services.rollout.guard import AllowList
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from services.schemas import TeacherInfo, TeacherScores
-from services.wire import encode_scores
+from services.wire.codec import encode_scores
+from services.wire.schemas import TeacherInfo, TeacherScores
 
 VOCAB = 261
 INFO = TeacherInfo(

@@ -28,7 +28,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from trainer.tiny_pair import build_tokenizer
+from trainer.tiny.pair import build_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. The dog doesn't mind; the fox does!",

@@ -1,6 +1,6 @@
 """Scored samples to tensors: padded rows for the forward pass, packed completion positions for the loss.
 
-The shift, that position prompt_length - 1 + t predicts completion token t, is in services/padding.py, once.
+The shift, that position prompt_length - 1 + t predicts completion token t, is in services/models/padding.py, once.
 
 Shapes: B samples of a micro-batch, T padded length, N completion positions, K teacher candidates.
 """
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from services.config import LossConfig
-from services.padding import cut_by_padded_tokens, pad_rows, predicting_positions
-from trainer.lm_head import HeadOutput
-from trainer.loss import LossInputs
+from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from trainer.loss.head import HeadOutput
+from trainer.loss.minillm import LossInputs
 from trainer.teacher_scores import ScoredSample
 
 

@@ -1,6 +1,6 @@
 """The student in the trainer: loading, the forward pass over a micro-batch, optimizer and schedule.
 
-Sequences run as padded rows (services/padding.py). Only positions that predict a completion token reach the head.
+Sequences run as padded rows (services/models/padding.py). Only positions that predict a completion token reach the head.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from services.causal_lm import OutputHead, hidden_states, load_causal_lm, output_head
 from services.config import OptimizerConfig, RunConfig, StudentConfig
+from services.models.causal_lm import OutputHead, hidden_states, load_causal_lm, output_head
 from trainer.dropout import disable_dropout
-from trainer.lm_head import HeadOutput, support_logprobs
+from trainer.loss.head import HeadOutput, support_logprobs
 
 
 def load_student(config: StudentConfig, *, checkpointing: bool | None = None) -> PreTrainedModel:

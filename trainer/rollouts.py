@@ -14,8 +14,8 @@ import numpy as np
 from services.clients import RolloutClient
 from services.config import SamplingConfig
 from services.errors import PeerError
-from services.schemas import RolloutCompletion, RolloutSampling
-from trainer.prompts import Prompt
+from services.wire.schemas import RolloutCompletion, RolloutSampling
+from trainer.data.prompts import Prompt
 
 # What rounding can put a logprob above 0.
 _LOGPROB_TOLERANCE = 1e-3

@@ -17,33 +17,33 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from services.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.clients import RolloutClient, TeacherClient
+from services.clients.plain_vllm import VllmTeacherClient
 from services.config import RunConfig, TeacherConfig
+from services.config.keys import Secrets, reveal
 from services.errors import ConfigError, DistillServeError, EvaluationError
-from services.folder_lock import lock_folder
-from services.gpu_options import computed
-from services.gpus import check_driver
-from services.keys import Secrets, reveal
-from services.schemas import RolloutInfo
-from services.signals import Interruption
-from services.vllm_teacher_client import VllmTeacherClient
-from trainer import preflight
-from trainer.evaluate import Evaluation, Evaluator
-from trainer.exact_match import check_answers
+from services.gpus.cards import check_driver
+from services.gpus.options import computed
+from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
+from services.process.folder_lock import lock_folder
+from services.process.signals import Interruption
+from services.wire.schemas import RolloutInfo
+from trainer.attach import preflight
+from trainer.attach.option_warnings import warn_of_options
+from trainer.data.prompts import Prompt, PromptRows, read_prompts
+from trainer.data.stream import RowStream
+from trainer.data.text_limits import TextLimits
+from trainer.data.texts import check_windows_fit, load_texts
+from trainer.evaluation.evaluate import Evaluation, Evaluator
+from trainer.evaluation.exact_match import check_answers
 from trainer.model import build_optimizer, build_schedule, head_of, load_student
-from trainer.option_warnings import warn_of_options
-from trainer.progress import Progress
-from trainer.prompts import Prompt, PromptRows, read_prompts
-from trainer.report import FailedEvaluation, RunRecord, Summary
-from trainer.saving import SavedStudents
+from trainer.output.progress import Progress
+from trainer.output.report import FailedEvaluation, RunRecord, Summary
+from trainer.output.saving import SavedStudents
 from trainer.staleness_buffer import StalenessBuffer
-from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
 from trainer.teachers import Teachers, teacher_urls
-from trainer.text_limits import TextLimits
-from trainer.texts import check_windows_fit, load_texts
-from trainer.weight_sync import WeightSync
+from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import torch
 
-from services.causal_lm import rope_switch
 from services.errors import DistillServeError
+from services.models.causal_lm import rope_switch
 from trainer.batch import MicroBatch, TextBatch, loss_inputs, pack, pack_texts
-from trainer.lm_head import HeadOutput
-from trainer.loss import LossTotals, language_model_loss, merge_metrics, minillm_loss
+from trainer.loss.head import HeadOutput
+from trainer.loss.minillm import LossTotals, language_model_loss, merge_metrics, minillm_loss
 from trainer.model import compute_dtype_of, student_logprobs
 from trainer.session import Session
 from trainer.teacher_scores import ScoredSample

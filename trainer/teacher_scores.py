@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from services.clients.base import all_or_first_error
+from services.clients.teacher import RefusedSequenceError
+from services.clients.teacher_answers import mismatches
 from services.errors import PeerError
-from services.files import append_line
-from services.schemas import TeacherScores
-from services.server_client import all_or_first_error
-from services.teacher_answers import mismatches
-from services.teacher_client import RefusedSequenceError
+from services.process.files import append_line
+from services.wire.schemas import TeacherScores
 from trainer.rollouts import Rollout
 from trainer.teachers import Teacher, Teachers, option_prefix
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from services.addresses import checked_urls
 from services.clients import TeacherClient
+from services.clients.teacher_answers import Sequence
 from services.config import TeacherConfig
+from services.config.addresses import checked_urls
 from services.errors import ConfigError, DistillServeError
-from services.schemas import TeacherInfo, TeacherScores
-from services.teacher_answers import Sequence
-from trainer.prompts import Prompt
+from services.wire.schemas import TeacherInfo, TeacherScores
+from trainer.data.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import time
 
 from services.config import RunConfig
 from services.errors import DistillServeError
-from services.signals import Interruption
-from trainer.report import Summary
+from services.process.signals import Interruption
+from trainer.output.report import Summary
 from trainer.rollouts import completion_metrics, generate_rollouts, training_sampling
 from trainer.session import Batch, Session, open_session
 from trainer.step import optimize

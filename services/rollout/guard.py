@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.config.keys import Secrets, reveal
+from services.config.own_key import publish_own_key
 from services.errors import RequestError
-from services.guard import OPEN_PATHS, Guard
-from services.keys import Secrets, reveal
-from services.own_key import publish_own_key
+from services.http.guard import OPEN_PATHS, Guard
 from services.rollout import weights
 from services.rollout.rollouts import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings

@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 
 from services.errors import ERROR_PREFIX
-from services.parent import end_with_parent
-from services.signals import Interrupted, handling
+from services.process.parent import end_with_parent
+from services.process.signals import Interrupted, handling
 
 GRACE_S = 10.0
 """From the first signal to the end of everything, seconds."""
@@ -146,7 +146,7 @@ def _serve(ending: Ending) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import decorate_logs
 
-    from services.bounded_connection import BoundedConnection
+    from services.http.bounded_connection import BoundedConnection
     from services.rollout.settings import RolloutSettings
 
     class Connection(BoundedConnection):

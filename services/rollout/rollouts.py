@@ -25,10 +25,11 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
-from services.request_body import read_body
+from services.http.request_body import read_body
 from services.rollout.body import read_request
 from services.rollout.state import RolloutState
-from services.schemas import (
+from services.wire.codec import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT, encode_completion, encode_stream_error
+from services.wire.schemas import (
     PROTOCOL_VERSION,
     RolloutCompletion,
     RolloutInfo,
@@ -36,7 +37,6 @@ from services.schemas import (
     RolloutSampling,
     VersionSpan,
 )
-from services.wire import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT, encode_completion, encode_stream_error
 
 HEARTBEAT_S = 10.0
 """Silence of an answer, at most, seconds."""
@@ -120,7 +120,7 @@ async def stream_completions(engine: Any, request: RolloutRequest, state: Rollou
 
 
 class FrameStream(Response):
-    """An answer of frames that ends with its connection (services/bounded_connection.py bounds how long a caller may not
+    """An answer of frames that ends with its connection (services/http/bounded_connection.py bounds how long a caller may not
     read): what nobody takes any more is not computed.
 
     Args:

@@ -11,17 +11,23 @@ from pathlib import Path
 
 import torch
 
-from services.causal_lm import load_model_config
 from services.config import DEFAULT_NUM_SEQS, RunConfig
-from services.connections import SERVER_IDLE_S
-from services.gpu_options import ALONE_UTILIZATION, computed
-from services.gpus import check_driver
-from services.keys import Secrets, require_key_beyond_loopback
-from services.own_key import check_own_key_folder, own_key_path
-from services.passed_on import quantisation_flag
+from services.config.keys import Secrets, require_key_beyond_loopback
+from services.config.own_key import check_own_key_folder, own_key_path
+from services.config.passed_on import quantisation_flag
+from services.gpus.cards import check_driver
+from services.gpus.options import ALONE_UTILIZATION, computed
+from services.http.connections import SERVER_IDLE_S
+from services.models.causal_lm import load_model_config
+from services.models.vllm_environment import (
+    KV_CACHE_VARIABLE,
+    check_libnuma,
+    float32_head,
+    kv_cache_bytes,
+    vllm_defaults,
+)
+from services.process.startup import check_port, check_socket_folder, check_weights
 from services.rollout.settings import RolloutSettings
-from services.startup import check_port, check_socket_folder, check_weights
-from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, float32_head, kv_cache_bytes, vllm_defaults
 from services.weight_transfer.plugin import engine_name
 
 _MODULE = "services.rollout.process"

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from services.config import RunConfig
-from services.gpu_sharing import gpus_of
+from services.gpus.sharing import gpus_of
 
 _VARIABLE = "DISTILLSERVE_ROLLOUT_SETTINGS"
 

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.places import Places
+from services.http.places import Places
 from services.rollout.admission import Admission
 from services.rollout.holder import Holder
 from services.rollout.settings import RolloutSettings

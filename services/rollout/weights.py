@@ -28,10 +28,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.errors import RequestError
-from services.request_body import Body, parse_body, read_body
+from services.http.request_body import Body, parse_body, read_body
 from services.rollout.rollouts import engine_of
 from services.rollout.state import MIXED, RolloutState, Stage
-from services.schemas import (
+from services.wire.schemas import (
     CanaryRequest,
     CanaryScores,
     ConnectRequest,

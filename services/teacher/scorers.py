@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from services.config import TeacherConfig
 from services.errors import StartupError
-from services.metrics import TeacherMetrics
-from services.schemas import TeacherInfo
-from services.teacher.batcher import Batcher
-from services.teacher.engine_transformers import TransformersEngine
+from services.http.metrics import TeacherMetrics
+from services.models.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, vllm_defaults
 from services.teacher.jobs import ScoreJob
-from services.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, vllm_defaults
+from services.teacher.transformers.batcher import Batcher
+from services.teacher.transformers.engine import TransformersEngine
+from services.wire.schemas import TeacherInfo
 
 
 class Scorer(Protocol):
@@ -61,7 +61,7 @@ def _load_vllm(config: TeacherConfig, metrics: TeacherMetrics, on_failure: Calla
         os.environ.setdefault(name, value)
     os.environ.pop(KV_CACHE_VARIABLE, None)
     try:
-        from services.teacher.engine_vllm import VllmScorer  # takes seconds, and reads the environment
+        from services.teacher.vllm.engine import VllmScorer  # takes seconds, and reads the environment
     except ImportError as error:
         raise StartupError(
             f"teacher.engine = vllm needs vLLM, which cannot be imported ({error}); install the extra cpu or gpu, or use "

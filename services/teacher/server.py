@@ -2,7 +2,7 @@
 
 consumes   POST /v1/teacher/logprobs
 produces   logprobs of the given completions, as JSON or safetensors
-waits for  the queue of services/teacher/service.py; a client that finds it full is told so, its body unread
+waits for  the queue of services/teacher/api/service.py; a client that finds it full is told so, its body unread
 unblocked  by the requests before
 
 On SIGTERM or SIGINT the server drains: /ready and new requests get 503 while accepted ones finish, then the
@@ -29,25 +29,25 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.bounded_connection import BoundedConnection
 from services.config import RunConfig, TeacherConfig
-from services.connections import SERVER_IDLE_S
+from services.config.keys import Secrets, require_key_beyond_loopback, reveal
 from services.errors import DistillServeError, RequestError
-from services.gpu_options import computed
-from services.gpus import check_driver
-from services.guard import OPEN_PATHS, Guard, problem_response
-from services.keys import Secrets, require_key_beyond_loopback, reveal
-from services.request_body import caller_gone, read_body
-from services.schemas import TeacherInfo, TeacherRequest, TeacherScores
-from services.startup import bind, check_model_folder, check_weights
-from services.teacher import docs_page
-from services.teacher.answer import PacedResponse
-from services.teacher.answer_log import SCORED, AnswerLog
-from services.teacher.body import check_headers
+from services.gpus.cards import check_driver
+from services.gpus.options import computed
+from services.http.bounded_connection import BoundedConnection
+from services.http.connections import SERVER_IDLE_S
+from services.http.guard import OPEN_PATHS, Guard, problem_response
+from services.http.request_body import caller_gone, read_body
+from services.process.startup import bind, check_model_folder, check_weights
+from services.teacher.api import docs_page
+from services.teacher.api.answer import PacedResponse
+from services.teacher.api.answer_log import SCORED, AnswerLog
+from services.teacher.api.body import check_headers
+from services.teacher.api.openapi import SCORE_PATH, describe
+from services.teacher.api.service import TeacherService
 from services.teacher.jobs import ScoreJob
-from services.teacher.openapi import SCORE_PATH, describe
-from services.teacher.service import TeacherService
-from services.wire import SAFETENSORS_MEDIA_TYPE, encode_scores
+from services.wire.codec import SAFETENSORS_MEDIA_TYPE, encode_scores
+from services.wire.schemas import TeacherInfo, TeacherRequest, TeacherScores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from services.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
+from services.clients.base import all_or_first_error
+from services.config.own_key import OwnKeyAuth
 from services.errors import ClientClosedError, ServerHeldError, StartupError, WeightSyncError
-from services.own_key import OwnKeyAuth
-from services.schemas import CanaryScores
-from services.server_client import all_or_first_error
+from services.http.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
 from services.weight_transfer.lease import Claim, Lease
+from services.wire.schemas import CanaryScores
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from services.errors import WeightSyncError
-from services.startup import socket_address
+from services.process.startup import socket_address
 from services.weight_transfer.channel import Rendezvous
 
 _ARRIVED = "distillserve/arrived"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import ProcessGroupGloo, TCPStore
 
-from services.vllm_environment import vllm_defaults
+from services.models.vllm_environment import vllm_defaults
 from tests.benchmarks.memory import Memory
 
 REPEATS = 5

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from services.config import TeacherConfig
-from services.schemas import TeacherScores
-from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
-from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
+from services.teacher.transformers.engine import TransformersEngine
+from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
+from services.wire.schemas import TeacherScores
 from tests.benchmarks import results
 from tests.benchmarks.scoring import HEADERS, MODELS, TOP_K, Sequence, random_sequences
 from tests.integration.processes import Server, server

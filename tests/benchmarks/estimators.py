@@ -16,15 +16,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from services.causal_lm import hidden_states, load_tokenizer
 from services.config import LossConfig, RunConfig
-from services.padding import pad_rows, predicting_positions
+from services.models.causal_lm import hidden_states, load_tokenizer
+from services.models.padding import pad_rows, predicting_positions
 from tests.benchmarks import results
-from trainer.lm_head import HeadOutput
-from trainer.loss import LossInputs, minillm_loss
+from trainer.data.prompts import read_prompts
+from trainer.loss.head import HeadOutput
+from trainer.loss.minillm import LossInputs, minillm_loss
 from trainer.model import head_of, load_student, student_logprobs
-from trainer.prompts import read_prompts
-from trainer.tiny_pair import build_tiny_pair
+from trainer.tiny.pair import build_tiny_pair
 
 PAIR = Path("outputs/tiny-pair")
 NUM_PROMPTS, NEW_TOKENS, DRAWS, TRAINING_STEPS = 128, 5, 200, 80

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tests.benchmarks import results
-from trainer.lm_head import HeadOutput, support_logprobs
+from trainer.loss.head import HeadOutput, support_logprobs
 
 NUM_POSITIONS, MANY_POSITIONS, HIDDEN, VOCABULARY, SUPPORT = 1024, 8192, 512, 151_936, 32
 REPEATS = 7

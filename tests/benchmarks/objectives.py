@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tests.benchmarks import results
 from tests.integration.processes import command, environment, server
-from trainer.tiny_pair import build_tiny_pair
+from trainer.tiny.pair import build_tiny_pair
 
 RUN_FILE = Path("deploy/runs/tiny.toml")
 OUTPUT = Path("outputs/objectives")

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from services.causal_lm import hidden_states
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
-from services.padding import pad_rows, predicting_positions
-from services.schemas import RolloutCompletion, RolloutSampling
+from services.models.causal_lm import hidden_states
+from services.models.padding import pad_rows, predicting_positions
+from services.wire.schemas import RolloutCompletion, RolloutSampling
 from tests.benchmarks import results
 from tests.integration.processes import KEY, server
 from trainer.model import evaluating, head_of, load_student, student_logprobs
-from trainer.tiny_pair import build_tiny_pair, build_tokenizer
+from trainer.tiny.pair import build_tiny_pair, build_tokenizer
 
 PAIR = Path("outputs/tiny-pair")
 VOCABULARY, HIDDEN_SIZE, LOGITS_SD = 32_768, 512, 7.0

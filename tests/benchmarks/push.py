@@ -33,14 +33,14 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.schemas import RolloutSampling
+from services.wire.schemas import RolloutSampling
 from tests.benchmarks import bare_push, results
 from tests.benchmarks.memory import Memory
 from tests.integration.processes import KEY, server
+from trainer.data.prompts import Prompt
 from trainer.model import load_student
-from trainer.prompts import Prompt
-from trainer.tiny_pair import build_tokenizer
-from trainer.weight_sync import WeightSync
+from trainer.tiny.pair import build_tokenizer
+from trainer.weights.weight_sync import WeightSync
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 48
 REPEATS = 5

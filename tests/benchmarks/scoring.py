@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from services.causal_lm import OutputHead, load_causal_lm, output_head
-from services.teacher.head import ScoringHead
+from services.models.causal_lm import OutputHead, load_causal_lm, output_head
+from services.teacher.transformers.head import ScoringHead
 from tests.integration.processes import KEY
-from trainer.tiny_pair import build_tokenizer
+from trainer.tiny.pair import build_tokenizer
 
 TOP_K = 32
 SHORTEST, LONGEST = 16, 512

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from services.clients import TeacherClient
 from services.config import RunConfig
-from services.schemas import RolloutSampling
+from services.wire.schemas import RolloutSampling
 from tests.benchmarks import results
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, server
 from trainer.model import load_student
-from trainer.tiny_pair import build_tiny_pair
+from trainer.tiny.pair import build_tiny_pair
 
 PAIR = Path("outputs/tiny-pair")
 NUM_ROLLOUTS, NEW_TOKENS, REPEATS, WARM_UP = 64, 5, 30, 5

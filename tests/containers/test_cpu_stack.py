@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from services.startup import free_port
+from services.process.startup import free_port
 
 CLONE = Path(__file__).parents[2]
 BUILD_AND_RUN_S = 2400

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.head import dense
-from trainer.lm_head import CHUNK_TOKENS, MAX_TILE_ELEMENTS, HeadOutput, support_logprobs
+from trainer.loss.head import CHUNK_TOKENS, MAX_TILE_ELEMENTS, HeadOutput, support_logprobs
 
 pytestmark = pytest.mark.gpu
 

@@ -15,9 +15,9 @@ from services.config import RunConfig
 from tests.integration.attach import PROMPTS, SAMPLING, change, differences
 from tests.integration.processes import KEY, server
 from tests.models import save_model
+from trainer.data.prompts import Prompt
 from trainer.model import load_student
-from trainer.prompts import Prompt
-from trainer.weight_sync import WeightSync
+from trainer.weights.weight_sync import WeightSync
 
 pytestmark = pytest.mark.gpu
 

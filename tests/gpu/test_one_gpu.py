@@ -10,16 +10,16 @@ import torch
 
 from services.clients import RolloutClient
 from services.config import RunConfig, TeacherConfig
-from services.gpu_memory import GIB, Share, Sizes, teacher_share, trainer_share
-from services.model_shape import read_shape
-from services.teacher.engine_transformers import TransformersEngine
+from services.gpus.memory import GIB, Share, Sizes, teacher_share, trainer_share
+from services.models.shape import read_shape
 from services.teacher.jobs import EncodedSequence
+from services.teacher.transformers.engine import TransformersEngine
 from tests.integration.attach import PROMPTS, change
 from tests.integration.processes import KEY, server
 from tests.models import save_model
+from trainer.data.prompts import Prompt
 from trainer.model import build_optimizer, load_student, student_logprobs
-from trainer.prompts import Prompt
-from trainer.weight_sync import WeightSync
+from trainer.weights.weight_sync import WeightSync
 
 pytestmark = pytest.mark.gpu
 

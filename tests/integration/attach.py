@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.schemas import PolicyLabel, RolloutCompletion, RolloutSampling
 from services.weight_transfer.source import CheckpointSource
+from services.wire.schemas import PolicyLabel, RolloutCompletion, RolloutSampling
 from tests.integration.processes import KEY, Server
-from trainer.prompts import Prompt
-from trainer.weight_sync import WeightSync
+from trainer.data.prompts import Prompt
+from trainer.weights.weight_sync import WeightSync
 
 PROMPTS = [[40 + i, 50, 60 + i] for i in range(16)]
 SAMPLING = RolloutSampling(max_new_tokens=16)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 
-from services.addresses import url_of
-from services.startup import free_port
-from services.vllm_environment import vllm_defaults
+from services.config.addresses import url_of
+from services.models.vllm_environment import vllm_defaults
+from services.process.startup import free_port
 
 KEY = "a-key-for-tests"
 READY_TIMEOUT_S = 240.0

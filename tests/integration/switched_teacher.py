@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from services.cli import main
-from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import ScoreItem
+from services.teacher.transformers.engine import TransformersEngine
 
 
 def switch(folder: Path) -> None:

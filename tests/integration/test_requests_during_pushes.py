@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.schemas import PolicyLabel, RolloutCompletion
+from services.wire.schemas import PolicyLabel, RolloutCompletion
 from tests.integration.attach import PROMPTS, SAMPLING, attached, change, differences
 from tests.integration.processes import server
 from trainer.model import load_student
-from trainer.weight_sync import WeightSync
+from trainer.weights.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

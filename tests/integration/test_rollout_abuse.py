@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from services.bounded_connection import BoundedConnection
+from services.http.bounded_connection import BoundedConnection
 from tests.integration.processes import Server, wait_until
 from tests.integration.raw_http import connection, read_answer
 

@@ -11,9 +11,9 @@ import torch
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.errors import ProblemError
-from services.guard import OPEN_PATHS
+from services.http.guard import OPEN_PATHS
 from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES
-from services.schemas import RolloutSampling
+from services.wire.schemas import RolloutSampling
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, Server
 from trainer.model import load_student

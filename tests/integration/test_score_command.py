@@ -14,9 +14,9 @@ import pytest
 
 from services.clients import TeacherClient
 from services.config import TeacherConfig
-from services.score import read_shards
-from services.teacher.engine_transformers import TransformersEngine
+from services.score.command import read_shards
 from services.teacher.jobs import EncodedSequence
+from services.teacher.transformers.engine import TransformersEngine
 from tests.integration.processes import KEY, command, environment, server
 from tests.scripted_teacher import ScriptedTeacher
 

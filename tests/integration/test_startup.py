@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import pytest
 
-from services.startup import free_port
+from services.process.startup import free_port
 from tests.integration.processes import KEY, command, environment, server
 
 pytestmark = pytest.mark.integration

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from services.config import TeacherConfig
-from services.schemas import TeacherScores
-from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
+from services.teacher.transformers.engine import TransformersEngine
+from services.wire.schemas import TeacherScores
 from tests.integration.processes import KEY, Engine, Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from services.teacher.openapi import (
+from services.teacher.api.openapi import (
     ANSWER_EXAMPLE,
     REQUEST_EXAMPLES,
     SCORE_PATH,
@@ -17,7 +17,7 @@ from services.teacher.openapi import (
     ScoreAnswer,
     ScoredSequence,
 )
-from services.wire import SAFETENSORS_MEDIA_TYPE, decode_scores
+from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
 from tests.integration.processes import KEY, Server
 
 pytestmark = pytest.mark.integration

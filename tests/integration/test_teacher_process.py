@@ -138,7 +138,7 @@ def test_a_teacher_that_is_stopped_for_a_while_is_asked_again(
     teacher: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SIGSTOP: connections are accepted by the kernel and nobody answers, as with a machine that swaps."""
-    caplog.set_level("INFO", logger="services.replicas")
+    caplog.set_level("INFO", logger="services.clients.replicas")
     sequences = [([60, 61, i], 1) for i in range(100)]
     expected = score_in_time(teacher, sequences)
     os.kill(teacher.process.pid, signal.SIGSTOP)
@@ -179,4 +179,4 @@ def test_the_log_is_json_where_that_is_asked_for(
     (line,) = [line for line in running.log.read_text().splitlines() if "mine-7" in line]
     said = json.loads(line)
     assert (said["request_id"], said["status"], said["path"]) == ("mine-7", 422, "/v1/teacher/logprobs")
-    assert said["logger"] == "services.teacher.answer_log" and KEY not in running.log.read_text()
+    assert said["logger"] == "services.teacher.api.answer_log" and KEY not in running.log.read_text()

@@ -13,8 +13,8 @@ import pytest
 
 from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE
-from services.guard import OPEN_PATHS
-from services.startup import free_port
+from services.http.guard import OPEN_PATHS
+from services.process.startup import free_port
 from services.teacher.server import create_app
 from tests.integration.processes import KEY, Server, command, environment, server
 from tests.models import save_model

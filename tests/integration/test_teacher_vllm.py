@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from services.clients import TeacherClient
+from services.clients.plain_vllm import VllmTeacherClient
 from services.config import TeacherConfig
-from services.teacher.engine_transformers import TransformersEngine
 from services.teacher.jobs import EncodedSequence
-from services.vllm_teacher_client import VllmTeacherClient
+from services.teacher.transformers.engine import TransformersEngine
 from tests.integration.processes import KEY, Server, plain_vllm, server
 
 pytestmark = pytest.mark.integration

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from services.config import RunConfig
 from services.errors import ServerHeldError, WeightSyncError
-from services.schemas import PolicyLabel
 from services.weight_transfer.gloo import GlooChannel
 from services.weight_transfer.source import CheckpointSource
+from services.wire.schemas import PolicyLabel
 from tests.integration.attach import (
     PROMPTS,
     SAMPLING,
@@ -26,7 +26,7 @@ from tests.integration.attach import (
 )
 from tests.integration.processes import Server, server
 from trainer.model import load_student
-from trainer.weight_sync import WeightSync
+from trainer.weights.weight_sync import WeightSync
 
 pytestmark = pytest.mark.integration
 

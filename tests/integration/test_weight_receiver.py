@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from services.vllm_environment import vllm_defaults
+from services.models.vllm_environment import vllm_defaults
 from tests.models import save_model
 
 pytestmark = pytest.mark.integration

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.gpus import NEEDED_DRIVER
+from services.gpus.cards import NEEDED_DRIVER
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "cat", "cp", "dirname", "env", "head", "mkdir", "rm", "sed", "sh", "sort")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from services.config import DataConfig
 from tests.unit.deploy.stack import CLONE
-from trainer.prompts import read_prompts
-from trainer.tiny_pair import build_tokenizer
+from trainer.data.prompts import read_prompts
+from trainer.tiny.pair import build_tokenizer
 
 FOLDER = CLONE / "deploy" / "data"
 NAMES = ("train", "held-out")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.startup import free_port
+from services.process.startup import free_port
 
 SCRIPT = Path(__file__).parents[3] / "docker" / "is_ready.py"
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")

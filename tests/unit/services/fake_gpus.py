@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services import gpus
+from services.gpus import cards as gpus
 
 UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-0a1b2c3d-0000-1111-2222-333344445555")
 

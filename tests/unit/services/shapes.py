@@ -1,6 +1,6 @@
 """Shapes of the models of the README's example."""
 
-from services.model_shape import ModelShape
+from services.models.shape import ModelShape
 
 _COMMON = {
     "num_hidden_layers": 28,

@@ -11,21 +11,21 @@ from accelerate import Accelerator
 
 from services.clients import TeacherClient
 from services.config import RunConfig
-from services.schemas import PolicyLabel, RolloutCompletion, RolloutSampling, VersionSpan
-from services.signals import Interruption
+from services.process.signals import Interruption
+from services.wire.schemas import PolicyLabel, RolloutCompletion, RolloutSampling, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
-from trainer.evaluate import Evaluator
+from trainer.data.prompts import Prompt
+from trainer.data.stream import RowStream
+from trainer.evaluation.evaluate import Evaluator
 from trainer.model import build_optimizer, build_schedule, load_student
-from trainer.policy_versions import PolicyVersions
-from trainer.prompts import Prompt
-from trainer.report import RunRecord
-from trainer.saving import SavedStudents
+from trainer.output.report import RunRecord
+from trainer.output.saving import SavedStudents
 from trainer.session import Session
 from trainer.staleness_buffer import StalenessBuffer
-from trainer.stream import RowStream
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teacher, Teachers
-from trainer.tiny_pair import build_tokenizer
+from trainer.tiny.pair import build_tokenizer
+from trainer.weights.policy_versions import PolicyVersions
 
 VOCAB = 261
 END = 256

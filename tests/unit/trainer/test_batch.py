@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from services.causal_lm import rope_switch
 from services.config import LossConfig, RunConfig
-from services.padding import cut_by_padded_tokens
-from services.schemas import RolloutCompletion, VersionSpan
+from services.models.causal_lm import rope_switch
+from services.models.padding import cut_by_padded_tokens
+from services.wire.schemas import RolloutCompletion, VersionSpan
 from tests.models import LONGROPE_SWITCH, save_model
 from trainer.batch import MicroBatch, pack, pack_texts
-from trainer.loss import LossTotals, minillm_loss
+from trainer.data.prompts import Prompt
+from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
-from trainer.prompts import Prompt
 from trainer.rollouts import Rollout
 from trainer.step import loss_inputs
 from trainer.teacher_scores import ScoredSample

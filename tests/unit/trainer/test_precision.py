@@ -11,13 +11,13 @@ from torch import Tensor
 from services.config import RunConfig, WeightSyncConfig
 from tests.unit.trainer.test_batch import SAMPLES
 from tests.unit.trainer.test_step import session
-from trainer import evaluate
 from trainer import model as model_module
 from trainer.batch import pack
-from trainer.canary import Canary
+from trainer.evaluation import evaluate
 from trainer.model import compute_dtype_of, load_student, student_logprobs
-from trainer.policy_versions import PolicyVersions
 from trainer.step import optimize
+from trainer.weights.canary import Canary
+from trainer.weights.policy_versions import PolicyVersions
 
 HALF = {"compute_dtype": "bfloat16"}
 

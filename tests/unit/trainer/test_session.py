@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from services.clients import TeacherClient
+from services.clients.plain_vllm import VllmTeacherClient
 from services.config import RunConfig, TeacherConfig
+from services.config.keys import Secrets
 from services.errors import ConfigError
-from services.keys import Secrets
-from services.vllm_teacher_client import VllmTeacherClient
 from trainer.session import Session, _teacher_client, count_steps
 
 

@@ -10,7 +10,7 @@ from services.config import RunConfig
 from services.errors import DataError
 from tests.models import save_model
 from trainer.session import _read_files
-from trainer.tiny_pair import build_tokenizer
+from trainer.tiny.pair import build_tokenizer
 
 
 @pytest.mark.parametrize("option", ["path", "eval_path", "lm_path"])

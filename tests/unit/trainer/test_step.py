@@ -16,10 +16,10 @@ from services.errors import DistillServeError
 from tests.models import save_model
 from tests.unit.trainer.test_batch import SAMPLES
 from trainer.batch import loss_inputs, pack, pack_texts
-from trainer.loss import LossTotals, minillm_loss
+from trainer.data.stream import RowStream
+from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.model import load_student, student_logprobs
 from trainer.step import optimize
-from trainer.stream import RowStream
 
 WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}

@@ -10,10 +10,10 @@ import pytest
 
 from services.clients import TeacherClient
 from services.errors import PeerError
-from services.schemas import RolloutCompletion, TeacherScores, VersionSpan
+from services.wire.schemas import RolloutCompletion, TeacherScores, VersionSpan
 from tests.scripted_teacher import VOCAB, ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
-from trainer.prompts import Prompt
+from trainer.data.prompts import Prompt
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import Quarantine, Support, score_rollouts
 

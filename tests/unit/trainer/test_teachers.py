@@ -14,12 +14,12 @@ import pytest
 from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import ConfigError, PeerError, ProblemError
-from services.schemas import TeacherScores
-from services.wire import encode_scores
+from services.wire.codec import encode_scores
+from services.wire.schemas import TeacherScores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
 from tests.unit.trainer.attached import attached
 from tests.unit.trainer.test_teacher_faults import LENGTH, ROLLOUTS
-from trainer.prompts import Prompt
+from trainer.data.prompts import Prompt
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import Support, score_rollouts
 from trainer.teachers import Teachers, teacher_urls

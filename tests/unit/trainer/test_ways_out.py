@@ -20,11 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.errors import DistillServeError, EvaluationError, OutputError, PeerError, WeightSyncError
-from services.signals import Interrupted, run_until_signalled
+from services.process.signals import Interrupted, run_until_signalled
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import opener, run_config, weights_of
-from trainer import report
 from trainer import train as training
+from trainer.output import report
 from trainer.session import Session
 from trainer.train import train
 

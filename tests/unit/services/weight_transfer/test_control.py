@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from services.errors import ServerHeldError, StartupError, WeightSyncError
-from services.schemas import HoldRequest
 from services.weight_transfer.control import WeightControlClient
+from services.wire.schemas import HoldRequest
 from tests.unit.services.weight_transfer import controls
 
 URLS = ["http://c", "http://a", "http://b"]

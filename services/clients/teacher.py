@@ -1,0 +1,398 @@
+"""The client of the teacher servers: work cut to size, spread over replicas, asked again through an outage."""
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+
+from services.clients.arguments import integer, real, teacher_sequences
+from services.clients.base import Answer, ServerClient, all_or_first_error, may_pass
+from services.clients.replicas import Lease, Replicas
+from services.clients.teacher_answers import (
+    Sequence,
+    check_answer,
+    cut_by_rows,
+    empty_scores,
+    first_replica_problem,
+    join_scores,
+    mismatches,
+    replica_problem,
+)
+from services.errors import InputError, PeerError, ProblemError
+from services.http.connections import NAME_GRACE_S, describe, is_unresolved
+from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
+from services.wire.schemas import TeacherInfo, TeacherScores
+
+OnMismatch = Literal["raise", "keep"]
+LogprobDtype = Literal["float32", "float16"]
+
+# Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
+_SCORES_IN_FLIGHT = 8
+# Ids and characters of one request: a body of some MiB, of which servers take 64.
+_IDS_PER_REQUEST = 1 << 21
+_TOO_LARGE = 413
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
+
+# In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
+_SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)\.?")
+
+
+class RefusedSequenceError(ProblemError):
+    """A teacher refused one of the sequences.
+
+    Attributes:
+        index: its place among those that were asked.
+        reason: the teacher's words, without the place that it had in a request.
+    """
+
+    def __init__(self, error: ProblemError, index: int) -> None:
+        super().__init__(error.url, error.status, error.problem)
+        self.index = index
+        self.reason = _SEQUENCE_FIELD.sub("", str(error.problem.get("detail") or error))
+
+
+OnRefused = Callable[[int, RefusedSequenceError], None]
+"""Told of each refused sequence: its place among those that were asked, and why."""
+
+
+class TeacherClient(ServerClient):
+    """The teacher servers, equal replicas: logprobs of given completions.
+
+    Each request goes to the replica with the fewest of ours in flight, and to the next one when that fails; what is
+    retried is 408, 429, 5xx and transport errors. Scoring is pure: asking twice is safe.
+
+    Args:
+        urls: base URLs of the replicas; they may be below a path of a reverse proxy ("https://gateway/maths").
+        key: bearer token, if the servers ask for one.
+        timeout_s: how long to wait for an answer to begin, and between its parts.
+        outage_s: how long a score request is asked again while no replica answers it, counted from its first failure.
+        attempts: tries of the other requests, the first included.
+        transport, clock: replace the network and the time in tests.
+    """
+
+    _SERVER = "a distillserve teacher server"
+    _SECTION = "teacher"
+    _TIMEOUT_OPTION = (
+        "teacher.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
+    )
+    _HAS_BASE_PATH = True
+    _MOST_ROWS_PER_REQUEST = 1 << 40
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        key: str | None = None,
+        timeout_s: float = 300.0,
+        outage_s: float = 300.0,
+        attempts: int = 5,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(urls, key=key, timeout_s=timeout_s, attempts=attempts, transport=transport)
+        self._outage_s, self._clock = outage_s, clock
+        self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
+        self._first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+
+    async def info(self) -> list[TeacherInfo]:
+        """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
+        answers = await all_or_first_error([self._info(url) for url in self.urls])
+        if first_replica_problem(self.urls, answers) is None:
+            self._check_same_model(self.urls[0], answers[0])
+        return answers
+
+    async def _info(self, url: str) -> TeacherInfo:
+        return await self._get_info(f"{url}/v1/teacher/info", TeacherInfo)
+
+    async def vocabulary(self) -> dict[str, int]:
+        """The first teacher's token-to-id map, for saying how two tokenizers differ."""
+        response = await self._retrying(lambda: self._send("GET", f"{self.urls[0]}/v1/teacher/vocabulary"))
+        return response.json()
+
+    async def score(
+        self,
+        sequences: list[Sequence],
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        support_ids: list[list[list[int]]] | None = None,
+        max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
+    ) -> TeacherScores:
+        """Score completions, spread over the replicas; when one of them fails, the others take over.
+
+        Args:
+            sequences: (token ids of prompt and completion, length of the prompt); ids here and below may be lists, numpy
+                arrays or torch tensors of integers.
+            top_k: candidates per row.
+            support_ids: of each sequence, [rows][M] further token ids to score.
+            max_rows_per_request: cut the work into requests of about this many rows; default: one per replica.
+                What a server calls too large (413) is cut further.
+            on_mismatch: "keep" leaves it to the caller to find sequences whose rows are not those that were asked
+                (`mismatches`).
+            on_refused: told of each sequence that a teacher refuses; it has no rows in the answer, whose `row_offsets` are
+                those of all that were asked, and the others are scored. Without it the first one ends the call.
+
+        Raises:
+            InputError: there are no sequences, or ids are no whole numbers; nothing was sent.
+            RefusedSequenceError: a teacher refused one of the sequences.
+            PeerError: no replica answered for `outage_s`, an answer is not to the question, or the replicas do not
+                serve the same model.
+        """
+        asked: list[dict[str, Any]] = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
+        if support_ids is not None:
+            if len(support_ids) != len(asked):
+                raise InputError(
+                    f"support_ids is of {len(support_ids)} sequences, sequences of {len(asked)}; pass one each"
+                )
+            asked = [{**s, "support_ids": ids} for s, ids in zip(asked, support_ids, strict=True)]
+        return await self.score_sequences(
+            asked,
+            top_k=top_k,
+            temperature=temperature,
+            max_rows_per_request=max_rows_per_request,
+            on_mismatch=on_mismatch,
+            on_refused=on_refused,
+        )
+
+    async def score_text(self, texts: list[tuple[str, str]], *, top_k: int, temperature: float = 1.0) -> TeacherScores:
+        """Score (prompt, completion) texts; the teacher tokenizes, and `token_ids` of the answer says how.
+
+        Raises:
+            As `score`.
+        """
+        asked = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+        return await self.score_sequences(asked, top_k=top_k, temperature=temperature)
+
+    async def score_sequences(
+        self,
+        sequences: list[dict[str, Any]],
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        logprob_dtype: LogprobDtype = "float32",
+        max_rows_per_request: int | None = None,
+        on_mismatch: OnMismatch = "raise",
+        on_refused: OnRefused | None = None,
+    ) -> TeacherScores:
+        """Score sequences in any of the forms of the API (services.wire.schemas.TeacherSequence), mixed as you like.
+
+        Of a text, the rows are not known before; each of its characters is counted as one.
+
+        Args:
+            logprob_dtype: "float16" halves the bytes of a candidate's logprob on the wire, and keeps three digits.
+
+        Raises:
+            As `score`.
+        """
+        asked = teacher_sequences(sequences)
+        settings: dict[str, Any] = {
+            "top_k": integer("top_k", top_k, at_least=1),
+            "temperature": real("temperature", temperature),
+        }
+        if logprob_dtype != "float32":
+            settings["logprob_dtype"] = logprob_dtype
+        self._check_askable(asked, settings)
+        room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
+
+        async def one(places: list[int]) -> list[tuple[list[int], TeacherScores]]:
+            """The answers to the sequences at these places, without what is refused."""
+            while places:
+                part = [asked[place] for place in places]
+                try:
+                    async with room:
+                        url, scores = await self._score_somewhere({"sequences": part, **settings})
+                except ProblemError as error:
+                    if len(part) > 1 and self._may_be_cut(error):
+                        middle = len(places) // 2
+                        return [answer for half in (places[:middle], places[middle:]) for answer in await one(half)]
+                    if (index := self._refused_index(error, len(part))) is None:
+                        raise
+                    refusal = RefusedSequenceError(error, places[index])
+                    if on_refused is None:
+                        raise refusal from error
+                    on_refused(places[index], refusal)
+                    places = [*places[:index], *places[index + 1 :]]
+                else:
+                    check_answer(url, scores, part, settings["top_k"], settings["temperature"])
+                    if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in part])):
+                        raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
+                    return [(places, scores)]
+            return []
+
+        answers = await all_or_first_error([one(places) for places in self._cut(asked, max_rows_per_request)])
+        parts = [part for answer in answers for part in answer]
+        if parts:
+            return join_scores(parts, len(asked))
+        _, source = self._first_answer or ("", await self._ask_replicas(self._info))
+        support_ids = asked[0].get("support_ids")
+        return empty_scores(
+            source,
+            settings["temperature"],
+            settings["top_k"],
+            num_sequences=len(asked),
+            support_width=None if support_ids is None else len(support_ids[0]) if support_ids else 0,
+            logprob_dtype=np.dtype(logprob_dtype),
+        )
+
+    def _cut(self, asked: list[dict[str, Any]], max_rows: int | None) -> list[list[int]]:
+        """Places of the sequences of each request."""
+        num_rows = [_estimated_rows(sequence) for sequence in asked]
+        limit = -(-sum(num_rows) // len(self.urls))
+        if max_rows is not None:
+            limit = integer("max_rows_per_request", max_rows, at_least=1)
+        parts = cut_by_rows(num_rows, min(limit, self._MOST_ROWS_PER_REQUEST))
+        num_ids = [_num_ids(sequence) for sequence in asked]
+        return [
+            list(range(part.start + piece.start, part.start + piece.stop))
+            for part in parts
+            for piece in cut_by_rows(num_ids[part], _IDS_PER_REQUEST)
+        ]
+
+    def _check_askable(self, sequences: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+        """Refuse what servers of this kind do not do."""
+
+    def _may_be_cut(self, error: ProblemError) -> bool:
+        """Whether a part of a request that was refused for this reason may be answered."""
+        return error.status == _TOO_LARGE
+
+    def _refused_index(self, error: ProblemError, num_asked: int) -> int | None:
+        """Which sequence of a request was refused, where the problem is one of a sequence."""
+        named = _SEQUENCE_FIELD.match(str(error.problem.get("field")))
+        if named is not None and int(named[1]) < num_asked:
+            return int(named[1])
+        return 0 if num_asked == 1 and self._may_be_cut(error) else None
+
+    async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
+        """(URL, answer) of the replica that answered."""
+
+        async def send(base: str) -> tuple[str, TeacherScores]:
+            url = f"{base}/v1/teacher/logprobs"
+            response = await self._send("POST", url, json=body, headers={"Accept": SAFETENSORS_MEDIA_TYPE})
+            try:
+                scores = decode_scores(response.content)
+            except PeerError as error:
+                raise PeerError(f"{url}: {error}") from error
+            self._check_same_model(base, scores)
+            return url, scores
+
+        return await self._ask_replicas(send)
+
+    def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
+        """Refuse an answer of another model than the first one, also when a server was replaced in between.
+
+        Raises:
+            PeerError: names both servers and models.
+        """
+        self._first_answer = self._first_answer or (url, answer)
+        if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
+            raise PeerError(f"the teachers {problem}")
+
+    async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
+        """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.
+
+        Raises:
+            PeerError: none answered for `outage_s`; names what became of the last request to each.
+            ProblemError: a replica refused the request for good.
+        """
+        problems: dict[str, str] = {}
+        unresolved: dict[str, bool] = {}
+        tried: set[str] = set()
+        began: float | None = None
+        num_waits = 0
+        while True:
+            with self._replicas.lease(tried) as lease:
+                try:
+                    answer = await send(lease.url)
+                    self._replicas.answered(lease)
+                    return answer
+                except (httpx.RequestError, PeerError) as error:
+                    problems[lease.url] = self._judge(lease, error)
+                    unresolved[lease.url] = is_unresolved(error)
+            tried.add(lease.url)
+            now = self._clock()
+            began = now if began is None else began
+            if self._replicas.has_untried(tried):
+                continue
+            patience_s = self._patience_s(all(unresolved.values()))
+            left_s = began + patience_s - now
+            if left_s <= 0:
+                said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
+                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher.outage_s): {said}")
+            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
+            num_waits += 1
+            tried.clear()
+
+    def _patience_s(self, none_resolves: bool) -> float:
+        """How long to go on asking. Names that were never right are no outage, those of a server that is being moved are."""
+        return min(self._outage_s, NAME_GRACE_S) if none_resolves and not self._reached else self._outage_s
+
+    def _rest_s(self) -> float:
+        """How long every replica wants to be left alone, a little longer, so that those refused together part."""
+        return self._replicas.rest_s() * random.uniform(1.0, 1.25)
+
+    def _judge(self, lease: Lease, error: httpx.RequestError | PeerError) -> str:
+        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised.
+
+        Raises:
+            PeerError: it will not pass.
+        """
+        if not may_pass(error):
+            self._replicas.answered(lease)
+            if isinstance(error, PeerError):
+                raise error
+            raise PeerError(f"{lease.url} {describe(error, self._TIMEOUT_OPTION)}") from error
+        if isinstance(error, httpx.RequestError):
+            said = describe(error, self._TIMEOUT_OPTION)
+            self._replicas.failed(lease, said)
+            return said
+        assert isinstance(error, ProblemError)  # no other PeerError passes
+        detail = error.problem.get("detail") or error.problem.get("title")
+        said = f"answered {error.status}" + (f" ({detail})" if detail else "")
+        if error.retry_after_s is not None:
+            self._replicas.rest(lease, error.retry_after_s)
+        elif error.status >= 500:
+            self._replicas.failed(lease, said)
+        else:
+            self._replicas.answered(lease)
+        return said
+
+
+def _estimated_rows(sequence: dict[str, Any]) -> int:
+    if (token_ids := sequence.get("token_ids")) is not None:
+        return max(1, len(token_ids) - (sequence.get("prompt_length") or 0))
+    return max(1, _num_characters(sequence.get("completion")) or _num_characters((_messages(sequence) or [None])[-1]))
+
+
+def _num_ids(sequence: dict[str, Any]) -> int:
+    """Ids that are sent of a sequence, support_ids among them; of a text its characters."""
+    ids = len(sequence.get("token_ids") or []) + sum(map(len, sequence.get("support_ids") or []))
+    texts = (sequence.get("prompt"), sequence.get("completion"), *_messages(sequence))
+    return ids + sum(map(_num_characters, texts))
+
+
+def _messages(sequence: dict[str, Any]) -> list[Any]:
+    messages = sequence.get("messages")
+    return messages if isinstance(messages, list) else []
+
+
+def _num_characters(part: Any) -> int:
+    """Of a text, or of a message."""
+    text = part.get("content") if isinstance(part, dict) else part
+    return len(text) if isinstance(text, str) else 0
+
+
+def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
+    if sequence.get("token_ids") is None:
+        return None
+    return sequence["token_ids"], sequence.get("prompt_length") or 0
+
+
+def _backoff_s(num_waits: int) -> float:
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))

@@ -1,0 +1,36 @@
+"""Options of a run, a file a section."""
+
+from services.config.data import DataConfig
+from services.config.evaluation import EvaluationConfig
+from services.config.loss import LossConfig
+from services.config.optimizer import OptimizerConfig
+from services.config.output import OutputConfig
+from services.config.pipeline import PipelineConfig
+from services.config.rollout import RolloutConfig
+from services.config.run import RunConfig, check_output_dir
+from services.config.sampling import SamplingConfig
+from services.config.section import DEFAULT_HEAD_ROWS, DEFAULT_NUM_SEQS, DEFAULT_TOKENS
+from services.config.server import ServerSection
+from services.config.student import StudentConfig
+from services.config.teacher import TeacherConfig
+from services.config.weight_sync import WeightSyncConfig
+
+__all__ = [
+    "DEFAULT_HEAD_ROWS",
+    "DEFAULT_NUM_SEQS",
+    "DEFAULT_TOKENS",
+    "DataConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "PipelineConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ServerSection",
+    "StudentConfig",
+    "TeacherConfig",
+    "WeightSyncConfig",
+    "check_output_dir",
+]

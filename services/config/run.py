@@ -1,0 +1,141 @@
+"""A run: every option of every role, a file a section; loads neither torch nor vllm.
+
+One TOML file per run, dotted overrides on the command line, the environment for secrets only (services/config/keys.py).
+Units are in the names, ranges on the fields, checks across options in services/config/checks.py.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from services.config import checks
+from services.config.cuda_devices import overlap, parse_devices
+from services.config.data import DataConfig
+from services.config.evaluation import EvaluationConfig
+from services.config.loss import LossConfig
+from services.config.optimizer import OptimizerConfig
+from services.config.output import OutputConfig
+from services.config.pipeline import PipelineConfig
+from services.config.rollout import RolloutConfig
+from services.config.sampling import SamplingConfig
+from services.config.section import Section
+from services.config.student import StudentConfig
+from services.config.teacher import TeacherConfig
+from services.config.weight_sync import WeightSyncConfig
+from services.errors import ConfigError
+
+Role = Literal["rollout", "teacher", "train", "up"]
+
+
+class RunConfig(Section):
+    """One run of the three roles."""
+
+    student: StudentConfig = StudentConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+    seed: int = Field(0, ge=0)
+    """Seed of prompt order, initialisation and evaluation subsets."""
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        checks.check(self)
+        return self
+
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion that training or evaluation asks for."""
+        return max(self.sampling.max_new_tokens, self.evaluation_max_new_tokens())
+
+    def evaluation_max_new_tokens(self) -> int:
+        return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
+
+    def compute_dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
+        """What student.compute_dtype stands for: the dtype of the body's products in the trainer."""
+        student = self.student
+        if student.compute_dtype != "auto":
+            return student.compute_dtype
+        half = "bfloat16" in (student.dtype, self.rollout.dtype if on_gpu else None) or (
+            on_gpu and self.rollout.dtype == "float16"
+        )
+        return "bfloat16" if half else "float32"
+
+    def uses_gradient_checkpointing(self, *, on_gpu: bool) -> bool:
+        """What student.gradient_checkpointing stands for."""
+        given = self.student.gradient_checkpointing
+        return on_gpu if given is None else given
+
+    def weight_sync_backend(self) -> Literal["nccl", "gloo"]:
+        """The backend that "auto" stands for; the server and the trainer both ask here."""
+        if self.weight_sync.backend != "auto":
+            return self.weight_sync.backend
+        ours, theirs = (
+            parse_devices("cuda_devices", section.cuda_devices or "") for section in (self.student, self.rollout)
+        )
+        # Not by asking the driver: the two may be on different machines and must come to the same answer.
+        return "nccl" if ours and theirs and overlap(ours, theirs) is False else "gloo"
+
+    def require(self, role: Role) -> None:
+        """Refuse a config that lacks what `role` cannot do without, or holds options of what it does not do.
+
+        Raises:
+            ConfigError: names the first missing option and how to give it, or the first that would be ignored.
+        """
+        for key in _REQUIRED[role]:
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) in (None, ""):
+                raise ConfigError(
+                    f"{key} is required by `distillserve {role}`; set it in the run file or pass --{key} VALUE"
+                )
+        if role not in ("train", "up"):
+            return
+        if self.pipeline.steps is None and self.pipeline.epochs is None:
+            raise ConfigError(
+                f"pipeline.steps is required by `distillserve {role}`; pass --pipeline.steps N or --pipeline.epochs N"
+            )
+        try:
+            checks.check_evaluation_is_used(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+_REQUIRED: dict[str, list[str]] = {
+    "rollout": ["student.model"],
+    "teacher": ["teacher.model"],
+    "train": ["student.model", "data.path"],
+    "up": ["student.model", "teacher.model", "data.path"],
+}
+
+
+# Folders of output.dir that hold students.
+_REPLACED = ("student", "checkpoints", ".student.before")
+
+
+def check_output_dir(config: RunConfig) -> Path:
+    """Return the run's folder, refusing one that holds what an earlier run has learned.
+
+    Raises:
+        ConfigError: the folder has a summary or a student and output.overwrite is off, or the run starts from that student.
+    """
+    output, path = config.output, Path(config.output.dir)
+    found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
+    if found and not output.overwrite:
+        raise ConfigError(
+            f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
+            "--output.overwrite true, which replaces it"
+        )
+    for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+        folder = Path(model or "").resolve()
+        replaced = any(folder.is_relative_to((path / name).resolve()) for name in _REPLACED)
+        if model and (replaced or folder == path.resolve()):
+            raise ConfigError(
+                f"{key} = {model!r} lies in output.dir = {str(path)!r}, where this run replaces it; choose another output.dir"
+            )
+    return path

@@ -1,0 +1,155 @@
+"""One role as a child of `distillserve up`: its process, its log file, its end.
+
+Each child leads a session of its own, so that Ctrl-C reaches only `up` and whatever a role leaves behind can be ended with it.
+To end it, its leader is signalled alone: vLLM ends its own workers then, in order. A signal to all of them at once makes it
+kill them, with shared memory left behind.
+"""
+
+import asyncio
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from services.errors import StartupError
+from services.process.files import cannot_write
+from services.process.parent import end_with_parent
+
+_POLL_S = 0.25
+_TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
+_LONGEST_LINE = 1 << 20
+_LONGEST_KEPT = 4000  # characters of a line in memory
+
+OnLine = Callable[[str, str], None]
+"""Told of every line: the role and what it said."""
+
+
+class RoleLog:
+    """A role's output in a file, and its last lines in memory: a disk that is full must not hide why a run ended.
+
+    Raises:
+        OutputError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.problem: str | None = None
+        """Why the file lacks what was said since."""
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def add(self, line: str) -> None:
+        self.tail.append(line[:_LONGEST_KEPT])
+        if self.problem is None:
+            try:
+                self._file.write(line.encode() + b"\n")
+            except OSError as error:
+                self.problem = error.strerror or str(error)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RoleProcess:
+    """A role that runs.
+
+    Args:
+        log: receives every line of its output; of a progress bar, the last state.
+        on_line: told of every line as well.
+    """
+
+    def __init__(self, role: str, process: asyncio.subprocess.Process, log: RoleLog, on_line: OnLine) -> None:
+        self.role, self.process, self.log = role, process, log
+        self._reader = asyncio.create_task(self._relay(on_line))
+
+    @classmethod
+    async def start(
+        cls,
+        role: str,
+        command: list[str],
+        environment: Mapping[str, str],
+        log: RoleLog,
+        on_line: OnLine,
+        pass_fds: tuple[int, ...] = (),
+    ) -> Self:
+        """Start it.
+
+        Raises:
+            StartupError: the system has no room for another process.
+        """
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+                # SIGTERM: a role that trains saves its student, a server ends what it started.
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
+                pass_fds=pass_fds,
+                limit=_LONGEST_LINE,
+            )
+        except OSError as error:
+            log.close()
+            raise StartupError(
+                f"the {role} cannot be started: {error.strerror or error}; raise this user's limit of processes or open "
+                "files (`ulimit -a`), or end other programs"
+            ) from error
+        return cls(role, process, log, on_line)
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.returncode is None
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended.
+
+        Not process.wait(): that waits for the pipe as well (python/cpython#119710), which a process that the role
+        left behind, a tracker's or vLLM's engine, may hold open for ever.
+        """
+        while (code := self.process.returncode) is None:
+            await asyncio.sleep(_POLL_S)
+        return code
+
+    async def last_words(self, patience_s: float) -> None:
+        """Read what it said before its end is told; the pipe may stay open, so not for ever."""
+        await asyncio.wait([self._reader], timeout=patience_s)
+
+    def signal(self, number: int) -> None:
+        """To the role's own process, which passes it on to what it started."""
+        if self.is_running:
+            self.process.send_signal(number)
+
+    async def kill(self) -> None:
+        """End at once what is left of its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.wait()
+
+    def close(self) -> None:
+        self._reader.cancel()
+        self.log.close()
+
+    async def _relay(self, on_line: OnLine) -> None:
+        assert self.process.stdout is not None
+        while line := await _read_line(self.process.stdout):
+            text = line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]
+            if text:
+                self.log.add(text)
+                on_line(self.role, text)
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:  # a line beyond the limit: show that there was one
+        return b"(a very long line was left out)\n"

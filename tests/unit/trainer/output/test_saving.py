@@ -1,0 +1,130 @@
+"""Students on disk: whole, loadable, replaced only by whole ones, and with room for the last one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from services.config import OutputConfig, RunConfig
+from services.errors import OutputError, StartupError
+from trainer.model import load_student
+from trainer.output import saving
+from trainer.output.saving import SavedStudents
+from trainer.tiny.pair import build_tokenizer
+
+
+@pytest.fixture
+def model(tiny_model_folder: Any) -> Any:
+    return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student)
+
+
+def students(folder: Path, model: Any, **output: Any) -> SavedStudents:
+    return SavedStudents(OutputConfig(dir=str(folder), **output), model, build_tokenizer())
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(torch.arange(40).view(2, 20)).logits
+
+
+def test_what_is_saved_computes_what_the_trainer_does(model: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    students(tmp_path, model).save(3)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
+    assert AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab() == build_tokenizer().get_vocab()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_checkpoints_are_kept_by_number_and_not_by_name(model: Any, tmp_path: Path) -> None:
+    saved = students(tmp_path, model, save_every_steps=2, save_total_limit=2)
+    for step in range(1, 13):
+        saved.step_finished(step)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-10", "step-12"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error"), RuntimeError("shared")],
+)
+def test_a_save_that_fails_leaves_the_student_before(
+    error: Exception, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = students(tmp_path, model)
+    saved.save(1)
+    before = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student"))
+
+    def full(folder: Path) -> None:
+        (Path(folder) / "half").touch()
+        raise error
+
+    monkeypatch.setattr(saving, "sync_folder", full)
+    with pytest.raises(
+        OutputError, match=r"student cannot be written: (No space left|SafetensorError: I/O error|RuntimeError: shared)"
+    ):
+        saved.save(2)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_room_for_one_student_is_held_until_it_is_saved(model: Any, tmp_path: Path) -> None:
+    saved = students(tmp_path, model)
+    saved.reserve(10)
+    saved.step_finished(1)
+    held = sum(path.stat().st_blocks * 512 for path in (tmp_path / ".reserve").iterdir())
+    saved.save(1)
+    assert not (tmp_path / ".reserve").exists()
+    assert held >= sum(path.stat().st_size for path in (tmp_path / "student").iterdir())
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 20 << 20
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("", (), {"free": room}))
+    students(tmp_path, model, save_every_steps=10, save_total_limit=2).reserve(20)  # 3 of 5 MiB
+    with pytest.raises(StartupError, match=r"20 MiB left, the run saves 5 students .* output\.save_total_limit"):
+        students(tmp_path, model, save_every_steps=10, save_total_limit=3).reserve(100)
+    students(tmp_path, model, save_every_steps=0, save_total_limit=3).reserve(100)
+
+
+def test_a_configuration_that_cannot_be_saved_is_found_before_the_first_step(
+    tiny_model_folder: Any, tmp_path: Path
+) -> None:
+    """As with models whose generation_config.json gives a temperature to greedy decoding."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder("qwen3"))
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    with pytest.raises(StartupError, match=r"the student could not be saved: .*GenerationConfig"):
+        students(tmp_path, model).reserve(1)
+
+
+def test_an_earlier_run_is_replaced_by_the_first_finished_step(model: Any, tmp_path: Path) -> None:
+    for name in ("student", "checkpoints/step-7"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"earlier": True}))
+    saved = students(tmp_path, model, save_every_steps=2)
+    saved.reserve(4)
+    assert (tmp_path / "student").exists() and (tmp_path / "checkpoints" / "step-7").exists()
+    saved.step_finished(1)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_killed_save_left_behind_is_no_obstacle(model: Any, tmp_path: Path) -> None:
+    for name in ("student", ".student.before", ".student.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    students(tmp_path, model).save(3)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_first_step_that_is_only_saved_replaces_it_too(model: Any, tmp_path: Path) -> None:
+    for name in ("student", "checkpoints/step-7"):
+        (tmp_path / name).mkdir(parents=True)
+    students(tmp_path, model).save(1)
+    assert (tmp_path / "student" / "config.json").exists() and not (tmp_path / "checkpoints").exists()

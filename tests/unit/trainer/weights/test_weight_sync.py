@@ -1,0 +1,416 @@
+"""A push: its stages, who is asked what when something fails, and what is left behind."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from services.config import RunConfig
+from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
+from services.weight_transfer.channel import GroupLostError, Update
+from services.wire.schemas import CanaryScores, RolloutCompletion, RolloutSampling, VersionSpan
+from tests.models import save_model
+from tests.unit.trainer.attach.test_preflight import rollout_info
+from trainer.data.prompts import Prompt
+from trainer.model import load_student
+from trainer.weights import weight_sync
+from trainer.weights.weight_sync import WeightSync
+
+URL = "http://rollout"
+PROMPT = [40, 50]
+
+
+@dataclass
+class Servers:
+    """Rollout servers and both ends of a push to them. `script` says what goes wrong, one entry a push; the canary is scored
+    by a second copy of the model."""
+
+    script: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=lambda: [URL])
+    events: list[str] = field(default_factory=list)
+    asked: list[tuple[list[int], int]] = field(default_factory=list)
+    label: str = "default"
+    run: str | None = None
+    trouble: str = ""
+    aborted: threading.Event = field(default_factory=threading.Event)
+    model: Any = None
+
+    # ---- the control client
+
+    def control(self, urls: list[str], boot_ids: list[str], world_sizes: list[int], **options: Any) -> "Servers":
+        self.world_sizes, self.options = world_sizes, options
+        return self
+
+    async def hold(self, take_over: bool, on_wait: Any) -> None:
+        self.events.append(f"hold {take_over}")
+
+    async def connect(self, rendezvous: dict[str, Any]) -> None:
+        self.events.append(f"connect {rendezvous['master_port']}")
+
+    async def pause(self, drain_s: float) -> None:
+        self.trouble = self.script.pop(0) if self.script else "works"
+        self.events.append("pause")
+        self.drain_s = drain_s
+
+    async def start(self) -> None:
+        self.events.append("start")
+
+    async def receive(self, update: dict[str, Any]) -> list[Any]:
+        self.events.append("receive")
+        if self.trouble == "is taken over":
+            raise ServerHeldError("receive on http://rollout: held by the run r2")
+        if self.trouble == "fails in a worker":
+            raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
+        if self.trouble == "fails in a worker, later":
+            await asyncio.sleep(0.05)
+            raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
+        if self.trouble == "never answers":
+            await asyncio.sleep(3600)
+        if self.trouble == "breaks":
+            await asyncio.sleep(0.05)
+            raise WeightSyncError("receive on http://rollout answered 500: worker 0: the trainer is gone")
+        return [["a report"]]
+
+    async def finish(self, label: str) -> None:
+        self.events.append(f"finish {label}")
+        self.label = label
+
+    async def score_canary(self, sequences: list[list[int]]) -> list[CanaryScores]:
+        self.events.append("canary")
+        if self.trouble == "is silent":
+            raise WeightSyncError("canary on http://rollout failed")
+        scores = [self._score(sequence, 0.02 if self.trouble == "garbles" else 0.0) for sequence in sequences]
+        label = "3.1@yours" if self.trouble == "answers for another run" else self.label
+        engines = {
+            "has no engine": [],
+            "garbles in its second engine": [scores, [[x + 0.02 for x in s] for s in scores]],
+        }
+        return [CanaryScores(policy_version=label, token_logprobs=engines.get(self.trouble, [scores]))] * len(self.urls)
+
+    @torch.no_grad()
+    def _score(self, sequence: list[int], shift: float) -> list[float]:
+        logits = self.model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+        return (logits.gather(1, torch.tensor(sequence[1:])[:, None]).squeeze(1) + shift).tolist()
+
+    async def resume(self) -> None:
+        self.events.append("resume")
+        if self.trouble == "does not resume everywhere":
+            raise WeightSyncError("resume on http://rollout failed")
+
+    async def release(self) -> None:
+        self.events.append("release")
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+    # ---- the sender
+
+    def sender(self, *arguments: Any) -> "Sender":
+        self.sender_arguments = arguments
+        return Sender(self)
+
+    # ---- the data plane
+
+    async def generate_on(
+        self, url: str, prompts: list[list[int]], sampling: RolloutSampling
+    ) -> list[RolloutCompletion]:
+        self.events.append("sample")
+        self.asked += [(prompt, sampling.max_new_tokens) for prompt in prompts]
+        tokens = np.arange(60, 60 + min(2, sampling.max_new_tokens), dtype=np.int32)
+        spans = [VersionSpan("default", 0, len(tokens))]
+        return [
+            RolloutCompletion(i, 0, tokens, np.zeros(len(tokens), np.float32), "stop", spans)
+            for i in range(len(prompts))
+        ]
+
+
+@dataclass
+class Sender:
+    servers: Servers
+    num_connections: int = 0
+
+    def connect(self, tell: Callable[[dict[str, Any]], object]) -> None:
+        self.num_connections += 1
+        self.servers.aborted.clear()
+        tell({"master_port": self.num_connections})
+
+    def update(self, source: Any) -> Any:
+        return Update([], [], [], 1)
+
+    def send(self, source: Any) -> list[str]:
+        servers = self.servers
+        servers.events.append("send")
+        if servers.trouble == "breaks":
+            raise RuntimeError("Connection closed by peer\nand a long story")
+        if servers.trouble == "breaks without a word":
+            raise TimeoutError
+        if servers.trouble in ("fails in a worker", "fails in a worker, later", "never answers", "is taken over"):
+            if servers.trouble == "fails in a worker, later":
+                raise GroupLostError("Connection closed by peer")  # heard of before the server's own word
+            assert servers.aborted.wait(10.0), "nobody ends the broadcast"
+            raise GroupLostError("aborted")
+        return ["a checksum"]
+
+    def abort(self) -> None:
+        self.servers.aborted.set()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("m"), "llama")
+
+
+Attach = Callable[..., WeightSync]
+
+
+@pytest.fixture
+def attach(folder: str, monkeypatch: pytest.MonkeyPatch) -> Attach:
+    compared = monkeypatch.setattr
+
+    def attach(servers: Servers, info: dict[str, Any] | None = None, **sections: Any) -> WeightSync:
+        config = RunConfig(**{"student": {"model": folder}} | sections)
+        compared(weight_sync, "WeightControlClient", servers.control)
+        compared(weight_sync, "WeightSender", servers.sender)
+
+        def check_arrival(update: Any, checksums: Any, reports: Any, urls: Any) -> None:
+            servers.events.append("compare")
+            assert (checksums, reports, urls) == (["a checksum"], [["a report"]], servers.urls)
+            if servers.trouble == "loses a byte":
+                raise WeightSyncError("http://rollout, worker 0: other bytes")
+
+        compared(weight_sync, "check_arrival", check_arrival)
+        servers.model = load_student(config.student).eval()
+        canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
+        infos = [rollout_info(**{"boot_id": url} | (info or {})) for url in servers.urls]
+        return WeightSync(config, load_student(config.student), servers, infos, canaries, None, "mine")  # type: ignore[arg-type]
+
+    return attach
+
+
+def pushed(label: str) -> list[str]:
+    return ["start", "send", "compare", f"finish {label}", "canary", "resume"]
+
+
+async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sampled_before(attach: Attach) -> None:
+    servers = Servers()
+    sync = attach(servers)
+    metrics = await sync.push(0)
+    assert metrics["canary_residual"] <= 1e-5 and metrics.keys() == {"push_s", "canary_s", "canary_residual"}
+    await sync.push(1)
+    assert servers.events.count("receive") == 2  # beside the sending, whichever begins first
+    assert [e for e in servers.events if e != "receive"] == [
+        *("sample", "pause", "connect 1", *pushed("0.1@mine")),
+        *("pause", *pushed("1.1@mine")),
+    ]
+    assert (
+        sync.versions.oldest(
+            [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("1.1@mine", 0, 1)])]
+        )
+        == 1
+    )
+
+
+async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach) -> None:
+    servers = Servers()
+    sync = attach(servers, output={"dir": "outputs/x"}, weight_sync={"take_over": True})
+    await sync.hold()
+    assert servers.run == "mine" == servers.options["run"] and servers.events == ["hold True"]
+    assert servers.options["name"].startswith("output.dir 'outputs/x', process ")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    ["breaks", "breaks without a word", "loses a byte", "garbles", "is silent", "fails in a worker", "has no engine"],
+)
+async def test_a_failed_push_is_repeated_in_full_over_a_new_connection_under_a_new_label(
+    trouble: str, attach: Attach
+) -> None:
+    servers = Servers([trouble, "works"])
+    sync = attach(servers)
+    async with asyncio.timeout(8.0):  # whoever fails first ends the broadcast
+        assert (await sync.push(4))["canary_residual"] <= 1e-5
+    assert servers.label == "4.2@mine" and "connect 2" in servers.events
+    assert servers.events.count("sample") == 1 and servers.events.count("resume") == 1  # nobody samples under the first
+    with pytest.raises(PeerError, match=r"4\.1@mine"):
+        sync.versions.oldest(
+            [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("4.1@mine", 0, 1)])]
+        )
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("breaks", "push of version 4: Connection closed by peer$"),
+        ("breaks without a word", "push of version 4: TimeoutError$"),
+        ("loses a byte", "http://rollout, worker 0: other bytes"),
+        ("fails in a worker", "receive on http://rollout answered 500: worker 1: no room"),
+        ("fails in a worker, later", "receive on http://rollout answered 500: worker 1: no room"),
+        (
+            "answers for another run",
+            r"canary of version 4 on http://rollout: it answers under 3\.1@yours, not 4\.2@mine",
+        ),
+        ("has no engine", r"canary of version 4 on http://rollout: it answers under 4\.2@mine"),
+        ("garbles", r"canary of version 4 on http://rollout: .* by 0\.02, more than 0\.01 \(float32\)"),
+        ("garbles in its second engine", r"canary of version 4 on http://rollout: .* by 0\.02, more than"),
+    ],
+)
+async def test_a_push_that_fails_twice_stops_the_run(trouble: str, message: str, attach: Attach) -> None:
+    servers = Servers([trouble] * 2)
+    with pytest.raises(WeightSyncError, match=message):
+        await attach(servers).push(4)
+    assert "resume" not in servers.events
+
+
+async def test_what_one_server_samples_before_another_has_resumed_counts(attach: Attach) -> None:
+    sync = attach(Servers(["does not resume everywhere", "works"]))
+    await sync.push(4)
+    for label in ("4.1@mine", "4.2@mine"):
+        one = RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan(label, 0, 1)])
+        assert sync.versions.oldest([one]) == 4
+
+
+async def test_bytes_that_did_not_arrive_are_found_before_the_update_is_finished(attach: Attach) -> None:
+    servers = Servers(["loses a byte"] * 2)
+    with pytest.raises(WeightSyncError):
+        await attach(servers).push(4)
+    assert servers.events.count("compare") == 2 and not [e for e in servers.events if e.startswith("finish")]
+
+
+async def test_a_server_that_another_run_has_taken_is_not_pushed_to_again(attach: Attach) -> None:
+    servers = Servers(["is taken over"])
+    with pytest.raises(ServerHeldError, match="held by the run r2"):
+        await attach(servers).push(4)
+    assert servers.events.count("pause") == 1
+
+
+async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
+    pushing.cancel()
+    await asyncio.wait({pushing})
+    await sync.close()
+    assert pushing.cancelled() and time.monotonic() - started < 5.0 and servers.events[-2:] == ["release", "close"]
+    assert not any(thread.is_alive() for thread in sync._threads)
+
+
+async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: Attach) -> None:
+    servers = Servers(["never answers", "never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    await sync.close()
+    pushing.cancel()
+    await asyncio.wait({pushing})
+
+
+async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    sync = attach(servers)
+    pushing = asyncio.create_task(sync.push(4))
+    while "send" not in servers.events:
+        await asyncio.sleep(0.01)
+    lags = []
+    for _ in range(5):
+        before = time.monotonic()
+        await asyncio.sleep(0.01)
+        lags.append(time.monotonic() - before - 0.01)
+    pushing.cancel()
+    await asyncio.wait({pushing})
+    await sync.close()
+    assert sorted(lags)[2] < 0.05
+
+
+async def test_running_completions_have_a_time_of_their_own_to_end(attach: Attach) -> None:
+    short, long = Servers(), Servers()
+    await attach(short, sampling={"max_new_tokens": 10}, weight_sync={"stage_timeout_s": 7.0}).push(0)
+    await attach(long, sampling={"max_new_tokens": 1000}, weight_sync={"stage_timeout_s": 7.0}).push(0)
+    assert short.drain_s == 7.0 + 2.5 and long.drain_s == 7.0 + 250.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_new", "kept"), [(3, 1, 1), (4, 1, 2), (6, 2, 3), (16, 7, 8), (17, 8, 8), (18, 8, 8), (64, 8, 8)]
+)
+async def test_a_canary_and_the_token_behind_it_fit_into_the_shortest_server(
+    limit: int, num_new: int, kept: int, attach: Attach
+) -> None:
+    servers = Servers()
+    sync = attach(servers, {"max_model_len": limit})
+    sync._prompts = [list(range(40))]
+    await sync.push(0)
+    assert servers.asked == [(list(range(40))[-kept:], num_new)]
+    assert kept + num_new < limit
+
+
+async def test_every_server_is_scored(attach: Attach) -> None:
+    servers = Servers(["garbles"] * 2, urls=[URL, "http://far"])
+    with pytest.raises(WeightSyncError, match="canary of version 0 on http://rollout"):
+        await attach(servers).push(0)
+    assert servers.world_sizes == [1, 1] and servers.sender_arguments[3] == 3
+
+
+def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
+    infos = [rollout_info(boot_id="a"), rollout_info(boot_id="b", dtype="bfloat16")]
+    model, client = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(urls=[URL, "http://other"])
+    with pytest.raises(StartupError, match="different dtypes"):
+        WeightSync(RunConfig(), model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+
+
+def test_both_ends_must_mean_the_same_backend(attach: Attach) -> None:
+    with pytest.raises(StartupError, match=r"over nccl, this trainer would send over gloo.*weight_sync\.backend"):
+        attach(Servers(), {"weight_transfer_backend": "nccl"})
+
+
+CARD = "8932f937-d72c-4106-c12f-20bd9faed9f6"
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, uuid: str) -> Any:
+    """A model that says that it is on GPU 1, and a torch that knows that card."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    return SimpleNamespace(device=torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("uuid", [CARD, CARD.upper(), f"GPU-{CARD}"])
+def test_nccl_to_a_server_on_the_trainers_own_card_is_refused(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = RunConfig(weight_sync={"backend": "nccl"}), on_cuda(monkeypatch, uuid)
+    monkeypatch.setattr(weight_sync, "WeightSender", lambda *arguments: None)
+    infos = [
+        rollout_info(boot_id=card, weight_transfer_backend="nccl", gpu_uuids=[f"GPU-{card}"])
+        for card in (CARD[::-1].lower(), CARD)
+    ]
+    client = SimpleNamespace(urls=["http://far", URL])
+    with pytest.raises(StartupError, match=rf"{URL} runs on this trainer's card GPU-{CARD}.*give student.cuda_devices"):
+        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+    WeightSync(config, model, SimpleNamespace(urls=["http://far"]), infos[:1], [], None, "mine")  # type: ignore[arg-type]
+
+
+def test_nccl_from_a_cpu_is_refused() -> None:
+    config, model = RunConfig(weight_sync={"backend": "nccl"}), SimpleNamespace(device=torch.device("cpu"))
+    client, infos = SimpleNamespace(urls=[URL]), [rollout_info(weight_transfer_backend="nccl")]
+    with pytest.raises(StartupError, match="needs the trainer on a GPU, it is on cpu"):
+        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+
+
+async def test_what_runs_in_a_thread_is_on_the_models_device_and_waits_for_the_optimizer(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any, int]] = []
+    sync = attach(Servers())
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda d, name=name: calls.append((name, d, threading.get_ident())))
+    monkeypatch.setattr(sync, "_model", on_cuda(monkeypatch, CARD))
+    await sync._in_thread(lambda: calls.append(("work", None, threading.get_ident())))
+    assert [name for name, *_ in calls] == ["set_device", "synchronize", "work"]
+    assert {device for _, device, _ in calls[:2]} == {torch.device("cuda:1")}
+    assert len({thread for *_, thread in calls}) == 1 and calls[0][2] != threading.get_ident()

@@ -1,0 +1,209 @@
+"""What the student can do on held-out prompts, under the weights the rollout servers hold.
+
+    exact_match           share of rows with an `answer` that the student answers exactly, greedily (exact_match.py)
+    teacher_exact_match   the same of each row's own teacher, by the same rule
+    reverse_kl            mean over tokens of KL(student || teacher), nats, along completions sampled at temperature 1
+
+The reverse KL needs a few of the teacher's logprobs at each position, whatever the vocabulary: the terms of its likeliest
+tokens and of the bucket of all others, plus a correction at sampled tokens outside, which makes it unbiased (docs/losses.md,
+"hybrid"). Its standard error comes from the differences between completions.
+"""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from services.clients import RolloutClient
+from services.clients.teacher_answers import cut_by_rows
+from services.config import LossConfig, RunConfig
+from services.errors import PeerError
+from services.models.causal_lm import rope_switch
+from services.wire.schemas import BYTES_PER_CANDIDATE, RolloutSampling
+from trainer.batch import MicroBatch, loss_inputs, pack
+from trainer.data.prompts import Prompt
+from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
+from trainer.loss.minillm import estimate_reverse_kl
+from trainer.model import compute_dtype_of, evaluating, head_of, student_logprobs
+from trainer.rollouts import Rollout, generate_rollouts
+from trainer.teacher_scores import ScoredSample, Support, score_rollouts
+from trainer.teachers import Teachers
+from trainer.weights.policy_versions import PolicyVersions
+
+# What is asked of the teachers by default: enough for most of the mass of a real model, or everything.
+_TOP_K, _SMALL_VOCABULARY = 64, 1024
+# Teachers' logprobs that are held at once: completions are scored and measured in parts of this size.
+_PART_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    policy_version: int
+    """Of the weights that answered."""
+    exact_match: float | None
+    teacher_exact_match: float | None
+    reverse_kl: float
+    reverse_kl_stderr: float | None
+    """None with a single completion."""
+    num_prompts: int
+    num_kl_tokens: int
+    num_quarantined: int
+    """Completions that have no part in the reverse KL, because the teacher's rows for them are unusable."""
+
+
+class Evaluator:
+    """Holds what every evaluation of a run shares.
+
+    Args:
+        prompts: held out.
+        end_token_ids: what ends a completion of the student.
+        versions: those that this run has pushed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: list[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        rollout_client: RolloutClient,
+        teachers: Teachers,
+        end_token_ids: list[int],
+        versions: PolicyVersions,
+    ) -> None:
+        self._config = config
+        self._prompts = prompts[: config.evaluation.num_prompts]
+        self._graded = [prompt for prompt in self._prompts if prompt.answer is not None]
+        self._rollouts, self._teachers = rollout_client, teachers
+        self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
+        self._versions = versions
+        self._teacher_exact_match: float | None = None
+
+    async def evaluate(self, model: PreTrainedModel, policy_version: int) -> Evaluation:
+        """Measure the student; the rollout servers must hold `model`'s weights as `policy_version`.
+
+        Raises:
+            PeerError: a server failed or answers under another version, or no completion could be scored.
+        """
+        sampled = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
+        measured = await self._reverse_kl(model, sampled)
+        exact_match = await self._student_exact_match(policy_version)
+        if self._teacher_exact_match is None:  # it does not change
+            self._teacher_exact_match = await self._measure_teacher()
+        return Evaluation(
+            policy_version=policy_version,
+            exact_match=exact_match,
+            teacher_exact_match=self._teacher_exact_match,
+            reverse_kl=measured.mean,
+            reverse_kl_stderr=measured.stderr,
+            num_prompts=len(self._prompts),
+            num_kl_tokens=sum(measured.lengths),
+            num_quarantined=len(sampled) - len(measured.lengths),
+        )
+
+    async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> "ReverseKL":
+        """Score and measure part after part, so that memory does not grow with the number of completions."""
+        support = self._support(model)
+        measured, reason = ReverseKL(), ""
+        dtype = compute_dtype_of(self._config, model.device)
+        for part in _parts(rollouts, support.size):
+            samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
+            reason = reason or (quarantined[0].reason if quarantined else "")
+            # Beside the event loop: servers that do not hear of a run for long take it for gone.
+            await asyncio.to_thread(measured.add, model, samples, self._config.pipeline.micro_batch_tokens, dtype)
+        if not measured.lengths:
+            raise PeerError(f"no completion could be scored, the first one because {reason}")
+        return measured
+
+    async def _complete(self, prompts: list[Prompt], *, temperature: float, policy_version: int) -> list[Rollout]:
+        length = self._config.evaluation_max_new_tokens()
+        sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
+        rollouts = await generate_rollouts(self._rollouts, prompts, sampling)
+        self._versions.check((r.completion for r in rollouts), policy_version)
+        return rollouts
+
+    def _support(self, model: PreTrainedModel) -> Support:
+        """As many of the teacher's tokens as are asked for and every teacher returns; all of them in a small vocabulary."""
+        vocab = len(head_of(model).weight)
+        vocabs = {vocab, *(teacher.info.padded_vocab_size for teacher in self._teachers)}
+        # Where embeddings differ in size one token stays outside, so that both sides have a tail.
+        most = vocab if len(vocabs) == 1 else min(vocabs) - 1
+        limit = min(teacher.info.max_top_k for teacher in self._teachers)
+        wanted = self._config.evaluation.top_k or (most if most <= _SMALL_VOCABULARY else _TOP_K)
+        return Support("teacher_topk", min(wanted, most, limit), vocab)
+
+    async def _student_exact_match(self, policy_version: int) -> float | None:
+        if not self._graded:
+            return None
+        rollouts = await self._complete(self._graded, temperature=0.0, policy_version=policy_version)
+        rule = self._rule()
+        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(rollouts)
+
+    async def _measure_teacher(self) -> float | None:
+        if not self._graded:
+            return None
+        matches = 0
+        for teacher, places in self._teachers.split(self._graded):
+            rule = self._rule(teacher.info.eos_token_ids)
+            matches += await count_teacher_matches(teacher, [self._graded[place] for place in places], rule)
+        return matches / len(self._graded)
+
+    def _rule(self, more_end_token_ids: list[int] | None = None) -> ExactMatch:
+        ends = [*(more_end_token_ids or []), *self._end_token_ids]
+        return ExactMatch(self._tokenizer, ends, self._config.evaluation_max_new_tokens())
+
+
+@dataclass
+class ReverseKL:
+    """Reverse KL per token of completions that the model sampled at temperature 1, nats."""
+
+    sums: list[float] = field(default_factory=list)
+    """Over the tokens of each completion."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each completion."""
+
+    def add(
+        self,
+        model: PreTrainedModel,
+        samples: list[ScoredSample],
+        tokens_per_micro_batch: int,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Measure further completions."""
+        with evaluating(model):
+            for batch in pack(samples, LossConfig(), tokens_per_micro_batch, rope_switch(model)):
+                lengths = batch.cu_seqlens.diff().tolist()
+                per_token = _reverse_kl(model, batch.to(model.device), compute_dtype).cpu()
+                self.sums += [float(part.sum()) for part in per_token.split(lengths)]
+                self.lengths += lengths
+
+    @property
+    def mean(self) -> float:
+        return sum(self.sums) / sum(self.lengths)
+
+    @property
+    def stderr(self) -> float | None:
+        """That of a ratio of sums over independent completions, which differ in length as well; None with one."""
+        count, mean = len(self.sums), self.mean
+        if count == 1:
+            return None
+        squares = sum((total - mean * length) ** 2 for total, length in zip(self.sums, self.lengths, strict=True))
+        return math.sqrt(squares * count / (count - 1)) / sum(self.lengths)
+
+
+def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
+    """Rollouts whose rows of `top_k` logprobs are held at once."""
+    rows = [len(rollout.completion.token_ids) for rollout in rollouts]
+    for part in cut_by_rows(rows, max(1, _PART_BYTES // (top_k * BYTES_PER_CANDIDATE))):
+        yield rollouts[part]
+
+
+@torch.no_grad()
+def _reverse_kl(model: PreTrainedModel, batch: MicroBatch, compute_dtype: torch.dtype | None) -> Tensor:
+    """[N] float64."""
+    ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
+    output = student_logprobs(model, *ids, temperature=1.0, compute_dtype=compute_dtype)
+    return estimate_reverse_kl(loss_inputs(batch, output)).double()

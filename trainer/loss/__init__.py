@@ -1,0 +1,8 @@
+"""The MiniLLM loss and the output head that feeds it: the public names."""
+
+from trainer.loss.advantages import reward_to_go
+from trainer.loss.aggregation import LossTotals
+from trainer.loss.head import HeadOutput, support_logprobs
+from trainer.loss.minillm import LossInputs, minillm_loss
+
+__all__ = ["HeadOutput", "LossInputs", "LossTotals", "minillm_loss", "reward_to_go", "support_logprobs"]

@@ -1,0 +1,199 @@
+"""What a run leaves behind, and what it says at the end.
+
+config.json      the resolved options            metrics.jsonl    one row per step
+samples.jsonl    a few scored completions        quarantine.jsonl samples that were set aside
+student/         the trained model (saving.py)   summary.json     before -> after, written last
+(TensorBoard events and other trackers through accelerate)
+"""
+
+import importlib.util
+import json
+import logging
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from services.config import RunConfig, check_output_dir
+from services.errors import ConfigError, OutputError, StartupError
+from services.launch.summary_table import summary_table
+from services.process.files import append_line, cannot_write, write_by_rename
+from services.process.streams import writing_stdout
+from trainer.evaluation.evaluate import Evaluation
+from trainer.teacher_scores import ScoredSample
+
+logger = logging.getLogger(__name__)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """accelerate leaves out a tracker whose package is missing without a word.
+
+    Raises:
+        ConfigError: names the package to install.
+    """
+    for tracker in config.output.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(
+                f"output.trackers names {tracker!r}, which is not installed; run: .venv/bin/pip install {tracker}"
+            )
+
+
+@dataclass(frozen=True)
+class FailedEvaluation:
+    """An evaluation that was not made, and why."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json, and the table at the end of a run."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    steps: int
+    wall_s: float
+    tokens: int
+    failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
+
+    @property
+    def teacher_exact_match(self) -> float | None:
+        """That of the last evaluation that measured it: the teacher does not change."""
+        measured = [side.teacher_exact_match for side in (self.before, self.after) if side is not None]
+        return measured[-1] if measured else None
+
+    def as_json(self) -> dict[str, Any]:
+        def side(evaluation: Evaluation | None) -> dict[str, Any] | None:
+            if evaluation is None:
+                return None
+            return {name: value for name, value in asdict(evaluation).items() if name != "teacher_exact_match"}
+
+        return {
+            "before": side(self.before),
+            "after": side(self.after),
+            "teacher": {"exact_match": self.teacher_exact_match},
+            "steps": self.steps,
+            "wall_s": round(self.wall_s, 1),
+            "tokens": self.tokens,
+            "failed_evaluations": [asdict(failed) for failed in self.failed_evaluations],
+        }
+
+
+class RunRecord:
+    """Writes a run's files as the run goes.
+
+    Args:
+        accelerator: its trackers receive the metrics.
+
+    Raises:
+        ConfigError: output.dir holds an earlier run, or a tracker is not installed.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.dir = check_output_dir(config)
+        check_trackers(config)
+        self._config, self._accelerator, self._tokenizer = config, accelerator, tokenizer
+        self._started = time.monotonic()
+
+    def begin(self) -> None:
+        """Put the files of this run in the place of those of an earlier one; every check has passed.
+
+        Raises:
+            StartupError: output.dir cannot be written.
+        """
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            options = _flat(self._config.model_dump(mode="json"))
+            # Before anything is replaced: one may want a key or a network.
+            self._accelerator.init_trackers(self._config.output.project, config=options)
+            for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
+                (self.dir / stale).unlink(missing_ok=True)
+            write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())
+        except (OSError, OutputError) as error:
+            raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def token(self, token_id: int) -> str:
+        """The tokenizer's spelling of an id."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of metrics.jsonl, which others can follow, and the trackers.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        try:
+            self._accelerator.log(metrics, step=step)
+        except OSError as error:  # TensorBoard's writer says at the next row that the disk is full
+            raise cannot_write(self.dir / "tracker", error) from error
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """As `step`, the names with "eval_" before them."""
+        self.step(step, {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None})
+
+    def samples(self, step: int, samples: list[ScoredSample]) -> None:
+        """A few completions of this step, token by token, at the first and every `samples_every_steps` steps."""
+        if step != 1 and step % self._config.output.samples_every_steps:
+            return
+        for sample in samples[: self._config.output.samples_per_record]:
+            self._append("samples.jsonl", {"step": step, **self._describe(sample)})
+
+    def _describe(self, sample: ScoredSample) -> dict[str, Any]:
+        prompt, completion = sample.rollout.prompt, sample.rollout.completion
+        tokens = self._tokenizer.convert_ids_to_tokens(completion.token_ids.tolist())
+        return {
+            "row": prompt.row,
+            "prompt": prompt.text,
+            "completion": self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            "finish_reason": completion.finish_reason,
+            "tokens": tokens,
+            "student_logprobs": [round(float(x), 5) for x in completion.rollout_logprobs],
+            "teacher_logprobs": [round(float(x), 5) for x in sample.teacher_token_logprobs],
+        }
+
+    def finish(self, summary: Summary) -> None:
+        """summary.json, which exists only when the run is complete; then the table.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.close()
+        write_by_rename(self.dir / "summary.json", (json.dumps(summary.as_json(), indent=2) + "\n").encode())
+        console = Console()
+        lines = [f"student saved in {self.dir / 'student'}"]
+        lines += [f"not measured after step {failed.step}: {failed.reason}" for failed in summary.failed_evaluations]
+        with suppress(OutputError), writing_stdout():  # all of it is in summary.json
+            console.print(summary_table(summary.as_json()))
+            for line in lines:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Let the trackers write what they hold, however the run ends; once more does nothing."""
+        try:
+            self._accelerator.end_training()
+        except OSError as error:
+            logger.warning("the trackers could not be closed: %s", error)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        append_line(self.dir / name, json.dumps(row, ensure_ascii=False).encode())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys with values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat

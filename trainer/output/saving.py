@@ -1,0 +1,133 @@
+"""The student on disk: after a run, however it ends, and every few steps of it.
+
+student/                 the student of the last finished step, as a folder of safetensors with its tokenizer
+checkpoints/step-N/      the same after step N; the newest `output.save_total_limit` of them
+.reserve/                room for one student, held until the last one is saved: a disk that fills up meanwhile costs
+                         metrics, not the student
+
+A folder is written beside its place and renamed into it, so under these names there is never half a student.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from services.config import OutputConfig
+from services.errors import OutputError, StartupError
+from services.process.files import cannot_write, sync_folder
+
+logger = logging.getLogger(__name__)
+
+# What a folder holds beside the weights and the tokenizer.
+_OTHER_BYTES = 4 << 20
+
+
+class SavedStudents:
+    """The students of one run.
+
+    Args:
+        model: saved as it is at the time of each call.
+    """
+
+    def __init__(self, output: OutputConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._dir, self._limit = Path(output.dir), output.save_total_limit
+        self._every = output.save_every_steps
+        self._model, self._tokenizer = model, tokenizer
+        self._has_begun = False
+        self._checkpoints: list[Path] = []
+
+    def reserve(self, num_steps: int) -> None:
+        """Find out before the first step what would keep the last one's student from being saved, and keep room for it.
+
+        Raises:
+            StartupError: the student's configuration cannot be saved, or there is no room.
+        """
+        reserve = self._dir / ".reserve"
+        checkpoints = min(self._limit + 1, num_steps // self._every) if self._every else 0
+        try:
+            self.release()  # what a killed run held
+            reserve.mkdir(parents=True)
+            self._model.config.save_pretrained(reserve)
+            if self._model.generation_config is not None:
+                self._model.generation_config.save_pretrained(reserve)
+            self._tokenizer.save_pretrained(reserve)
+            weights = sum(p.numel() * p.element_size() for p in self._model.parameters()) + _OTHER_BYTES
+            needed, free = (1 + checkpoints) * weights, shutil.disk_usage(reserve).free
+            if needed > free:
+                raise StartupError(
+                    f"output.dir = {str(self._dir)!r} has {free >> 20} MiB left, the run saves {1 + checkpoints} students of "
+                    f"{weights >> 20} MiB; free some, or lower output.save_total_limit or set output.save_every_steps = 0"
+                )
+            with (reserve / "room").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, weights)
+        except OSError as error:
+            raise StartupError(f"output.dir = {str(self._dir)!r} cannot hold the student: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise StartupError(
+                f"the student could not be saved: {str(error).splitlines()[0]}; mend its folder"
+            ) from error
+
+    def release(self) -> None:
+        """Give up the reserved room."""
+        _remove(self._dir / ".reserve")
+
+    def step_finished(self, step: int) -> None:
+        """Keep the student of `step` in checkpoints/ if it is one's turn.
+
+        The first step's student takes the place of those of an earlier run in this folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            if any((self._dir / name).exists() for name in ("student", "checkpoints")):
+                self._write(self._dir / "student")
+                _remove(self._dir / "checkpoints")
+        if not self._every or step % self._every:
+            return
+        self._checkpoints.append(self._dir / "checkpoints" / f"step-{step}")
+        self._write(self._checkpoints[-1])
+        while len(self._checkpoints) > self._limit:
+            _remove(self._checkpoints.pop(0))
+
+    def save(self, step: int) -> None:
+        """Put the student of `step` into student/.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.release()
+        self._write(self._dir / "student")
+        if not self._has_begun:
+            _remove(self._dir / "checkpoints")
+        logger.info("the student of step %d is saved in %s", step, self._dir / "student")
+
+    def _write(self, path: Path) -> None:
+        beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
+        try:
+            _remove(beside)
+            self._model.save_pretrained(beside)
+            self._tokenizer.save_pretrained(beside)
+            sync_folder(beside)
+            if path.exists():
+                _remove(before)
+                path.replace(before)
+            beside.replace(path)
+            _remove(before)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        except Exception as error:  # of safetensors, of a model's own code
+            raise OutputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
+        finally:
+            _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

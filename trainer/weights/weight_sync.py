@@ -1,0 +1,311 @@
+"""Push the student's weights to every rollout server, all or nothing, and prove that they arrived.
+
+    pause ► start ► broadcast (nccl | gloo) ► compare checksums ► finish ► canary ► resume
+
+    consumes   the trainer's model at a version
+    produces   servers that answer under that version, or WeightSyncError
+    waits for  each stage, with a deadline
+    unblocked  by the servers; they take these calls from the run that holds them alone
+
+A failed push is repeated once in full, over a new group.
+"""
+
+import asyncio
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from services.clients import RolloutClient
+from services.config import RunConfig
+from services.errors import DistillServeError, ServerHeldError, StartupError, WeightSyncError
+from services.weight_transfer.channel import GroupLostError
+from services.weight_transfer.control import WeightControlClient
+from services.weight_transfer.sender import WeightSender, check_arrival
+from services.weight_transfer.source import CheckpointSource
+from services.wire.schemas import CanaryScores, PolicyLabel, RolloutInfo, RolloutSampling
+from trainer.data.prompts import Prompt
+from trainer.model import compute_dtype_of
+from trainer.weights.canary import NEW_TOKENS, PROMPT_TOKENS, Canary
+from trainer.weights.policy_versions import PolicyVersions
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What a completion in flight may take a token, with many others beside it, before a pause gives up on it.
+_DRAIN_S_PER_TOKEN = 0.25
+# A worker that fails is heard of twice: its end of the group closes, and its server says why, a moment later.
+_REASON_S = 10.0
+# What a broken broadcast may take to notice it.
+_ABORT_S = 10.0
+
+
+class WeightSync:
+    """Owns the transfer group and the version numbers.
+
+    Args:
+        model: the trainer's student.
+        client: the rollout servers' data plane; its completions are those of this run from `hold` on.
+        canary_prompts: a few prompts of the dataset.
+        key: the rollout servers' key.
+        run: id of the run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        client: RolloutClient,
+        infos: list[RolloutInfo],
+        canary_prompts: list[Prompt],
+        key: str | None,
+        run: str,
+    ) -> None:
+        self._config, self._model, self._client, self._infos = config, model, client, infos
+        self._prompts = [p.token_ids for p in canary_prompts]
+        self.versions = PolicyVersions(run)
+        sync = config.weight_sync
+        self._control = WeightControlClient(
+            client.urls,
+            [info.boot_id for info in infos],
+            [info.world_size for info in infos],
+            run=run,
+            name=f"output.dir {config.output.dir!r}, process {os.getpid()} on {platform.node()}",
+            key=key,
+            stage_timeout_s=sync.stage_timeout_s,
+            lease_s=sync.lease_s,
+        )
+        self._check_backends()
+        self._source = CheckpointSource(model, getattr(torch, self.rollout_dtype))
+        self._sender = WeightSender(
+            config.weight_sync_backend(),
+            sync.master_address,
+            sync.master_port or 0,
+            1 + sum(self._control.world_sizes),
+            sync.stage_timeout_s,
+            sync.bucket_bytes,
+            model.device,
+        )
+        self._connected = False
+        self._canary: Canary | None = None
+        self._threads: list[threading.Thread] = []
+
+    def _check_backends(self) -> None:
+        backend = self._config.weight_sync_backend()
+        for url, info in zip(self._client.urls, self._infos, strict=True):
+            if info.weight_transfer_backend != backend:
+                raise StartupError(
+                    f"{url} receives weights over {info.weight_transfer_backend}, this trainer would send over {backend}; "
+                    "start both with the same weight_sync.backend"
+                )
+        if len({info.dtype for info in self._infos}) > 1:
+            raise StartupError("the rollout servers run in different dtypes; start them with the same rollout.dtype")
+        if backend == "nccl":
+            self._check_own_card()
+
+    def _check_own_card(self) -> None:
+        """nccl connects cards, each of them once; by UUID, for numbers mean something else in every process."""
+        fix = "leave weight_sync.backend out on both sides, or pass gloo"
+        device = self._model.device
+        if device.type != "cuda":
+            raise StartupError(f"weight_sync.backend = nccl needs the trainer on a GPU, it is on {device.type}; {fix}")
+        ours = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).lower().removeprefix('gpu-')}"
+        for url, info in zip(self._client.urls, self._infos, strict=True):
+            if ours in info.gpu_uuids:
+                raise StartupError(
+                    f"weight_sync.backend = nccl, but {url} runs on this trainer's card {ours}, and nccl connects different "
+                    f"ones; give student.cuda_devices another GPU, or {fix}"
+                )
+
+    @property
+    def rollout_dtype(self) -> str:
+        return self._infos[0].dtype
+
+    async def hold(self, on_wait: Callable[[str, float], None] | None = None) -> None:
+        """Make the servers this run's own.
+
+        Args:
+            on_wait: told of a server that another run holds, and for how many seconds it is waited for.
+
+        Raises:
+            ServerHeldError: a run that lives holds one of them.
+            WeightSyncError: a server cannot be asked.
+        """
+        await self._control.hold(take_over=self._config.weight_sync.take_over, on_wait=on_wait)
+        self._client.run = self.versions.run
+
+    async def push(self, version: int) -> dict[str, float]:
+        """Make `version` live everywhere, or raise.
+
+        Returns:
+            seconds of the push and of the canary, and the canary's residual.
+
+        Raises:
+            ServerHeldError: another run has taken a server over.
+            WeightSyncError: the push, or its canary, failed twice.
+        """
+        try:
+            return await self._push_once(version)
+        except ServerHeldError:
+            raise
+        except DistillServeError as error:
+            logger.warning("push of version %d failed, repeating it in full: %s", version, error)
+        return await self._push_once(version)
+
+    async def _push_once(self, version: int) -> dict[str, float]:
+        label = self.versions.next_label(version)
+        started = time.monotonic()
+        try:
+            canary = self._canary = self._canary or await self._sample_canary()
+            # Before the workers are made to meet: data-parallel engines take steps together until they are paused.
+            await self._control.pause(self._drain_s())
+            if not self._connected:
+                await self._connect()
+            await self._control.start()
+            ours = await self._send(canary)
+            await self._control.finish(str(label))
+            sent = time.monotonic()
+            scored = await self._control.score_canary(canary.sequences)
+            residual = self._check_canary(label, canary, ours, scored)
+            self.versions.set_live(label)  # one server may sample before another has resumed
+            await self._control.resume()
+        except BaseException as error:
+            self._disconnect()
+            if isinstance(error, RuntimeError | ValueError | OSError) and not isinstance(error, DistillServeError):
+                # torch reports a lost peer as a RuntimeError
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise WeightSyncError(f"push of version {version}: {reason}") from error
+            raise
+        return {"push_s": sent - started, "canary_s": time.monotonic() - sent, "canary_residual": residual}
+
+    def _drain_s(self) -> float:
+        """How long completions in flight may take to end before a push."""
+        return self._config.weight_sync.stage_timeout_s + _DRAIN_S_PER_TOKEN * self._config.longest_completion()
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(rendezvous: dict[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(self._control.connect(rendezvous), loop).result()
+
+        await self._in_thread(lambda: self._sender.connect(tell))
+        self._connected = True
+
+    async def _send(self, canary: Canary) -> list[np.ndarray]:
+        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it.
+
+        Returns:
+            the trainer's own logprobs of the canary, computed while the workers load what they have received.
+        """
+
+        def send() -> tuple[list[str], list[np.ndarray]]:
+            return self._sender.send(self._source), canary.logprobs(self._model)
+
+        update = await self._in_thread(lambda: self._sender.update(self._source))
+        receiving = asyncio.create_task(self._control.receive(await asyncio.to_thread(asdict, update)))
+        receiving.add_done_callback(self._abort_if_failed)
+        try:
+            checksums, ours = await self._in_thread(send)
+            reports = await receiving
+        except (GroupLostError, TimeoutError, WeightSyncError) as error:
+            # Where a worker has failed its server says so, and why; else it says that the trainer is gone.
+            self._sender.abort()
+            await asyncio.wait({receiving}, timeout=_REASON_S)
+            receiving.cancel()
+            if receiving.done() and (said := receiving.exception()) is not None:
+                raise said from error
+            raise
+        except BaseException:
+            self._sender.abort()
+            receiving.cancel()
+            await asyncio.wait({receiving})
+            raise
+        await asyncio.to_thread(check_arrival, update, checksums, reports, self._client.urls)
+        return ours
+
+    def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
+        if receiving.cancelled() or receiving.exception() is not None:
+            self._sender.abort()
+
+    async def _sample_canary(self) -> Canary:
+        """Complete a few prompts on the first server, under the weights that it holds before the first push."""
+        limit = min(info.max_model_len for info in self._infos)
+        num_new = min(NEW_TOKENS, max(1, (limit - 1) // 2))  # a canary is scored, and one token follows it
+        kept = min(PROMPT_TOKENS, limit - 1 - num_new)
+        prompts = [ids[-kept:] for ids in self._prompts]
+        sampling = RolloutSampling(max_new_tokens=num_new)
+        async with asyncio.timeout(
+            self._drain_s()
+        ):  # while it waits its server says that it lives, for as long as it takes
+            completions = await self._client.generate_on(self._client.urls[0], prompts, sampling)
+        compute_dtype = compute_dtype_of(self._config, self._model.device)
+        return Canary(
+            self._config.weight_sync,
+            prompts,
+            [c.token_ids.tolist() for c in completions],
+            dtypes=(self.rollout_dtype, str(compute_dtype).removeprefix("torch.")),
+            compute_dtype=compute_dtype,
+            tokens_per_micro_batch=self._config.pipeline.micro_batch_tokens,
+        )
+
+    def _check_canary(
+        self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray], scored: list[CanaryScores]
+    ) -> float:
+        """The largest residual of all data-parallel engines of all servers."""
+        residuals = []
+        for url, scores in zip(self._client.urls, scored, strict=True):
+            where = f"version {label.version} on {url}"
+            if scores.policy_version != str(label) or not scores.token_logprobs:
+                raise WeightSyncError(f"canary of {where}: it answers under {scores.policy_version}, not {label}")
+            for theirs in scores.token_logprobs:
+                residuals.append(canary.residual(ours, theirs))
+                canary.check(residuals[-1], where)
+        canary.calibrate(max(residuals))
+        return max(residuals)
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        """The result of blocking work in a thread that does not keep the process alive, on the model's device there."""
+        done: Future[Result] = Future()
+        done.set_running_or_notify_cancel()  # who is cancelled meanwhile does not take the thread's place to answer
+
+        def run() -> None:
+            try:
+                self._choose_device()
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        thread = threading.Thread(target=run, name="weight-push", daemon=True)
+        self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+        thread.start()
+        return await asyncio.wrap_future(done)
+
+    def _choose_device(self) -> None:
+        """A new thread's device is 0 and its stream waits for nothing: without this, weights from before the optimizer's step
+        may be packed."""
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.synchronize(device)
+
+    def _disconnect(self) -> None:
+        self._sender.abort()
+        self._connected = False
+
+    async def close(self) -> None:
+        """End a push that is under way, leave the group, and give the servers back."""
+        self._disconnect()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, _ABORT_S)
+        await self._control.release()
+        await self._control.close()
