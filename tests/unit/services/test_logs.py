@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,15 @@ def record(message: str, **extra: object) -> logging.LogRecord:
     made = logging.getLogger("services.teacher").makeRecord("a.b", logging.INFO, "f", 1, message, (), None, extra=extra)
     assert logs.add_request_id(made)
     return made
+
+
+@pytest.fixture(autouse=True)
+def plain_records() -> Iterator[None]:
+    """Records without what vLLM adds to those of its processes, once a test has imported it."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(logging.LogRecord)
+    yield
+    logging.setLogRecordFactory(before)
 
 
 async def test_a_record_has_the_id_of_the_request_that_is_answered() -> None:
