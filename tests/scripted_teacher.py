@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from services.wire.codec import encode_scores
-from services.wire.schemas import TeacherInfo, TeacherScores
+from services.wire.teacher import TeacherInfo, TeacherScores, encode_scores
 
 VOCAB = 261
 INFO = TeacherInfo(

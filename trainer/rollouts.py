@@ -14,7 +14,7 @@ import numpy as np
 from services.clients import RolloutClient
 from services.config import SamplingConfig
 from services.errors import PeerError
-from services.wire.schemas import RolloutCompletion, RolloutSampling
+from services.wire.rollout import RolloutCompletion, RolloutSampling
 from trainer.data.prompts import Prompt
 
 # What rounding can put a logprob above 0.

@@ -27,7 +27,7 @@ from services.gpus.options import computed
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interruption
-from services.wire.schemas import RolloutInfo
+from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
 from trainer.data.prompts import Prompt, PromptRows, read_prompts

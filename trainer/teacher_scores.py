@@ -17,7 +17,7 @@ from services.clients.teacher import RefusedSequenceError
 from services.clients.teacher_answers import mismatches
 from services.errors import PeerError
 from services.process.files import append_line
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 from trainer.rollouts import Rollout
 from trainer.teachers import Teacher, Teachers, option_prefix
 

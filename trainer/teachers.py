@@ -15,7 +15,7 @@ from services.clients.teacher_answers import Sequence
 from services.config import TeacherConfig
 from services.config.addresses import checked_urls
 from services.errors import ConfigError, DistillServeError
-from services.wire.schemas import TeacherInfo, TeacherScores
+from services.wire.teacher import TeacherInfo, TeacherScores
 from trainer.data.prompts import Prompt
 
 logger = logging.getLogger(__name__)

@@ -82,7 +82,7 @@ def prompts_of_ids(value: Any) -> list[list[int]]:
 
 
 def teacher_sequences(value: Any) -> list[dict[str, Any]]:
-    """Sequences for a teacher server, in any of the forms of its API (services.wire.schemas.TeacherSequence).
+    """Sequences for a teacher server, in any of the forms of its API (services.wire.teacher.TeacherSequence).
 
     Raises:
         InputError: there are none, or names the place of what cannot be sent.

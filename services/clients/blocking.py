@@ -12,7 +12,7 @@ from services.clients.base import Answer
 from services.clients.teacher import LogprobDtype, OnMismatch, OnRefused, TeacherClient
 from services.clients.teacher_answers import Sequence
 from services.errors import ClientClosedError
-from services.wire.schemas import TeacherInfo, TeacherScores
+from services.wire.teacher import TeacherInfo, TeacherScores
 
 
 class BlockingTeacherClient:

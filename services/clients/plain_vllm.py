@@ -19,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from services.clients import TeacherClient
 from services.clients.teacher_answers import Sequence
 from services.errors import InputError, PeerError, ProblemError
-from services.wire.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
+from services.wire.message import PROTOCOL_VERSION
 from services.wire.tail import log_mass_left
+from services.wire.teacher import TeacherInfo, TeacherScores
 
 # How vLLM refuses a request: a sequence that is too long, or an id that is none.
 _REFUSALS = (400, 413, 422)

@@ -11,8 +11,14 @@ from services.clients.arguments import check_spellable, integer, prompts_of_ids
 from services.clients.base import ServerClient, all_or_first_error
 from services.config.own_key import OwnKeyAuth
 from services.errors import PeerError, ProblemError
-from services.wire.codec import MAX_IDS_PER_REQUEST, decode_completion, read_frames
-from services.wire.schemas import RolloutCompletion, RolloutInfo, RolloutSampling
+from services.wire.frames import read_frames
+from services.wire.rollout import (
+    MAX_IDS_PER_REQUEST,
+    RolloutCompletion,
+    RolloutInfo,
+    RolloutSampling,
+    decode_completion,
+)
 
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
 _COMPLETIONS_PER_REQUEST = 4096

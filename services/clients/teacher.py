@@ -25,8 +25,8 @@ from services.clients.teacher_answers import (
 )
 from services.errors import InputError, PeerError, ProblemError
 from services.http.connections import NAME_GRACE_S, describe, is_unresolved
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
-from services.wire.schemas import TeacherInfo, TeacherScores
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
 
 OnMismatch = Literal["raise", "keep"]
 LogprobDtype = Literal["float32", "float16"]
@@ -181,7 +181,7 @@ class TeacherClient(ServerClient):
         on_mismatch: OnMismatch = "raise",
         on_refused: OnRefused | None = None,
     ) -> TeacherScores:
-        """Score sequences in any of the forms of the API (services.wire.schemas.TeacherSequence), mixed as you like.
+        """Score sequences in any of the forms of the API (services.wire.teacher.TeacherSequence), mixed as you like.
 
         Of a text, the rows are not known before; each of its characters is counted as one.
 

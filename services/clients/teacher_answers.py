@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from services.errors import PeerError
-from services.wire.schemas import MODEL_DIGITS, TeacherInfo, TeacherScores
+from services.wire.teacher import MODEL_DIGITS, TeacherInfo, TeacherScores
 
 Sequence = tuple[list[int], int]
 """Token ids of prompt and completion, and the prompt's length."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from services.wire.schemas import MODEL_DIGITS
+from services.wire.teacher import MODEL_DIGITS
 
 _SERVING_DIGITS = 6
 # Tensors of up to this many values are read whole; of a larger one some rows, spread evenly.

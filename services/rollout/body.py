@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from services.errors import RequestError
 from services.http.request_body import parse_body
 from services.rollout.settings import RolloutSettings
-from services.wire.codec import MAX_IDS_PER_REQUEST
-from services.wire.schemas import RolloutRequest
+from services.wire.rollout import MAX_IDS_PER_REQUEST, RolloutRequest
 
 # Read in less time than it takes to wake the thread that reads the others.
 _SMALL_BODY_BYTES = 16 << 10

@@ -28,14 +28,16 @@ from vllm.sampling_params import RequestOutputKind
 from services.http.request_body import read_body
 from services.rollout.body import read_request
 from services.rollout.state import RolloutState
-from services.wire.codec import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT, encode_completion, encode_stream_error
-from services.wire.schemas import (
-    PROTOCOL_VERSION,
+from services.wire.frames import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT
+from services.wire.message import PROTOCOL_VERSION
+from services.wire.rollout import (
     RolloutCompletion,
     RolloutInfo,
     RolloutRequest,
     RolloutSampling,
     VersionSpan,
+    encode_completion,
+    encode_stream_error,
 )
 
 HEARTBEAT_S = 10.0

@@ -31,7 +31,7 @@ from services.errors import RequestError
 from services.http.request_body import Body, parse_body, read_body
 from services.rollout.rollouts import engine_of
 from services.rollout.state import MIXED, RolloutState, Stage
-from services.wire.schemas import (
+from services.wire.weights import (
     CanaryRequest,
     CanaryScores,
     ConnectRequest,

@@ -26,7 +26,8 @@ from services.process.streams import writing_stdout
 from services.score.rows import InputFile, ShardRows, read_shards_of_rows
 from services.score.shards import Manifest, ScoredRow, ScoreSettings, read_shards, resume, write_shard
 from services.score.table import describe_totals, render_scores
-from services.wire.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
+from services.wire.message import PROTOCOL_VERSION
+from services.wire.teacher import TeacherInfo, TeacherScores
 
 __all__ = ["FileOptions", "ScoredRow", "TeacherOptions", "read_shards", "score_file", "score_pair"]
 

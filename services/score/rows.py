@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from services.errors import DataError, describe_validation_error
 from services.strict_json import JsonError, parse_json, without_bom
-from services.wire.schemas import TeacherSequence
+from services.wire.teacher import TeacherSequence
 
 _FORMS = {
     "token_ids": ("token_ids", "prompt_length"),

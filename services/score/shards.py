@@ -15,8 +15,8 @@ import numpy as np
 from services.errors import ConfigError, DataError, PeerError
 from services.process.files import write_by_rename
 from services.score.rows import InputFile
-from services.wire.codec import decode_document, encode_document
-from services.wire.schemas import SCORE_COLUMNS, TeacherScores
+from services.wire.document import decode_document, encode_document
+from services.wire.teacher import SCORE_COLUMNS, TeacherScores
 
 MANIFEST = "manifest.json"
 

@@ -4,7 +4,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 
 
 def render_scores(scores: TeacherScores, tokens: dict[int, str]) -> Table:

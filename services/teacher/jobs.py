@@ -11,7 +11,7 @@ import numpy as np
 
 from services import logs
 from services.errors import RequestError
-from services.wire.schemas import TeacherInfo, TeacherScores
+from services.wire.teacher import TeacherInfo, TeacherScores
 
 
 def engine_failed(error: Exception) -> RequestError:

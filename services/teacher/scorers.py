@@ -17,7 +17,7 @@ from services.models.vllm_environment import KV_CACHE_VARIABLE, check_libnuma, v
 from services.teacher.jobs import ScoreJob
 from services.teacher.transformers.batcher import Batcher
 from services.teacher.transformers.engine import TransformersEngine
-from services.wire.schemas import TeacherInfo
+from services.wire.teacher import TeacherInfo
 
 
 class Scorer(Protocol):

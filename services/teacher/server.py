@@ -46,8 +46,8 @@ from services.teacher.api.body import check_headers
 from services.teacher.api.openapi import SCORE_PATH, describe
 from services.teacher.api.service import TeacherService
 from services.teacher.jobs import ScoreJob
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE, encode_scores
-from services.wire.schemas import TeacherInfo, TeacherRequest, TeacherScores
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import TeacherInfo, TeacherRequest, TeacherScores, encode_scores
 
 # How long accepted requests may take to finish after SIGTERM, seconds.
 _GRACE_S = 60

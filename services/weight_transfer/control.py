@@ -20,7 +20,7 @@ from services.config.own_key import OwnKeyAuth
 from services.errors import ClientClosedError, ServerHeldError, StartupError, WeightSyncError
 from services.http.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
 from services.weight_transfer.lease import Claim, Lease
-from services.wire.schemas import CanaryScores
+from services.wire.weights import CanaryScores
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from services.config import TeacherConfig
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
-from services.wire.schemas import TeacherScores
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import TeacherScores, decode_scores
 from tests.benchmarks import results
 from tests.benchmarks.scoring import HEADERS, MODELS, TOP_K, Sequence, random_sequences
 from tests.integration.processes import Server, server

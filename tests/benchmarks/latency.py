@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from tests.benchmarks import results
 from tests.benchmarks.scoring import MODELS, TOP_K, Sequence, random_sequences
 from tests.integration.processes import Server, server

@@ -29,7 +29,7 @@ from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
 from services.models.causal_lm import hidden_states
 from services.models.padding import pad_rows, predicting_positions
-from services.wire.schemas import RolloutCompletion, RolloutSampling
+from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.benchmarks import results
 from tests.integration.processes import KEY, server
 from trainer.model import evaluating, head_of, load_student, student_logprobs

@@ -33,7 +33,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import RolloutSampling
 from tests.benchmarks import bare_push, results
 from tests.benchmarks.memory import Memory
 from tests.integration.processes import KEY, server

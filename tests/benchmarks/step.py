@@ -15,7 +15,7 @@ from rich.table import Table
 
 from services.clients import TeacherClient
 from services.config import RunConfig
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import RolloutSampling
 from tests.benchmarks import results
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, server

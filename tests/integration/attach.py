@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from services.clients import RolloutClient
 from services.config import RunConfig
 from services.weight_transfer.source import CheckpointSource
-from services.wire.schemas import PolicyLabel, RolloutCompletion, RolloutSampling
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.integration.processes import KEY, Server
 from trainer.data.prompts import Prompt
 from trainer.weights.weight_sync import WeightSync

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
-from services.wire.schemas import PolicyLabel, RolloutCompletion
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutCompletion
 from tests.integration.attach import PROMPTS, SAMPLING, attached, change, differences
 from tests.integration.processes import server
 from trainer.model import load_student

@@ -13,7 +13,7 @@ from services.config import RunConfig
 from services.errors import ProblemError
 from services.http.guard import OPEN_PATHS
 from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import RolloutSampling
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, Server
 from trainer.model import load_student

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.clients import RolloutClient
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import RolloutSampling
 from tests.integration.processes import KEY, command, environment, server
 from tests.models import save_model
 

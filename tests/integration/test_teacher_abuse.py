@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save
 
 from services.errors import PROBLEM_MEDIA_TYPE
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from tests.integration.processes import Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head, read_answer
 

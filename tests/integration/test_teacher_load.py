@@ -17,7 +17,7 @@ import pytest
 from services.config import TeacherConfig
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 from tests.integration.processes import KEY, Engine, Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head
 

@@ -17,7 +17,8 @@ from services.teacher.api.openapi import (
     ScoreAnswer,
     ScoredSequence,
 )
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import decode_scores
 from tests.integration.processes import KEY, Server
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from services.config import RunConfig
 from services.errors import ServerHeldError, WeightSyncError
 from services.weight_transfer.gloo import GlooChannel
 from services.weight_transfer.source import CheckpointSource
-from services.wire.schemas import PolicyLabel
+from services.wire.policy_label import PolicyLabel
 from tests.integration.attach import (
     PROMPTS,
     SAMPLING,

@@ -23,7 +23,9 @@ from services.models.causal_lm import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from services.wire.schemas import PROTOCOL_VERSION, RolloutInfo, TeacherInfo
+from services.wire.message import PROTOCOL_VERSION
+from services.wire.rollout import RolloutInfo
+from services.wire.teacher import TeacherInfo
 from trainer.teacher_scores import Support
 from trainer.teachers import Teacher, Teachers, naming, option_prefix
 

@@ -22,7 +22,7 @@ from services.config import DataConfig
 from services.errors import DataError, describe_validation_error
 from services.models.text import TextError, check_is_text, encode_completion, encode_prompt, render_messages
 from services.strict_json import JsonError, parse_json
-from services.wire.schemas import ChatMessage, Conversation
+from services.wire.conversation import ChatMessage, Conversation
 from trainer.data.text_limits import NO_LIMITS, TextLimits
 
 logger = logging.getLogger(__name__)

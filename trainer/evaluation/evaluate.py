@@ -23,7 +23,8 @@ from services.clients.teacher_answers import cut_by_rows
 from services.config import LossConfig, RunConfig
 from services.errors import PeerError
 from services.models.causal_lm import rope_switch
-from services.wire.schemas import BYTES_PER_CANDIDATE, RolloutSampling
+from services.wire.rollout import RolloutSampling
+from services.wire.teacher import BYTES_PER_CANDIDATE
 from trainer.batch import MicroBatch, loss_inputs, pack
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches

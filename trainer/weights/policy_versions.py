@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from services.errors import PeerError
-from services.wire.schemas import PolicyLabel, RolloutCompletion
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutCompletion
 
 
 class PolicyVersions:

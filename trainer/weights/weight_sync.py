@@ -32,7 +32,9 @@ from services.weight_transfer.channel import GroupLostError
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.sender import WeightSender, check_arrival
 from services.weight_transfer.source import CheckpointSource
-from services.wire.schemas import CanaryScores, PolicyLabel, RolloutInfo, RolloutSampling
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutInfo, RolloutSampling
+from services.wire.weights import CanaryScores
 from trainer.data.prompts import Prompt
 from trainer.model import compute_dtype_of
 from trainer.weights.canary import NEW_TOKENS, PROMPT_TOKENS, Canary

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from services.config import TeacherConfig
 from services.errors import RequestError
 from services.strict_json import DuplicateKeyError, JsonError, parse_json
-from services.wire.schemas import TeacherRequest
+from services.wire.teacher import TeacherRequest
 
 # Of a wrong value, what its problem document repeats.
 _SHOWN_CHARACTERS = 80

@@ -12,8 +12,8 @@ from pydantic.json_schema import models_json_schema
 
 from services.errors import PROBLEM_MEDIA_TYPE
 from services.http.guard import OPEN_PATHS
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE
-from services.wire.schemas import TeacherRequest
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import TeacherRequest
 
 SCORE_PATH = "/v1/teacher/logprobs"
 

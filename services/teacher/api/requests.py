@@ -16,7 +16,7 @@ from services.models.text import (
     render_messages,
 )
 from services.teacher.jobs import EncodedSequence
-from services.wire.schemas import BYTES_PER_CANDIDATE, TeacherInfo, TeacherRequest, TeacherSequence
+from services.wire.teacher import BYTES_PER_CANDIDATE, TeacherInfo, TeacherRequest, TeacherSequence
 
 
 def encode_request(

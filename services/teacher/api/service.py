@@ -21,7 +21,7 @@ from services.teacher.api.body import parse_request
 from services.teacher.api.requests import encode_request
 from services.teacher.jobs import ScoreJob, engine_failed, shutting_down
 from services.teacher.scorers import Scorer, abandon_loading, load_scorer
-from services.wire.schemas import TeacherRequest, TeacherScores
+from services.wire.teacher import TeacherRequest, TeacherScores
 
 # Read in less time than it takes to wake the thread that reads the others.
 _SMALL_BODY_BYTES = 16 << 10

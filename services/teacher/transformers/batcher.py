@@ -22,7 +22,7 @@ from services.errors import DistillServeError
 from services.http.metrics import TeacherMetrics
 from services.models.padding import cut_by_padded_tokens
 from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob, engine_failed, shutting_down
-from services.wire.schemas import TeacherInfo
+from services.wire.teacher import TeacherInfo
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from services.models.fingerprint import model_fingerprint
 from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 from services.teacher.transformers.head import ScoringHead
-from services.wire.schemas import PROTOCOL_VERSION, TeacherInfo, TeacherScores
+from services.wire.message import PROTOCOL_VERSION
+from services.wire.teacher import TeacherInfo, TeacherScores
 
 # Threads of a CPU that share less work than this in a forward pass mostly wait for each other, and do more in forward
 # passes of their own; more of those than a few wait for Python's lock.

@@ -13,7 +13,8 @@ from services.models.causal_lm import (
     tokenizer_fingerprint,
 )
 from services.models.fingerprint import model_fingerprint
-from services.wire.schemas import PROTOCOL_VERSION, TeacherInfo
+from services.wire.message import PROTOCOL_VERSION
+from services.wire.teacher import TeacherInfo
 
 # Fields of AsyncEngineArgs that say where and how fast vLLM works; replicas may differ in them.
 _WITHOUT_EFFECT = {

@@ -1,6 +1,6 @@
 """Teachers as they are after the preflight, over any client."""
 
-from services.wire.schemas import TeacherInfo
+from services.wire.teacher import TeacherInfo
 from tests.scripted_teacher import INFO
 from trainer.teachers import Teacher, Teachers
 

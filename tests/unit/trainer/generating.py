@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from services.wire.schemas import RolloutCompletion, RolloutSampling, VersionSpan
+from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 
 
 class Generator:

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from services.clients import TeacherClient
 from services.config import RunConfig
 from services.process.signals import Interruption
-from services.wire.schemas import PolicyLabel, RolloutCompletion, RolloutSampling, VersionSpan
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from services.config import LossConfig, RunConfig
 from services.models.causal_lm import rope_switch
 from services.models.padding import cut_by_padded_tokens
-from services.wire.schemas import RolloutCompletion, VersionSpan
+from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.models import LONGROPE_SWITCH, save_model
 from trainer.batch import MicroBatch, pack, pack_texts
 from trainer.data.prompts import Prompt

@@ -10,7 +10,8 @@ import pytest
 
 from services.clients import TeacherClient
 from services.errors import PeerError
-from services.wire.schemas import RolloutCompletion, TeacherScores, VersionSpan
+from services.wire.rollout import RolloutCompletion, VersionSpan
+from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import VOCAB, ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
 from trainer.data.prompts import Prompt

@@ -10,7 +10,7 @@ import pytest
 
 from services.clients import TeacherClient
 from services.errors import PeerError
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
 from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample

@@ -14,8 +14,7 @@ import pytest
 from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import ConfigError, PeerError, ProblemError
-from services.wire.codec import encode_scores
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
 from tests.unit.trainer.attached import attached
 from tests.unit.trainer.test_teacher_faults import LENGTH, ROLLOUTS

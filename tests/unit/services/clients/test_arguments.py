@@ -11,7 +11,7 @@ import torch
 from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
 from services.errors import ClientClosedError, DistillServeError, InputError
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import RolloutSampling
 from tests.unit.services.clients.test_clients import echo
 from tests.unit.services.clients.test_teacher_client import answer
 from tests.unit.services.weight_transfer.controls import control

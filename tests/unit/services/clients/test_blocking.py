@@ -16,7 +16,7 @@ from services.errors import PeerError, ProblemError
 from services.teacher.server import create_app
 from services.teacher.transformers.batcher import Batcher
 from services.teacher.transformers.engine import TransformersEngine
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 
 URL = "http://teacher"
 

@@ -16,8 +16,15 @@ from services.clients import base as server_client
 from services.clients import rollout as rollout_client
 from services.clients.teacher_answers import cut_by_rows
 from services.errors import PeerError, ProblemError
-from services.wire.codec import END_OF_STREAM, encode_completion, encode_scores, encode_stream_error
-from services.wire.schemas import RolloutCompletion, RolloutSampling, TeacherScores, VersionSpan
+from services.wire.frames import END_OF_STREAM
+from services.wire.rollout import (
+    RolloutCompletion,
+    RolloutSampling,
+    VersionSpan,
+    encode_completion,
+    encode_stream_error,
+)
+from services.wire.teacher import TeacherScores, encode_scores
 
 A, B = "http://a:1", "http://b:2"
 Handler = Callable[[httpx.Request], httpx.Response]

@@ -16,8 +16,7 @@ from services.clients import teacher as teacher_client
 from services.clients.teacher import RefusedSequenceError
 from services.clients.teacher_answers import mismatches, without_sequences
 from services.errors import PeerError, ProblemError
-from services.wire.codec import decode_scores, encode_scores
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores, decode_scores, encode_scores
 from tests.unit.services.clients.test_clients import INFO
 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"

@@ -709,7 +709,8 @@ def test_help_answers_within_two_seconds_of_work() -> None:
 
 def test_contracts_clients_and_help_load_no_model_library() -> None:
     code = (
-        "import sys, services.config, services.wire.schemas, services.wire.codec, services.clients, services.score.command, services.cli\n"
+        "import sys, services.config, services.wire.rollout, services.wire.teacher, services.wire.weights, services.clients\n"
+        "import services.score.command, services.cli\n"
         "try: services.cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"

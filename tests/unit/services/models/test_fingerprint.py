@@ -18,7 +18,7 @@ from services.models import fingerprint as model_fingerprint
 from services.models.causal_lm import chat_template_hash, chat_template_probe, load_tokenizer, tokenizer_fingerprint
 from services.teacher.transformers.engine import TransformersEngine
 from services.teacher.vllm import info as vllm_info
-from services.wire.schemas import MODEL_DIGITS
+from services.wire.teacher import MODEL_DIGITS
 from tests.models import save_model
 from tests.scripted_teacher import INFO
 from tests.unit.services.clients.test_clients import scores_for

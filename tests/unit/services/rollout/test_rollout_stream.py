@@ -15,8 +15,7 @@ from services.http.bounded_connection import BoundedConnection
 from services.rollout import rollouts
 from services.rollout.body import parse_request, read_request
 from services.rollout.settings import RolloutSettings
-from services.wire.codec import MAX_IDS_PER_REQUEST
-from services.wire.schemas import RolloutSampling
+from services.wire.rollout import MAX_IDS_PER_REQUEST, RolloutSampling
 from tests.rollout_app import LIMITS, SlowEngine, serving
 
 SAMPLING = RolloutSampling(max_new_tokens=8)

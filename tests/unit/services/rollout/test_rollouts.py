@@ -6,7 +6,7 @@ from typing import Any
 from services.rollout.rollouts import get_info
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
-from services.wire.schemas import RolloutInfo
+from services.wire.rollout import RolloutInfo
 
 
 async def test_info_tells_the_limit_that_clients_cut_their_work_to() -> None:

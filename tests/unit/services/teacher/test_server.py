@@ -16,8 +16,8 @@ from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.http.guard import OPEN_PATHS
 from services.teacher.api.requests import encode_request
 from services.teacher.server import _as_dtype, as_json
-from services.wire.codec import SAFETENSORS_MEDIA_TYPE, decode_scores
-from services.wire.schemas import SCORE_COLUMNS, TeacherRequest, TeacherScores
+from services.wire.document import SAFETENSORS_MEDIA_TYPE
+from services.wire.teacher import SCORE_COLUMNS, TeacherRequest, TeacherScores, decode_scores
 from tests.teacher_app import GOOD, score, serving
 from tests.unit.trainer.attach.test_preflight import teacher_info
 from trainer.tiny.pair import build_tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from services.errors import ServerHeldError, StartupError, WeightSyncError
 from services.weight_transfer.control import WeightControlClient
-from services.wire.schemas import HoldRequest
+from services.wire.weights import HoldRequest
 from tests.unit.services.weight_transfer import controls
 
 URLS = ["http://c", "http://a", "http://b"]

@@ -10,7 +10,8 @@ from services.clients import RolloutClient, TeacherClient
 from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import PeerError, StartupError
 from services.models.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
-from services.wire.schemas import RolloutInfo, TeacherInfo
+from services.wire.rollout import RolloutInfo
+from services.wire.teacher import TeacherInfo
 from tests.unit.trainer.attached import attached
 from trainer.attach import preflight
 from trainer.teachers import Teachers

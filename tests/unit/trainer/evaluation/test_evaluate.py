@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from services.clients import TeacherClient
 from services.config import RunConfig
 from services.errors import PeerError
-from services.wire.schemas import PolicyLabel, RolloutSampling
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutSampling
 from tests.models import save_model
 from tests.teacher_app import serving
 from tests.unit.trainer.generating import Generator

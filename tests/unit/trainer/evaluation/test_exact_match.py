@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from services.config import RunConfig
 from services.errors import DataError
-from services.wire.schemas import PolicyLabel, RolloutSampling
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutSampling
 from tests.tokenizers import FAMILIES
 from tests.unit.trainer.evaluation.test_evaluate import student_of, teacher_of
 from tests.unit.trainer.generating import Generator

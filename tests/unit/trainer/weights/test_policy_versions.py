@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from services.errors import PeerError
-from services.wire.schemas import PolicyLabel, RolloutCompletion, VersionSpan
+from services.wire.policy_label import PolicyLabel
+from services.wire.rollout import RolloutCompletion, VersionSpan
 from trainer.weights.policy_versions import PolicyVersions
 
 

@@ -15,7 +15,8 @@ import torch
 from services.config import RunConfig
 from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
 from services.weight_transfer.channel import GroupLostError, Update
-from services.wire.schemas import CanaryScores, RolloutCompletion, RolloutSampling, VersionSpan
+from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
+from services.wire.weights import CanaryScores
 from tests.models import save_model
 from tests.unit.trainer.attach.test_preflight import rollout_info
 from trainer.data.prompts import Prompt

@@ -18,7 +18,7 @@ from services.models.causal_lm import OutputHead
 from services.models.padding import cut_by_padded_tokens
 from services.teacher.jobs import EncodedSequence, ScoreJob
 from services.teacher.transformers.engine import TransformersEngine
-from services.wire.schemas import TeacherScores
+from services.wire.teacher import TeacherScores
 from tests.models import save_model
 from trainer.tiny.pair import build_tokenizer
 

@@ -13,8 +13,16 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError
 
 from services.errors import PeerError
-from services.wire import codec as wire
-from services.wire.schemas import RolloutCompletion, TeacherScores, VersionSpan
+from services.wire.document import decode_document, encode_document
+from services.wire.frames import END_OF_STREAM, HEARTBEAT, read_frames
+from services.wire.rollout import (
+    RolloutCompletion,
+    VersionSpan,
+    decode_completion,
+    encode_completion,
+    encode_stream_error,
+)
+from services.wire.teacher import TeacherScores, decode_scores, encode_scores
 
 FLOATS = hnp.arrays(np.float32, st.integers(0, 6), elements=st.floats(width=32, allow_nan=True))
 
@@ -25,7 +33,7 @@ async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
 
 
 async def frames_of(*chunks: bytes) -> list[bytes]:
-    return [frame async for frame in wire.read_frames(chunked(*chunks))]
+    return [frame async for frame in read_frames(chunked(*chunks))]
 
 
 def cut(content: bytes, sizes: Iterable[int]) -> list[bytes]:
@@ -99,7 +107,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_a_document_gives_back_arrays_and_metadata(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    got_arrays, got_metadata = wire.decode_document(wire.encode_document(arrays, metadata))
+    got_arrays, got_metadata = decode_document(encode_document(arrays, metadata))
     assert got_metadata == metadata
     assert got_arrays.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -109,7 +117,7 @@ def test_a_document_gives_back_arrays_and_metadata(arrays: dict[str, np.ndarray]
 
 def test_a_view_is_stored_in_the_order_of_its_elements() -> None:
     columns = np.arange(6, dtype=np.float32).reshape(2, 3).T[::-1]
-    arrays, _ = wire.decode_document(wire.encode_document({"columns": columns}, {}))
+    arrays, _ = decode_document(encode_document({"columns": columns}, {}))
     assert arrays["columns"].tolist() == [[2.0, 5.0], [1.0, 4.0], [0.0, 3.0]]
 
 
@@ -124,9 +132,9 @@ def test_a_completion_survives_the_wire(logprobs: np.ndarray, top_k: int, prompt
         student_topk_ids=np.full((count, top_k), 9, np.int32) if top_k else None,
         student_topk_logprobs=np.full((count, top_k), -np.inf, np.float32) if top_k else None,
     )
-    frame = wire.encode_completion(sent)
+    frame = encode_completion(sent)
     assert struct.unpack("<I", frame[:4]) == (len(frame) - 4,)
-    assert_same(sent, wire.decode_completion(frame[4:]))
+    assert_same(sent, decode_completion(frame[4:]))
 
 
 @given(token_logprobs=FLOATS, width=st.integers(1, 3), support=st.booleans())
@@ -143,23 +151,23 @@ def test_scores_survive_the_wire(token_logprobs: np.ndarray, width: int, support
         support_logprobs=np.full((rows, 2), -7, np.float32) if support else None,
         support_tail_logprobs=np.full(rows, -np.inf, np.float32) if support else None,
     )
-    assert_same(sent, wire.decode_scores(wire.encode_scores(sent)))
+    assert_same(sent, decode_scores(encode_scores(sent)))
 
 
 def test_half_precision_scores_keep_their_dtype() -> None:
     sent = scores(token_logprobs=np.array([-1, -2, -3], np.float16))
-    assert wire.decode_scores(wire.encode_scores(sent)).token_logprobs.dtype == np.float16
+    assert decode_scores(encode_scores(sent)).token_logprobs.dtype == np.float16
 
 
 @given(sizes=st.lists(st.integers(0, 40), max_size=20), bodies=st.lists(st.binary(min_size=1, max_size=30), max_size=5))
 @settings(max_examples=80, deadline=None)
 async def test_frames_do_not_depend_on_how_the_stream_is_cut(sizes: list[int], bodies: list[bytes]) -> None:
-    stream = b"".join(struct.pack("<I", len(body)) + body for body in bodies) + wire.END_OF_STREAM
+    stream = b"".join(struct.pack("<I", len(body)) + body for body in bodies) + END_OF_STREAM
     assert await frames_of(*cut(stream, sizes)) == bodies
 
 
 async def test_what_follows_the_end_mark_is_not_read() -> None:
-    assert await frames_of(b"\x01\0\0\0a" + wire.END_OF_STREAM + b"\x01\0\0\0b") == [b"a"]
+    assert await frames_of(b"\x01\0\0\0a" + END_OF_STREAM + b"\x01\0\0\0b") == [b"a"]
 
 
 @pytest.mark.parametrize("length", [0, 2, 4, 7, 8, 12])
@@ -172,7 +180,7 @@ async def test_a_stream_that_breaks_off_is_an_error(length: int) -> None:
 async def test_frames_before_a_break_have_been_handed_out() -> None:
     seen = []
     with pytest.raises(PeerError):
-        async for frame in wire.read_frames(chunked(b"\x04\0\0\0abcd", b"\x04\0\0\0ef")):
+        async for frame in read_frames(chunked(b"\x04\0\0\0abcd", b"\x04\0\0\0ef")):
             seen.append(frame)
     assert seen == [b"abcd"]
 
@@ -188,9 +196,9 @@ async def test_the_largest_frame_is_waited_for() -> None:
 
 
 def test_an_error_frame_raises_what_the_server_said() -> None:
-    frame = wire.encode_stream_error('the engine died: 你好 "quoted"')
+    frame = encode_stream_error('the engine died: 你好 "quoted"')
     with pytest.raises(PeerError, match='failed in mid-stream: the engine died: 你好 "quoted"'):
-        wire.decode_completion(frame[4:])
+        decode_completion(frame[4:])
 
 
 def document_with_header(header: bytes) -> bytes:
@@ -209,12 +217,12 @@ def document_with_header(header: bytes) -> bytes:
         document_with_header(b'{"__metadata__": {"top_k": "not JSON"}}'),
         document_with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
         document_with_header(b'{"a": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}}'),
-        wire.encode_scores(scores())[:-1],
+        encode_scores(scores())[:-1],
     ],
 )
 def test_what_is_no_document_is_refused(document: bytes) -> None:
     with pytest.raises(PeerError, match="not a safetensors document"):
-        wire.decode_document(document)
+        decode_document(document)
 
 
 @pytest.mark.parametrize("protocol", [None, 0, 2, "1"])
@@ -223,22 +231,22 @@ def test_scores_in_another_protocol_are_refused(protocol: Any) -> None:
     if protocol is not None:
         metadata["protocol"] = protocol
     with pytest.raises(PeerError, match=f"protocol {protocol!r}, this client speaks 1"):
-        wire.decode_scores(wire.encode_document({}, metadata))
+        decode_scores(encode_document({}, metadata))
 
 
 @pytest.mark.parametrize("missing", ["token_logprobs", "token_ids", "model"])
 def test_scores_that_lack_a_field_are_refused(missing: str) -> None:
-    arrays, metadata = wire.decode_document(wire.encode_scores(scores()))
+    arrays, metadata = decode_document(encode_scores(scores()))
     arrays.pop(missing, None)
     metadata.pop(missing, None)
     with pytest.raises(PeerError, match=f"lacks fields: .*{missing}"):
-        wire.decode_scores(wire.encode_document(arrays, metadata))
+        decode_scores(encode_document(arrays, metadata))
 
 
 def test_what_a_later_server_adds_to_its_scores_is_left_out() -> None:
-    arrays, metadata = wire.decode_document(wire.encode_scores(scores()))
-    later = wire.encode_document({**arrays, "surprise": np.zeros(1, np.float32)}, {**metadata, "wonder": 1})
-    assert_same(wire.decode_scores(later), scores())
+    arrays, metadata = decode_document(encode_scores(scores()))
+    later = encode_document({**arrays, "surprise": np.zeros(1, np.float32)}, {**metadata, "wonder": 1})
+    assert_same(decode_scores(later), scores())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +268,7 @@ def test_what_a_later_server_adds_to_its_scores_is_left_out() -> None:
     ids=json.dumps,
 )
 def test_a_frame_that_is_no_completion_is_refused(change: dict[str, Any]) -> None:
-    arrays, metadata = wire.decode_document(wire.encode_completion(completion())[4:])
+    arrays, metadata = decode_document(encode_completion(completion())[4:])
     for name, value in change.items():
         if value is None:
             arrays.pop(name, None)
@@ -268,26 +276,26 @@ def test_a_frame_that_is_no_completion_is_refused(change: dict[str, Any]) -> Non
         else:
             metadata[name] = value
     with pytest.raises(PeerError, match="not a rollout completion"):
-        wire.decode_completion(wire.encode_document(arrays, metadata))
+        decode_completion(encode_document(arrays, metadata))
 
 
 @pytest.mark.parametrize("name", ["token_ids", "rollout_logprobs"])
 @pytest.mark.parametrize("wrong", [np.array(1), np.zeros((3, 1)), np.zeros(3, np.complex64), np.zeros(3, bool)])
 def test_arrays_of_another_kind_are_refused(name: str, wrong: np.ndarray) -> None:
-    arrays, metadata = wire.decode_document(wire.encode_completion(completion())[4:])
+    arrays, metadata = decode_document(encode_completion(completion())[4:])
     with pytest.raises(PeerError, match=f"its {name} is not what it should be"):
-        wire.decode_completion(wire.encode_document({**arrays, name: wrong}, metadata))
+        decode_completion(encode_document({**arrays, name: wrong}, metadata))
 
 
 def test_python_objects_cannot_be_sent() -> None:
     with pytest.raises(SafetensorError, match="object"):
-        wire.encode_document({"objects": np.array([{"a": 1}])}, {})
+        encode_document({"objects": np.array([{"a": 1}])}, {})
 
 
 async def test_heartbeats_are_no_documents() -> None:
-    stream = wire.HEARTBEAT + b"\x01\0\0\0a" + wire.HEARTBEAT * 2 + b"\x01\0\0\0b" + wire.HEARTBEAT
+    stream = HEARTBEAT + b"\x01\0\0\0a" + HEARTBEAT * 2 + b"\x01\0\0\0b" + HEARTBEAT
     for size in range(1, 6):
         pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
-        assert await frames_of(*pieces, wire.END_OF_STREAM) == [b"a", b"b"]
+        assert await frames_of(*pieces, END_OF_STREAM) == [b"a", b"b"]
     with pytest.raises(PeerError, match="broke off"):
         await frames_of(stream)
