@@ -38,7 +38,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Windows of dataset text for one forward and backward pass; every token but the first of each is predicted."""
+    """Given tokens for one forward pass: windows of dataset text, of which all but the first token are predicted, or completions
+    that nobody scores."""
 
     input_ids: torch.Tensor  # [B, T] int64, padded on the right
     positions: torch.Tensor  # [N] int64
@@ -55,9 +56,15 @@ def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int, boundary: 
 
 
 def _pack_texts(windows: list[list[int]]) -> TextBatch:
-    input_ids = pad_rows(windows)
-    positions = predicting_positions([1] * len(windows), [len(w) - 1 for w in windows], input_ids.shape[1])
-    return TextBatch(input_ids, positions, torch.tensor([t for w in windows for t in w[1:]]))
+    return pack_sequences([window[:1] for window in windows], [window[1:] for window in windows])
+
+
+def pack_sequences(prompts: list[list[int]], completions: list[list[int]]) -> TextBatch:
+    """Prompts with given completions, whose tokens are predicted; neither is empty."""
+    lengths = [len(completion) for completion in completions]
+    input_ids = pad_rows([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
+    positions = predicting_positions([len(prompt) for prompt in prompts], lengths, input_ids.shape[1])
+    return TextBatch(input_ids, positions, torch.tensor([token for completion in completions for token in completion]))
 
 
 def pack(

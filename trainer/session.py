@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -14,8 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
@@ -24,7 +22,7 @@ from services.config.keys import Secrets, reveal
 from services.errors import ConfigError, DistillServeError, EvaluationError
 from services.gpus.cards import check_driver
 from services.gpus.options import computed
-from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, rope_switch
+from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interruption
 from services.wire.rollout import RolloutInfo
@@ -36,11 +34,13 @@ from trainer.data.text_limits import TextLimits
 from trainer.data.texts import check_windows_fit, load_texts
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.evaluation.exact_match import check_answers
-from trainer.model import build_optimizer, build_schedule, head_of, load_student
+from trainer.learner import Learner
 from trainer.output.progress import Progress
 from trainer.output.report import FailedEvaluation, RunRecord, Summary
 from trainer.output.saving import SavedStudents
+from trainer.parallel import compute_dtype_of
 from trainer.staleness_buffer import StalenessBuffer
+from trainer.student import load_student
 from trainer.teacher_scores import Quarantine, ScoredSample, Support
 from trainer.teachers import Teachers, teacher_urls
 from trainer.weights.weight_sync import WeightSync
@@ -69,12 +69,8 @@ class Batch:
 @dataclass
 class Session:
     config: RunConfig
-    accelerator: Accelerator
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
+    learner: Learner
     prompts: RowStream[Prompt]
-    texts: RowStream[list[int]] | None
     num_steps: int
     support: Support
     rollout_client: RolloutClient
@@ -85,10 +81,6 @@ class Session:
     quarantine: Quarantine
     record: RunRecord
     students: SavedStudents
-    stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when a step that is under way is not to be finished."""
-    finished_step: int = 0
-    """The step whose updates the model holds."""
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     num_tokens: int = 0
@@ -101,8 +93,19 @@ class Session:
     async def begin(self) -> None:
         """Make the servers' weights ours from the first token on; then this run's files replace those of an earlier one."""
         with self.progress.doing("sending the student's weights for the first time"):
-            await self.weights.push(0)
+            await self.publish(0)
         self.record.begin()
+
+    async def publish(self, version: int) -> dict[str, float]:
+        """Make the student's weights live on every rollout server; returns what the push cost.
+
+        Raises:
+            WeightSyncError: the push failed twice.
+        """
+        canary = await self.weights.canary()
+        return await self.weights.publish(
+            await self.to_the_end(self.learner.snapshot, version, self.weights.rollout_dtype, canary)
+        )
 
     async def to_the_end(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """The result of `work`, run in a thread; who is cancelled meanwhile leaves only when the thread has, so that
@@ -112,7 +115,7 @@ class Session:
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
-            self.stopping.set()
+            self.learner.stop()
             while not thread.done():
                 with suppress(asyncio.CancelledError):  # whoever is in a hurry: half a step is worth nothing
                     await asyncio.wait([thread])
@@ -129,13 +132,13 @@ class Session:
         try:
             yield
         except BaseException:
-            if self.finished_step:
+            if self.learner.finished_step:
                 try:
-                    self.students.save(self.finished_step)
+                    self.students.save(self.learner.finished_step)
                 except Exception as error:
-                    logger.error("the student of step %d is lost: %s", self.finished_step, error)
+                    logger.error("the student of step %d is lost: %s", self.learner.finished_step, error)
             raise
-        self.students.save(self.finished_step)
+        self.students.save(self.learner.finished_step)
 
     async def evaluate(self, step: int) -> Evaluation | None:
         """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
@@ -144,7 +147,7 @@ class Session:
             return None
         try:
             with self.progress.doing(f"evaluating the student after step {step}"):
-                evaluation = await self.evaluator.evaluate(self.model, self.buffer.version)
+                evaluation = await self.evaluator.evaluate(self.learner, self.buffer.version)
         except Exception as error:
             is_known = isinstance(error, DistillServeError)
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
@@ -235,30 +238,35 @@ async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) ->
         )
     set_seed(config.seed)
     warn_of_options(config)
-    student = config.student
-    tokenizer = load_tokenizer(student.model or "", trust_remote_code=student.trust_remote_code, key="student.model")
+    name, trust = config.student.model or "", config.student.trust_remote_code
+    tokenizer = load_tokenizer(name, trust_remote_code=trust, key="student.model")
     record = RunRecord(config, accelerator, tokenizer)
-    end_token_ids = eos_token_ids_on_disk(student.model or "", tokenizer, trust_remote_code=student.trust_remote_code)
+    end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     files = _read_files(config, tokenizer, end_token_ids)  # a broken file must not wait for the servers to be reported
-    model = load_student(student, checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu))
-    check_windows_fit(files.texts, model.config.get_text_config())
+    student = load_student(
+        config.student,
+        compute_dtype=compute_dtype_of(config, accelerator.device),
+        checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu),
+    )
+    check_windows_fit(files.texts, student.model.config.get_text_config())
     with progress.doing("waiting for the servers"):
         servers = await _attach(config, files, stack)
-    preflight.check_rope_switch(rope_switch(model), servers.rollout_client.urls, servers.rollouts)
+    preflight.check_rope_switch(student.rope_switch, servers.rollout_client.urls, servers.rollouts)
     await preflight.check_teachers(config, tokenizer, end_token_ids, servers.teachers)
-    support = preflight.choose_support(config.loss, len(head_of(model).weight), servers.rollouts, servers.teachers)
+    support = preflight.choose_support(config.loss, student.vocab_size, servers.rollouts, servers.teachers)
     if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
         logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
 
     room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
     prompts = files.prompts.fitting(room)
-    optimizer = build_optimizer(model, config.optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
     num_steps = count_steps(config, len(prompts))
+    stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
+    texts = stream(files.texts) if files.texts else None
+    learner = Learner(config, student.to(accelerator.device), num_steps, texts)
     canaries = prompts[: config.weight_sync.canary_prompts]
     key = reveal(Secrets().rollout_key)
     run = uuid.uuid4().hex[:8]
-    weights = WeightSync(config, model, servers.rollout_client, servers.rollouts, canaries, key, run)
+    weights = WeightSync(config, accelerator.device, servers.rollout_client, servers.rollouts, canaries, key, run)
     stack.push_async_callback(weights.close)
     await weights.hold(_tell_of_holder)
     evaluator = None
@@ -267,19 +275,14 @@ async def _open(config: RunConfig, progress: Progress, stack: AsyncExitStack) ->
         evaluator = Evaluator(
             config, held_out, tokenizer, servers.rollout_client, servers.teachers, end_token_ids, weights.versions
         )
-    students = SavedStudents(config.output, model, tokenizer)
+    students = SavedStudents(config.output, student.model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
-    stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     return Session(
         config=config,
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.optimizer, num_steps),
+        learner=learner,
         prompts=stream(prompts),
-        texts=stream(files.texts) if files.texts else None,
         num_steps=num_steps,
         support=support,
         rollout_client=servers.rollout_client,

@@ -17,7 +17,6 @@ from services.process.signals import Interruption
 from trainer.output.report import Summary
 from trainer.rollouts import completion_metrics, generate_rollouts, training_sampling
 from trainer.session import Batch, Session, open_session
-from trainer.step import optimize
 from trainer.teacher_scores import score_rollouts
 
 
@@ -73,10 +72,10 @@ async def consume(run: Session) -> None:
     for step in range(1, run.num_steps + 1):
         batch, staleness = await run.buffer.get()
         started = time.monotonic()
-        metrics = await run.to_the_end(optimize, run, batch.samples)
+        metrics = await run.to_the_end(run.learner.step, batch.samples)
         trained = time.monotonic()
         run.students.step_finished(step)
-        pushed = await run.weights.push(step)
+        pushed = await run.publish(step)
         run.buffer.weights_live(step)
         run.record_step(step, batch, metrics | pushed, staleness=staleness, train_s=trained - started)
         if run.evaluates_at(step):

@@ -2,7 +2,7 @@
 
 Shared by the teacher's engine and the trainer's model, which both project chunks of positions to the
 vocabulary themselves instead of calling the model's own head, whose [positions, vocabulary] logits would
-not fit. Left out: generation (vLLM does it) and training (trainer/model.py).
+not fit. Left out: generation (vLLM does it) and training (trainer/learner.py).
 """
 
 import hashlib

@@ -14,16 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from services.config import LossConfig, RunConfig
-from services.models.causal_lm import hidden_states, load_tokenizer
+from services.models.causal_lm import hidden_states, load_tokenizer, output_head
 from services.models.padding import pad_rows, predicting_positions
 from tests.benchmarks import results
 from trainer.data.prompts import read_prompts
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import LossInputs, minillm_loss
-from trainer.model import head_of, load_student, student_logprobs
+from trainer.student import Student, load_student
 from trainer.tiny.pair import build_tiny_pair
 
 PAIR = Path("outputs/tiny-pair")
@@ -42,20 +41,21 @@ FULL = LossConfig(single_step_estimator="full", **ON_POLICY)
 class Draw:
     """Completions sampled from the student, as tensors."""
 
-    def __init__(self, student: PreTrainedModel, prompts: list[list[int]], end: int, generator: torch.Generator):
+    def __init__(self, student: Student, prompts: list[list[int]], end: int, generator: torch.Generator):
         self.prompts, self.completions = prompts, sample(student, prompts, end, generator)
         lengths = [len(c) for c in self.completions]
-        self.ids, self.mask = pad_rows([p + c for p, c in zip(prompts, self.completions, strict=True)])
+        self.ids = pad_rows([p + c for p, c in zip(prompts, self.completions, strict=True)])
         self.positions = predicting_positions([len(p) for p in prompts], lengths, self.ids.shape[1])
         self.tokens = torch.tensor([token for c in self.completions for token in c])
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
 
-    def logprobs(self, model: PreTrainedModel, support_ids: Tensor) -> HeadOutput:
-        return student_logprobs(model, self.ids, self.mask, self.positions, self.tokens, support_ids, 1.0)
+    def logprobs(self, model: Student, support_ids: Tensor) -> HeadOutput:
+        output: HeadOutput = model(self.ids, self.positions, self.tokens, support_ids)
+        return output
 
-    def loss(self, student: PreTrainedModel, teacher: PreTrainedModel, config: LossConfig, top_k: int) -> Tensor:
+    def loss(self, student: Student, teacher: Student, config: LossConfig, top_k: int) -> Tensor:
         """Of the whole draw, against the teacher's top-k."""
-        vocabulary = len(head_of(teacher).weight)
+        vocabulary = teacher.vocab_size
         with torch.no_grad():
             everything = torch.arange(vocabulary).expand(len(self.tokens), vocabulary)
             support_ids = self.logprobs(teacher, everything).support_logprobs.topk(top_k).indices
@@ -78,25 +78,25 @@ class Draw:
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, prompts: list[list[int]], end: int, generator: torch.Generator) -> list[list[int]]:
+def sample(student: Student, prompts: list[list[int]], end: int, generator: torch.Generator) -> list[list[int]]:
     """One completion a prompt; prompts of equal length."""
     ids = torch.tensor(prompts)
     for _ in range(NEW_TOKENS):
-        last = hidden_states(model, ids)[:, -1]
-        probabilities = head_of(model).float32_logits(last).softmax(-1)
+        last = hidden_states(student.model, ids)[:, -1]
+        probabilities = output_head(student.model, check=False).float32_logits(last).softmax(-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
     completions = ids[:, len(prompts[0]) :].tolist()
     return [c[: c.index(end) + 1] if end in c else c for c in completions]
 
 
-def gradient(loss: Tensor, model: PreTrainedModel) -> Tensor:
+def gradient(loss: Tensor, model: Student) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
 
 
-def measure(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[list[int]], end: int) -> dict:
+def measure(student: Student, teacher: Student, prompts: list[list[int]], end: int) -> dict:
     """Bias and noise of every estimator, relative to the mean full-vocabulary gradient."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = len(head_of(teacher).weight)
+    vocabulary = teacher.vocab_size
     full, difference, square = (
         torch.zeros(()),
         dict.fromkeys(ESTIMATORS, torch.zeros(())),
@@ -123,13 +123,13 @@ def measure(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[li
     return figures
 
 
-def trained(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[list[int]], end: int) -> PreTrainedModel:
+def trained(student: Student, teacher: Student, prompts: list[list[int]], end: int) -> Student:
     """A copy of the student after some steps on the full-vocabulary term."""
     student = copy.deepcopy(student)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(TRAINING_STEPS):
-        loss = Draw(student, prompts, end, generator).loss(student, teacher, FULL, len(head_of(teacher).weight))
+        loss = Draw(student, prompts, end, generator).loss(student, teacher, FULL, teacher.vocab_size)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
-from services.models.causal_lm import hidden_states
+from services.models.causal_lm import hidden_states, output_head
 from services.models.padding import pad_rows, predicting_positions
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.benchmarks import results
 from tests.integration.processes import KEY, server
-from trainer.model import evaluating, head_of, load_student, student_logprobs
+from trainer.student import Student, evaluating, load_student
 from trainer.tiny.pair import build_tiny_pair, build_tokenizer
 
 PAIR = Path("outputs/tiny-pair")
@@ -82,17 +82,17 @@ def cases() -> Iterator[dict[str, Case]]:
 
 
 @torch.no_grad()
-def trainer_logprobs(model: PreTrainedModel, case: Case, completions: list[RolloutCompletion]) -> dict[str, np.ndarray]:
+def trainer_logprobs(student: Student, case: Case, completions: list[RolloutCompletion]) -> dict[str, np.ndarray]:
     """[N] logprobs of the sampled tokens by the head's dtype, and the logits themselves at "logits"."""
     prompts = [case.prompts[c.prompt_index] for c in completions]
     ids = pad_rows([[*p, *c.token_ids.tolist()] for p, c in zip(prompts, completions, strict=True)])
     lengths = [len(c.token_ids) for c in completions]
     positions = predicting_positions([len(p) for p in prompts], lengths, ids.shape[1])
     tokens = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long()
-    with evaluating(model):
-        full = student_logprobs(model, ids, positions, tokens, tokens[:, None], 1.0, torch.bfloat16).token_logprobs
-        hidden = hidden_states(model, ids, torch.bfloat16).flatten(0, 1)[positions].bfloat16()
-    logits = (hidden @ head_of(model).weight.bfloat16().t()).float()
+    with evaluating(student):
+        full = student(ids, positions, tokens, tokens[:, None]).token_logprobs
+        hidden = hidden_states(student.model, ids, torch.bfloat16).flatten(0, 1)[positions].bfloat16()
+    logits = (hidden @ output_head(student.model, check=False).weight.bfloat16().t()).float()
     half = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     return {FULL: full.numpy(), HALF: half.numpy(), "logits": logits.gather(1, tokens[:, None]).squeeze(1).numpy()}
 
@@ -129,7 +129,7 @@ def teacher_options(engine: str, head: str) -> list[str]:
 
 
 def measure(case: Case, logs: Path) -> dict[str, Any]:
-    model = load_student(RunConfig(student={"model": case.folder}).student)
+    student = load_student(RunConfig(student={"model": case.folder}).student, compute_dtype=torch.bfloat16)
     differences: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     limits = ["--rollout.max_model_len", "128", "--sampling.max_new_tokens", str(case.max_new_tokens)]
@@ -137,7 +137,7 @@ def measure(case: Case, logs: Path) -> dict[str, Any]:
         options = ["--rollout.dtype", HALF, "--rollout.float32_head", str(head == FULL).lower(), *limits]
         with server("rollout", logs / f"rollout-{head}", "--student.model", case.folder, *options) as rollout:
             completions, seconds[head] = asyncio.run(sample(rollout.url, case))
-        ours = trainer_logprobs(model, case, completions)
+        ours = trainer_logprobs(student, case, completions)
         theirs = np.concatenate([c.rollout_logprobs for c in completions])
         for trainer in (HALF, FULL):
             differences[f"rollout {head}, trainer {trainer}"] = summary(ours[trainer], theirs)

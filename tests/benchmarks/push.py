@@ -29,7 +29,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from services.clients import RolloutClient
 from services.config import RunConfig
@@ -37,8 +37,9 @@ from services.wire.rollout import RolloutSampling
 from tests.benchmarks import bare_push, results
 from tests.benchmarks.memory import Memory
 from tests.integration.processes import KEY, server
+from tests.pushing import Pushing, learner_of
 from trainer.data.prompts import Prompt
-from trainer.model import load_student
+from trainer.learner import Learner
 from trainer.tiny.pair import build_tokenizer
 from trainer.weights.weight_sync import WeightSync
 
@@ -73,15 +74,17 @@ def save_student(folder: Path) -> str:
 
 @asynccontextmanager
 async def attached(
-    model: PreTrainedModel, url: str, prompts: list[list[int]]
-) -> AsyncIterator[tuple[WeightSync, RolloutClient]]:
+    learner: Learner, url: str, prompts: list[list[int]]
+) -> AsyncIterator[tuple[Pushing, RolloutClient]]:
     """The trainer's end with the options of a run."""
     async with RolloutClient([url], key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in prompts[: RunConfig().weight_sync.canary_prompts]]
-        sync = WeightSync(RunConfig(), model, client, await client.info(), canaries, KEY, run="benchmark")
+        sync = WeightSync(
+            RunConfig(), learner.student.device, client, await client.info(), canaries, KEY, run="benchmark"
+        )
         try:
             await sync.hold()
-            yield sync, client
+            yield Pushing(sync, learner), client
         finally:
             await sync.close()
 
@@ -165,21 +168,21 @@ def bare_parts(folder: str, answer: Path) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def change(model: PreTrainedModel) -> None:
+def change(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         parameter.mul_(1.0001)
 
 
 async def measure(url: str, server_pid: int, folder: str) -> tuple[dict[str, float], Rounds, Rounds]:
     """The first push, which also connects; then pushes whose cost is measured, and pushes that are watched, in turn."""
-    model = load_student(RunConfig(student={"model": folder}).student)
+    learner = learner_of(folder)
     prompts = torch.randint(0, 200, (NUM_PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     sides = {"trainer": Memory(psutil.Process().pid), "worker": Memory(worker_of(server_pid))}
     costs, watched = [], []
-    async with attached(model, url, prompts) as (sync, client):
-        first = await sync.push(0)
+    async with attached(learner, url, prompts) as (pushing, client):
+        first = await pushing.push(0)
         for repeat in range(REPEATS):
-            change(model)
+            change(learner.student)
             found: dict[str, float] = {}
             started = time.perf_counter()
             await client.generate(prompts, RolloutSampling(max_new_tokens=NEW_TOKENS))
@@ -187,11 +190,11 @@ async def measure(url: str, server_pid: int, folder: str) -> tuple[dict[str, flo
             held = {side: memory.now() for side, memory in sides.items()}
             for memory in sides.values():
                 memory.reset()
-            found |= await sync.push(2 * repeat + 1)
+            found |= await pushing.push(2 * repeat + 1)
             costs.append(found | {f"{side}_extra_mib": memory.peak() - held[side] for side, memory in sides.items()})
-            change(model)
+            change(learner.student)
             with watched_loops(url, server_pid) as loops:
-                await sync.push(2 * repeat + 2)
+                await pushing.push(2 * repeat + 2)
             watched.append(loops)
     return first, costs, watched
 

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from services.clients import TeacherClient
-from services.config import RunConfig
 from services.wire.rollout import RolloutSampling
 from tests.benchmarks import results
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, server
-from trainer.model import load_student
+from tests.pushing import learner_of
 from trainer.tiny.pair import build_tiny_pair
 
 PAIR = Path("outputs/tiny-pair")
@@ -45,12 +44,14 @@ async def timed(work: Callable[[], Awaitable[object]]) -> dict[str, float]:
 
 async def measure(rollout_url: str, teacher_url: str) -> dict[str, dict[str, float]]:
     """64 rollouts, their scoring, a push of the student, and a push with its canary."""
-    model = load_student(RunConfig(student={"model": str(PAIR / "student")}).student)
     prompts = [list(f"{a:02d}+{b:02d}=".encode()) for a in range(8) for b in range(8)]
     sampling = RolloutSampling(max_new_tokens=NEW_TOKENS)
     figures: dict[str, dict[str, float]] = {}
-    async with attached(model, rollout_url) as (sync, rollouts), TeacherClient([teacher_url], key=KEY) as teacher:
-        pushes = [await sync.push(version) for version in range(WARM_UP + REPEATS)]
+    async with (
+        attached(learner_of(str(PAIR / "student")), rollout_url) as (pushing, rollouts),
+        TeacherClient([teacher_url], key=KEY) as teacher,
+    ):
+        pushes = [await pushing.push(version) for version in range(WARM_UP + REPEATS)]
         figures["push_and_canary"] = summary([push["push_s"] + push["canary_s"] for push in pushes])
         figures["push"] = summary([push["push_s"] for push in pushes])
         figures["rollouts_64"] = await timed(lambda: rollouts.generate(prompts[:NUM_ROLLOUTS], sampling))

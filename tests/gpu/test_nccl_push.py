@@ -15,8 +15,10 @@ from services.config import RunConfig
 from tests.integration.attach import PROMPTS, SAMPLING, change, differences
 from tests.integration.processes import KEY, server
 from tests.models import save_model
+from tests.pushing import Pushing
 from trainer.data.prompts import Prompt
-from trainer.model import load_student
+from trainer.learner import Learner
+from trainer.student import load_student
 from trainer.weights.weight_sync import WeightSync
 
 pytestmark = pytest.mark.gpu
@@ -51,16 +53,17 @@ async def test_a_server_samples_from_the_checkpoint_that_was_pushed_and_from_no_
             weight_sync={"backend": "nccl", "bucket_mib": 1},
             sampling={"max_new_tokens": 16},
         )
-        model = load_student(config.student).to("cuda:1")
+        learner = Learner(config, load_student(config.student).to("cuda:1"), num_steps=10)
+        model = learner.student.model
         async with RolloutClient([running.url], key=KEY) as client:
             canaries = [Prompt(row=1, token_ids=ids, text="") for ids in PROMPTS[:4]]
-            sync = WeightSync(config, model, client, await client.info(), canaries, KEY, "a-run")
+            sync = WeightSync(config, learner.student.device, client, await client.info(), canaries, KEY, "a-run")
             await sync.hold()
             pushed = saved_and_loaded(model, tmp_path / "before")
             for version in range(3):
                 before = pushed
                 change(model)
-                await sync.push(version)
+                await Pushing(sync, learner).push(version)
                 completions = await client.generate(PROMPTS, SAMPLING)
                 sync.versions.check(completions, version)
                 pushed = saved_and_loaded(model, tmp_path / str(version))

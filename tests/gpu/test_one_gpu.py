@@ -4,6 +4,7 @@ Run on a machine with an NVIDIA GPU: `make test ARGS="-m gpu"`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ from services.teacher.transformers.engine import TransformersEngine
 from tests.integration.attach import PROMPTS, change
 from tests.integration.processes import KEY, server
 from tests.models import save_model
+from tests.pushing import Pushing
 from trainer.data.prompts import Prompt
-from trainer.model import build_optimizer, load_student, student_logprobs
+from trainer.learner import Learner
+from trainer.optimizer import build_optimizer
+from trainer.parallel import compute_dtype_of
+from trainer.student import load_student
 from trainer.weights.weight_sync import WeightSync
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +52,8 @@ def random_ids(num_rows: int) -> torch.Tensor:
 
 def logprobs(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     positions, flat = torch.arange(ids.numel(), device="cuda"), ids.flatten()
-    output = student_logprobs(model, ids, positions, flat, flat.unsqueeze(-1), 1.0, dtype)  # type: ignore[arg-type]
+    model.compute_dtype = dtype  # type: ignore[assignment]
+    output: Any = model(ids, positions, flat, flat.unsqueeze(-1))
     return output.token_logprobs
 
 
@@ -111,14 +117,15 @@ async def test_server_and_trainer_agree_on_one_card(dtype: str, tolerance: float
     arguments = ["--student.model", folder, "--teacher.model", folder, "--data.path", "prompts.jsonl"]
     with server("rollout", tmp_path / "log", *arguments, "--rollout.dtype", dtype) as running:
         config = RunConfig(student={"model": folder}, rollout={"dtype": dtype})
-        model = load_student(config.student).to("cuda")
+        learner = Learner(config, load_student(config.student).to("cuda"), num_steps=10)
+        learner.student.compute_dtype = compute_dtype_of(config, learner.student.device)
         async with RolloutClient([running.url], key=KEY) as client:
             infos = await client.info()
             assert infos[0].gpu_uuids
             canaries = [Prompt(1, ids, "") for ids in PROMPTS[:4]]
-            sync = WeightSync(config, model, client, infos, canaries, KEY, "a-run")
+            sync = WeightSync(config, learner.student.device, client, infos, canaries, KEY, "a-run")
             await sync.hold()
             for version in range(3):
-                change(model)
-                assert (await sync.push(version))["canary_residual"] <= tolerance
+                change(learner.student)
+                assert (await Pushing(sync, learner).push(version))["canary_residual"] <= tolerance
             await sync.close()

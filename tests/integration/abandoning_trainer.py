@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from services.config import RunConfig, WeightSyncConfig
+from services.config import WeightSyncConfig
 from services.weight_transfer.source import CheckpointSource
 from tests.integration.attach import BEHIND_THE_LAYERS, attached
-from trainer.model import load_student
+from tests.pushing import learner_of
 
 
 class Stops(CheckpointSource):
@@ -29,15 +29,14 @@ def wait_for_the_end() -> None:
 
 
 async def main(url: str, model: str, stage: str) -> None:
-    student = load_student(RunConfig(student={"model": model}).student)
-    async with attached(student, url, lease_s=5.0, stage_timeout_s=10.0) as (sync, _):
-        await sync.push(0)
+    learner = learner_of(model)
+    async with attached(learner, url, lease_s=5.0, stage_timeout_s=10.0) as (pushing, _):
+        await pushing.push(0)
         if stage == "start":
-            await sync._control.pause(30.0)
-            await sync._control.start()
+            await pushing.sync._control.pause(30.0)
+            await pushing.sync._control.start()
             wait_for_the_end()
-        sync._source = Stops(student, torch.float32)
-        await sync.push(1)
+        await pushing.push_once(1, Stops(learner.student.model, torch.float32))
 
 
 if __name__ == "__main__":

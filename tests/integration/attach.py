@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
@@ -15,7 +16,9 @@ from services.weight_transfer.source import CheckpointSource
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.integration.processes import KEY, Server
+from tests.pushing import Pushing
 from trainer.data.prompts import Prompt
+from trainer.learner import Learner
 from trainer.weights.weight_sync import WeightSync
 
 PROMPTS = [[40 + i, 50, 60 + i] for i in range(16)]
@@ -26,21 +29,22 @@ BEHIND_THE_LAYERS = "model.norm.weight"
 
 @asynccontextmanager
 async def attached(
-    model: PreTrainedModel, *urls: str, run: str | None = None, **weight_sync: Any
-) -> AsyncIterator[tuple[WeightSync, RolloutClient]]:
+    learner: Learner, *urls: str, run: str | None = None, **weight_sync: Any
+) -> AsyncIterator[tuple[Pushing, RolloutClient]]:
     options = {"stage_timeout_s": 30.0, "bucket_mib": 1, **weight_sync}
     config = RunConfig(weight_sync=options, sampling={"max_new_tokens": 16})
     async with RolloutClient(list(urls), key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in PROMPTS[:4]]
-        sync = WeightSync(config, model, client, await client.info(), canaries, KEY, run or uuid.uuid4().hex[:8])
+        device, infos = learner.student.device, await client.info()
+        sync = WeightSync(config, device, client, infos, canaries, KEY, run or uuid.uuid4().hex[:8])
         try:
             await sync.hold()
-            yield sync, client
+            yield Pushing(sync, learner), client
         finally:
             await sync.close()
 
 
-def change(model: PreTrainedModel, scale: float = 0.02) -> None:
+def change(model: nn.Module, scale: float = 0.02) -> None:
     """An optimizer step large enough to see."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,15 +64,15 @@ def differences(model: PreTrainedModel, completions: list[RolloutCompletion]) ->
     return np.concatenate(found)
 
 
-async def push_and_compare(sync: WeightSync, client: RolloutClient, model: PreTrainedModel, version: int) -> None:
+async def push_and_compare(pushing: Pushing, client: RolloutClient, version: int) -> None:
     """Push changed weights; what is sampled afterwards is of that version and of those weights, to 1e-4."""
-    change(model)
-    metrics = await sync.push(version)
+    change(pushing.learner.student)
+    metrics = await pushing.push(version)
     completions = await client.generate(PROMPTS, SAMPLING)
     labels = {PolicyLabel.parse(s.policy_version) for c in completions for s in c.policy_versions}
-    assert {(label.version, label.run) for label in labels} == {(version, sync.versions.run)} and len(labels) == 1
+    assert {(label.version, label.run) for label in labels} == {(version, pushing.versions.run)} and len(labels) == 1
     assert metrics["canary_residual"] <= 1e-4
-    assert differences(model, completions).max() <= 1e-4
+    assert differences(pushing.learner.student.model, completions).max() <= 1e-4
 
 
 def status(running: Server) -> dict[str, Any]:

@@ -4,16 +4,14 @@ import asyncio
 import itertools
 import sys
 
-from services.config import RunConfig
 from tests.integration.attach import attached
-from trainer.model import load_student
+from tests.pushing import learner_of
 
 
 async def main(url: str, model: str) -> None:
-    student = load_student(RunConfig(student={"model": model}).student)
-    async with attached(student, url) as (sync, _):
+    async with attached(learner_of(model), url) as (pushing, _):
         for version in itertools.count():
-            await sync.push(version)
+            await pushing.push(version)
             print(version, flush=True)
 
 

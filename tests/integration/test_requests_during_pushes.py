@@ -9,13 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
-from services.config import RunConfig
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion
 from tests.integration.attach import PROMPTS, SAMPLING, attached, change, differences
 from tests.integration.processes import server
-from trainer.model import load_student
-from trainer.weights.weight_sync import WeightSync
+from tests.pushing import Pushing, learner_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -40,13 +38,13 @@ def copy_of(model: PreTrainedModel) -> State:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-async def push_all(sync: WeightSync, model: PreTrainedModel, pushed: asyncio.Event) -> list[State]:
+async def push_all(pushing: Pushing, pushed: asyncio.Event) -> list[State]:
     """The weights of versions 1 to NUM_PUSHES."""
-    versions = []
+    versions, model = [], pushing.learner.student.model
     for version in range(1, NUM_PUSHES + 1):
         change(model)
         versions.append(copy_of(model))
-        assert (await sync.push(version))["canary_residual"] <= 1e-4
+        assert (await pushing.push(version))["canary_residual"] <= 1e-4
     pushed.set()
     return versions
 
@@ -66,15 +64,16 @@ async def test_no_request_is_lost_or_mislabelled_during_twenty_pushes(
     torch.manual_seed(1)
     arguments = ["--student.model", models["qwen3"], "--rollout.max_model_len", "128", f"--rollout.{option}", "2"]
     with server("rollout", tmp_path / "log", *arguments, "--sampling.max_new_tokens", "16") as running:
-        model = load_student(RunConfig(student={"model": models["qwen3"]}).student)
-        async with attached(model, running.url) as (sync, client):
-            initial = copy_of(model)
-            await sync.push(0)
+        learner = learner_of(models["qwen3"])
+        async with attached(learner, running.url) as (pushing, client):
+            initial = copy_of(learner.student.model)
+            await pushing.push(0)
             pushed = asyncio.Event()
             async with asyncio.TaskGroup() as group:
                 asking = [group.create_task(ask(client, pushed)) for _ in range(NUM_CLIENTS)]
-                pushing = group.create_task(push_all(sync, model, pushed))
-    weights = [initial, *pushing.result()]
+                all_pushes = group.create_task(push_all(pushing, pushed))
+    weights = [initial, *all_pushes.result()]
+    model = learner.student.model
     by_version: dict[int, list[RolloutCompletion]] = {}
     for completion in itertools.chain.from_iterable(task.result() for task in asking):
         by_version.setdefault(version_of(completion), []).append(completion)

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from services.clients import RolloutClient
-from services.config import RunConfig
 from services.errors import ProblemError
 from services.http.guard import OPEN_PATHS
 from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES
 from services.wire.rollout import RolloutSampling
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, Server
-from trainer.model import load_student
+from tests.pushing import learner_of
 
 pytestmark = pytest.mark.integration
 
@@ -52,9 +51,10 @@ async def test_completions_carry_logprobs_of_the_policy_that_sampled(
 
 
 async def test_greedy_completions_are_the_models_own(rollout_server: Server, models: dict[str, str]) -> None:
-    model = load_student(RunConfig(student={"model": models["qwen3"]}).student)
-    async with attached(model, rollout_server.url) as (sync, client):
-        await sync.push(0)  # a push test may have been here before
+    learner = learner_of(models["qwen3"])
+    model = learner.student.model
+    async with attached(learner, rollout_server.url) as (pushing, client):
+        await pushing.push(0)  # a push test may have been here before
         completion = (await client.generate([[60, 61, 62]], RolloutSampling(max_new_tokens=8, temperature=0.0)))[0]
     ids = [60, 61, 62]
     for token in completion.token_ids.tolist():

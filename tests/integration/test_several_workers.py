@@ -13,13 +13,12 @@ import psutil
 import pytest
 import torch
 
-from services.config import RunConfig
 from services.errors import WeightSyncError
 from services.weight_transfer.source import CheckpointSource
 from tests.integration.attach import BEHIND_THE_LAYERS, BreaksOff, attached, push_and_compare, status
 from tests.integration.processes import Server, environment, server, wait_until
 from tests.models import save_model
-from trainer.model import load_student
+from tests.pushing import learner_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -41,15 +40,13 @@ class Stalls(CheckpointSource):
 
 async def push_often(url: str, folder: str, num_pushes: int) -> None:
     """Before the last push but one, one breaks off."""
-    model = load_student(RunConfig(student={"model": folder}).student)
-    async with attached(model, url) as (sync, client):
+    learner = learner_of(folder)
+    async with attached(learner, url) as (pushing, client):
         for version in range(num_pushes):
             if version == num_pushes - 2:
-                source, sync._source = sync._source, BreaksOff(model, torch.float32)
                 with pytest.raises(WeightSyncError, match="breaks off"):
-                    await sync._push_once(version)
-                sync._source = source
-            await push_and_compare(sync, client, model, version)
+                    await pushing.push_once(version, BreaksOff(learner.student.model, torch.float32))
+            await push_and_compare(pushing, client, version)
 
 
 def stop_a_trainer(running: Server, folder: str) -> None:
@@ -70,17 +67,17 @@ def stop_a_trainer(running: Server, folder: str) -> None:
 
 async def kill_a_worker(running: Server, folder: str) -> None:
     """In the middle of a push: the trainer hears of it, and the server ends."""
-    model = load_student(RunConfig(student={"model": folder}).student)
+    learner = learner_of(folder)
     everything = psutil.Process(running.process.pid).children(recursive=True)
     workers = [
         p for p in everything if "Worker_TP1" in " ".join(p.cmdline()) or "EngineCore_DP1" in " ".join(p.cmdline())
     ]
     assert len(workers) == 1, [p.cmdline() for p in everything]
-    async with attached(model, running.url, stage_timeout_s=20.0) as (sync, _):
-        await sync.push(0)
-        sync._source = stalls = Stalls(model, torch.float32)
-        sync._sender._bucket_bytes = 1
-        pushing = asyncio.create_task(sync._push_once(1))
+    async with attached(learner, running.url, stage_timeout_s=20.0) as (attached_trainer, _):
+        await attached_trainer.push(0)
+        stalls = Stalls(learner.student.model, torch.float32)
+        attached_trainer.sync._sender._bucket_bytes = 1
+        pushing = asyncio.create_task(attached_trainer.push_once(1, stalls))
         assert await asyncio.to_thread(stalls.begun.wait, 60.0)
         workers[0].kill()
         stalls.let_go.set()

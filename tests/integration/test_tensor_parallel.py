@@ -8,20 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.config import RunConfig
 from services.errors import WeightSyncError
 from tests.integration.attach import attached, push_and_compare, status
 from tests.integration.processes import Server, environment, server, wait_until
-from trainer.model import load_student
+from tests.pushing import learner_of
 
 pytestmark = pytest.mark.integration
 
 
 async def attach_and_push(url: str, model_folder: str, num_pushes: int) -> None:
-    model = load_student(RunConfig(student={"model": model_folder}).student)
-    async with attached(model, url) as (sync, client):
+    async with attached(learner_of(model_folder), url) as (pushing, client):
         for version in range(num_pushes):
-            await push_and_compare(sync, client, model, version)
+            await push_and_compare(pushing, client, version)
 
 
 def kill_a_trainer(running: Server, model: str, stage: str) -> None:
@@ -37,9 +35,8 @@ def kill_a_trainer(running: Server, model: str, stage: str) -> None:
 
 async def fail_a_stage(running: Server, model_folder: str) -> None:
     """Calls that fail in both workers."""
-    model = load_student(RunConfig(student={"model": model_folder}).student)
-    async with attached(model, running.url) as (sync, _):
-        control = sync._control
+    async with attached(learner_of(model_folder), running.url) as (pushing, _):
+        control = pushing.sync._control
         await control.pause(30.0)
         await control.start()
         for _ in range(2):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from services.config import RunConfig
 from services.errors import ServerHeldError, WeightSyncError
 from services.weight_transfer.gloo import GlooChannel
 from services.weight_transfer.source import CheckpointSource
@@ -25,8 +24,7 @@ from tests.integration.attach import (
     status,
 )
 from tests.integration.processes import Server, server
-from trainer.model import load_student
-from trainer.weights.weight_sync import WeightSync
+from tests.pushing import Pushing, learner_of
 
 pytestmark = pytest.mark.integration
 
@@ -46,18 +44,17 @@ def serve(architecture: str, dtype: str, request: pytest.FixtureRequest, tmp_pat
         yield running
 
 
-async def break_off(sync: WeightSync, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, running: Server) -> None:
+async def break_off(pushing: Pushing, monkeypatch: pytest.MonkeyPatch, running: Server) -> None:
     """A push of other weights that ends between two layers, twice; the version before is still what the server says."""
-    dtype = getattr(torch, sync.rollout_dtype)
+    source = BreaksOff(pushing.learner.student.model, pushing.sync.rollout_dtype)
     before = status(running)["policy_version"]
     with monkeypatch.context() as patch:
-        patch.setattr(sync, "_source", BreaksOff(model, dtype))
-        patch.setattr(sync._sender, "_bucket_bytes", 1)
+        patch.setattr(pushing.sync._sender, "_bucket_bytes", 1)
         with pytest.raises(WeightSyncError, match="breaks off"):
-            await sync._push_once(99)
+            await pushing.push_once(99, source)
         assert status(running)["policy_version"] == before and not status(running)["admits"]
         with pytest.raises(WeightSyncError, match="breaks off"):
-            await sync._push_once(99)
+            await pushing.push_once(99, source)
     assert status(running)["policy_version"] == "mixed"  # seen when the second attempt cleared what the first left
 
 
@@ -68,17 +65,18 @@ async def test_server_and_trainer_agree_after_every_push(
 ) -> None:
     torch.manual_seed(1)
     with serve(architecture, dtype, request, tmp_path) as running:
-        model = load_student(RunConfig(student={"model": request.getfixturevalue("models")[architecture]}).student)
-        async with attached(model, running.url) as (sync, client):
+        learner = learner_of(request.getfixturevalue("models")[architecture])
+        model = learner.student.model
+        async with attached(learner, running.url) as (pushing, client):
             for version in range(NUM_PUSHES):
                 change(model)
                 if version == 3:
-                    await break_off(sync, model, monkeypatch, running)
+                    await break_off(pushing, monkeypatch, running)
                     change(model)
-                metrics = await sync.push(version)
+                metrics = await pushing.push(version)
                 completions = await client.generate(PROMPTS, SAMPLING)
                 labels = {s.policy_version for c in completions for s in c.policy_versions}
-                assert labels == {str(PolicyLabel(version, 1, sync.versions.run))}
+                assert labels == {str(PolicyLabel(version, 1, pushing.versions.run))}
                 found = differences(model, completions)
                 if dtype == "float32":
                     assert found.max() <= 1e-4
@@ -86,24 +84,22 @@ async def test_server_and_trainer_agree_after_every_push(
                 else:
                     assert found.mean() <= 0.02  # rounding of two implementations; a stale head is off by 0.1 and more
             if architecture == "llama" and dtype == "bfloat16":
-                await refuse_what_does_not_arrive(sync, model, monkeypatch, running)
+                await refuse_what_does_not_arrive(pushing, monkeypatch, running)
 
 
-async def refuse_what_does_not_arrive(
-    sync: WeightSync, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, running: Server
-) -> None:
+async def refuse_what_does_not_arrive(pushing: Pushing, monkeypatch: pytest.MonkeyPatch, running: Server) -> None:
     """After steps of 1e-6, which the canary in half precision does not see: a tensor withheld, a stale bucket, a flipped byte."""
     with monkeypatch.context() as patch:
         sent = tamper(patch, lambda buffer: buffer)
-        await sync.push(NUM_PUSHES)
-    names = [p.name for p in sync._source.metadata()]
+        await pushing.push(NUM_PUSHES)
+    model = pushing.learner.student.model
+    names = [p.name for p in (await pushing.snapshot(NUM_PUSHES)).source.metadata()]
     for trial in range(NUM_TRIES):
         for fault in ("withheld", "stale", "flipped"):
             change(model, 1e-6)
+            source = Withholds(model, names[trial % len(names)]) if fault == "withheld" else None
             with monkeypatch.context() as patch:
-                if fault == "withheld":
-                    patch.setattr(sync, "_source", Withholds(model, names[trial % len(names)]))
-                else:
+                if fault != "withheld":
                     tamper(patch, (lambda buffer: sent[0]) if fault == "stale" else flipped(trial))
                 said = (
                     "no weights came for"
@@ -111,15 +107,15 @@ async def refuse_what_does_not_arrive(
                     else "did not arrive as they were sent: other checksums"
                 )
                 with pytest.raises(WeightSyncError, match=said):
-                    await sync._push_once(NUM_PUSHES + 1)
-            found, before = status(running), f"{NUM_PUSHES}.1@{sync.versions.run}"
+                    await pushing.push_once(NUM_PUSHES + 1, source)
+            found, before = status(running), f"{NUM_PUSHES}.1@{pushing.versions.run}"
             assert not found["admits"], (fault, trial)
             assert found["policy_version"] in (
                 before,
                 "mixed",
             )  # mixed, once what the push before has left was discarded
             assert [worker["label"] for worker in found["workers"]] in ([before], [None])
-    await sync.push(NUM_PUSHES + 1)
+    await pushing.push(NUM_PUSHES + 1)
 
 
 class Withholds(CheckpointSource):
@@ -162,17 +158,16 @@ def flipped(trial: int) -> Callable[[torch.Tensor], torch.Tensor]:
 async def test_a_second_trainer_is_refused_while_the_first_lives_and_served_when_it_is_gone(
     rollout_server: Server, models: dict[str, str]
 ) -> None:
-    model = load_student(RunConfig(student={"model": models["qwen3"]}).student)
-    other = load_student(RunConfig(student={"model": models["qwen3"]}).student)
-    async with attached(model, rollout_server.url, run="first", lease_s=2.0) as (sync, client):
-        await push_and_compare(sync, client, model, 0)
+    learner, other = learner_of(models["qwen3"]), learner_of(models["qwen3"])
+    async with attached(learner, rollout_server.url, run="first", lease_s=2.0) as (pushing, client):
+        await push_and_compare(pushing, client, 0)
         with pytest.raises(ServerHeldError, match=r"held by the run first \(output.dir .*--weight_sync.take_over true"):
             async with attached(other, rollout_server.url, run="second"):
                 pass
-        await push_and_compare(sync, client, model, 1)
+        await push_and_compare(pushing, client, 1)
         async with attached(other, rollout_server.url, run="third", take_over=True) as (taken, its_client):
-            await push_and_compare(taken, its_client, other, 1)
+            await push_and_compare(taken, its_client, 1)
             with pytest.raises(ServerHeldError, match="held by the run third"):
-                await sync.push(2)
-            await push_and_compare(taken, its_client, other, 2)
+                await pushing.push(2)
+            await push_and_compare(taken, its_client, 2)
     assert status(rollout_server)["holder"] is None and status(rollout_server)["admits"]

@@ -14,24 +14,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient
 from services.clients.teacher_answers import cut_by_rows
-from services.config import LossConfig, RunConfig
+from services.config import RunConfig
 from services.errors import PeerError
-from services.models.causal_lm import rope_switch
 from services.wire.rollout import RolloutSampling
 from services.wire.teacher import BYTES_PER_CANDIDATE
-from trainer.batch import MicroBatch, loss_inputs, pack
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
-from trainer.loss.minillm import estimate_reverse_kl
-from trainer.model import compute_dtype_of, evaluating, head_of, student_logprobs
+from trainer.learner import Learner
 from trainer.rollouts import Rollout, generate_rollouts
-from trainer.teacher_scores import ScoredSample, Support, score_rollouts
+from trainer.teacher_scores import Support, score_rollouts
 from trainer.teachers import Teachers
 from trainer.weights.policy_versions import PolicyVersions
 
@@ -83,14 +78,14 @@ class Evaluator:
         self._versions = versions
         self._teacher_exact_match: float | None = None
 
-    async def evaluate(self, model: PreTrainedModel, policy_version: int) -> Evaluation:
-        """Measure the student; the rollout servers must hold `model`'s weights as `policy_version`.
+    async def evaluate(self, learner: Learner, policy_version: int) -> Evaluation:
+        """Measure the student; the rollout servers must hold its weights as `policy_version`.
 
         Raises:
             PeerError: a server failed or answers under another version, or no completion could be scored.
         """
         sampled = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
-        measured = await self._reverse_kl(model, sampled)
+        measured = await self._reverse_kl(learner, sampled)
         exact_match = await self._student_exact_match(policy_version)
         if self._teacher_exact_match is None:  # it does not change
             self._teacher_exact_match = await self._measure_teacher()
@@ -101,21 +96,20 @@ class Evaluator:
             reverse_kl=measured.mean,
             reverse_kl_stderr=measured.stderr,
             num_prompts=len(self._prompts),
-            num_kl_tokens=sum(measured.lengths),
-            num_quarantined=len(sampled) - len(measured.lengths),
+            num_kl_tokens=measured.num_tokens,
+            num_quarantined=len(sampled) - len(measured.parts),
         )
 
-    async def _reverse_kl(self, model: PreTrainedModel, rollouts: list[Rollout]) -> "ReverseKL":
+    async def _reverse_kl(self, learner: Learner, rollouts: list[Rollout]) -> "ReverseKL":
         """Score and measure part after part, so that memory does not grow with the number of completions."""
-        support = self._support(model)
+        support = self._support(learner.student.vocab_size)
         measured, reason = ReverseKL(), ""
-        dtype = compute_dtype_of(self._config, model.device)
         for part in _parts(rollouts, support.size):
             samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
             reason = reason or (quarantined[0].reason if quarantined else "")
             # Beside the event loop: servers that do not hear of a run for long take it for gone.
-            await asyncio.to_thread(measured.add, model, samples, self._config.pipeline.micro_batch_tokens, dtype)
-        if not measured.lengths:
+            measured.parts += await asyncio.to_thread(learner.reverse_kl, samples)
+        if not measured.parts:
             raise PeerError(f"no completion could be scored, the first one because {reason}")
         return measured
 
@@ -126,9 +120,8 @@ class Evaluator:
         self._versions.check((r.completion for r in rollouts), policy_version)
         return rollouts
 
-    def _support(self, model: PreTrainedModel) -> Support:
+    def _support(self, vocab: int) -> Support:
         """As many of the teacher's tokens as are asked for and every teacher returns; all of them in a small vocabulary."""
-        vocab = len(head_of(model).weight)
         vocabs = {vocab, *(teacher.info.padded_vocab_size for teacher in self._teachers)}
         # Where embeddings differ in size one token stays outside, so that both sides have a tail.
         most = vocab if len(vocabs) == 1 else min(vocabs) - 1
@@ -159,40 +152,30 @@ class Evaluator:
 
 @dataclass
 class ReverseKL:
-    """Reverse KL per token of completions that the model sampled at temperature 1, nats."""
+    """Reverse KL per token of completions that the model sampled at temperature 1, nats.
 
-    sums: list[float] = field(default_factory=list)
-    """Over the tokens of each completion."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each completion."""
+    Attributes:
+        parts: for each completion its sum over the tokens, and their number.
+    """
 
-    def add(
-        self,
-        model: PreTrainedModel,
-        samples: list[ScoredSample],
-        tokens_per_micro_batch: int,
-        compute_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Measure further completions."""
-        with evaluating(model):
-            for batch in pack(samples, LossConfig(), tokens_per_micro_batch, rope_switch(model)):
-                lengths = batch.cu_seqlens.diff().tolist()
-                per_token = _reverse_kl(model, batch.to(model.device), compute_dtype).cpu()
-                self.sums += [float(part.sum()) for part in per_token.split(lengths)]
-                self.lengths += lengths
+    parts: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(length for _, length in self.parts)
 
     @property
     def mean(self) -> float:
-        return sum(self.sums) / sum(self.lengths)
+        return sum(total for total, _ in self.parts) / self.num_tokens
 
     @property
     def stderr(self) -> float | None:
         """That of a ratio of sums over independent completions, which differ in length as well; None with one."""
-        count, mean = len(self.sums), self.mean
+        count, mean = len(self.parts), self.mean
         if count == 1:
             return None
-        squares = sum((total - mean * length) ** 2 for total, length in zip(self.sums, self.lengths, strict=True))
-        return math.sqrt(squares * count / (count - 1)) / sum(self.lengths)
+        squares = sum((total - mean * length) ** 2 for total, length in self.parts)
+        return math.sqrt(squares * count / (count - 1)) / self.num_tokens
 
 
 def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
@@ -200,11 +183,3 @@ def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
     rows = [len(rollout.completion.token_ids) for rollout in rollouts]
     for part in cut_by_rows(rows, max(1, _PART_BYTES // (top_k * BYTES_PER_CANDIDATE))):
         yield rollouts[part]
-
-
-@torch.no_grad()
-def _reverse_kl(model: PreTrainedModel, batch: MicroBatch, compute_dtype: torch.dtype | None) -> Tensor:
-    """[N] float64."""
-    ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
-    output = student_logprobs(model, *ids, temperature=1.0, compute_dtype=compute_dtype)
-    return estimate_reverse_kl(loss_inputs(batch, output)).double()

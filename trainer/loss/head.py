@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Partial
 
 # Positions of a chunk when the caller does not choose: enough that reading the weight is not what takes the time.
 CHUNK_TOKENS = 1024
@@ -279,22 +278,6 @@ def _backward_tile(z: Tensor, token: _TileIds, support: _TileIds, g: _RowGradien
     token.add_(z, g.token)
 
 
-def _gathered(parameter: Tensor) -> Tensor:
-    """The whole of a DTensor, by one collective forward and one backward; any other tensor as it is.
-
-    Each rank differentiates its own loss with respect to the whole parameter, and "avg" declares what it gets as one
-    of the parts of a mean: backward leaves each rank its shard of the mean over ranks. That is how FSDP2 reduces the
-    gradients of all other parameters (unless given another divide factor), and it adds to that of a tied use. Without
-    placements each rank would keep a slice of its own gradient alone; `Partial()` would sum, world size times as much.
-
-    All dimensions of the mesh are taken for data parallel ones (FSDP, HSDP). The collectives have the dtype of the
-    parameter: a MixedPrecisionPolicy of its module does not apply here.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
 def support_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -312,17 +295,14 @@ def support_logprobs(
     Args:
         hidden: [N, H] last hidden states, float64, float32, bfloat16 or float16; its dtype is that of the products.
         weight: [V, H] output embedding; may be tied to the input embedding. Its gradient is accumulated in float32.
-            A DTensor, as FSDP2 leaves parameters outside their module's forward, is gathered once and kept whole until
-            backward; its gradient is a DTensor of the same shards, the mean over ranks (see `_gathered`).
         token_ids: [N] int64, the token sampled at each position, in 0..V-1.
         support_ids: [N, K] int64, distinct tokens of S in each row, -1 pads. K may be 0, or the whole vocabulary.
-        bias: [V]; gathered like the weight.
+        bias: [V].
         temperature: divides the logits last (the student's half of kd_temperature).
         softcap: c of c * tanh(x / c), None for none (Gemma 2's final_logit_softcapping).
         logit_scale: multiplies h W^T + b first (Cohere's logit_scale).
         chunk_tokens: positions projected at a time, CHUNK_TOKENS if None.
     """
-    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     num_positions, num_support = support_ids.shape
     assert hidden.shape == (num_positions, weight.shape[1]), (hidden.shape, weight.shape, support_ids.shape)
     assert token_ids.shape == (num_positions,), (token_ids.shape, support_ids.shape)

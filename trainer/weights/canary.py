@@ -6,14 +6,10 @@ calibrate themselves, so there is a ceiling that no rounding reaches.
 """
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
 from services.config import WeightSyncConfig
 from services.errors import WeightSyncError
-from services.models.causal_lm import rope_switch
-from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
-from trainer.model import evaluating, student_logprobs
+from trainer.weights.snapshot import GivenTokens
 
 NEW_TOKENS = 8
 """That a server samples for each canary, once; they are what is compared."""
@@ -30,60 +26,15 @@ class Canary:
     """Prompts with completions that the student itself has sampled: at tokens it would not write, both sides round more.
 
     Args:
-        prompts: token ids.
-        completions: token ids, at least one each.
+        given: what both sides score.
         dtypes: of the rollouts and of the student's products.
-        tokens_per_micro_batch: bounds the forward pass.
     """
 
-    def __init__(
-        self,
-        config: WeightSyncConfig,
-        prompts: list[list[int]],
-        completions: list[list[int]],
-        *,
-        dtypes: tuple[str, str],
-        compute_dtype: torch.dtype,
-        tokens_per_micro_batch: int,
-    ) -> None:
-        self.sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, completions, strict=True)]
-        self._lengths = [len(tokens) for tokens in completions]
+    def __init__(self, config: WeightSyncConfig, given: GivenTokens, dtypes: tuple[str, str]) -> None:
+        self.given = given
         self._tolerance = config.canary_tolerance
         self._dtype = next((dtype for dtype in dtypes if dtype != "float32"), "float32")
-        self._compute_dtype, self._tokens = compute_dtype, tokens_per_micro_batch
         self._baseline: float | None = None
-
-    @torch.no_grad()
-    def logprobs(self, model: PreTrainedModel) -> list[np.ndarray]:
-        """The trainer's logprobs of the tokens of each completion."""
-        found: list[np.ndarray] = [np.empty(0)] * len(self.sequences)
-        lengths = [len(sequence) for sequence in self.sequences]
-        with evaluating(model):
-            for group in cut_by_padded_tokens(lengths, self._tokens, boundary=rope_switch(model)):
-                scored = self._score(model, group)
-                for index, part in zip(
-                    group, np.split(scored, np.cumsum([self._lengths[i] for i in group])[:-1]), strict=True
-                ):
-                    found[index] = part
-        return found
-
-    def _score(self, model: PreTrainedModel, group: list[int]) -> np.ndarray:
-        sequences, lengths = [self.sequences[i] for i in group], [self._lengths[i] for i in group]
-        input_ids, device = pad_rows(sequences), model.device
-        prompt_lengths = [len(s) - length for s, length in zip(sequences, lengths, strict=True)]
-        positions = predicting_positions(prompt_lengths, lengths, input_ids.shape[1])
-        tokens = [sequence[-length:] for sequence, length in zip(sequences, lengths, strict=True)]
-        token_ids = torch.tensor([token for row in tokens for token in row], device=device)
-        output = student_logprobs(
-            model,
-            input_ids.to(device),
-            positions.to(device),
-            token_ids,
-            token_ids.unsqueeze(-1),
-            temperature=1.0,
-            compute_dtype=self._compute_dtype,
-        )
-        return output.token_logprobs.float().cpu().numpy()
 
     def residual(self, ours: list[np.ndarray], theirs: list[list[float]]) -> float:
         """How far an engine's logprobs are from the trainer's: the largest difference in float32, in half precision the mean.
@@ -94,9 +45,10 @@ class Canary:
         Raises:
             WeightSyncError: they are not of these sequences.
         """
-        if [len(row) for row in theirs] != [len(sequence) - 1 for sequence in self.sequences]:
+        if [len(row) for row in theirs] != [len(sequence) - 1 for sequence in self.given.sequences]:
             raise WeightSyncError("the canary's logprobs are not those of its tokens")
-        scored = [np.asarray(row[-length:]) for row, length in zip(theirs, self._lengths, strict=True)]
+        pairs = zip(theirs, self.given.completions, strict=True)
+        scored = [np.asarray(row[-len(completion) :]) for row, completion in pairs]
         differences = np.abs(np.concatenate(ours) - np.concatenate(scored))
         return float(differences.max() if self._dtype == "float32" else differences.mean())
 

@@ -2,7 +2,7 @@
 
     pause ► start ► broadcast (nccl | gloo) ► compare checksums ► finish ► canary ► resume
 
-    consumes   the trainer's model at a version
+    consumes   a snapshot of the student's weights
     produces   servers that answer under that version, or WeightSyncError
     waits for  each stage, with a deadline
     unblocked  by the servers; they take these calls from the run that holds them alone
@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from services.clients import RolloutClient
 from services.config import RunConfig
@@ -31,14 +30,14 @@ from services.errors import DistillServeError, ServerHeldError, StartupError, We
 from services.weight_transfer.channel import GroupLostError
 from services.weight_transfer.control import WeightControlClient
 from services.weight_transfer.sender import WeightSender, check_arrival
-from services.weight_transfer.source import CheckpointSource
+from services.weight_transfer.source import WeightSource
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutInfo, RolloutSampling
 from services.wire.weights import CanaryScores
 from trainer.data.prompts import Prompt
-from trainer.model import compute_dtype_of
 from trainer.weights.canary import NEW_TOKENS, PROMPT_TOKENS, Canary
 from trainer.weights.policy_versions import PolicyVersions
+from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class WeightSync:
     """Owns the transfer group and the version numbers.
 
     Args:
-        model: the trainer's student.
+        device: of the student.
         client: the rollout servers' data plane; its completions are those of this run from `hold` on.
         canary_prompts: a few prompts of the dataset.
         key: the rollout servers' key.
@@ -66,14 +65,14 @@ class WeightSync:
     def __init__(
         self,
         config: RunConfig,
-        model: PreTrainedModel,
+        device: torch.device,
         client: RolloutClient,
         infos: list[RolloutInfo],
         canary_prompts: list[Prompt],
         key: str | None,
         run: str,
     ) -> None:
-        self._config, self._model, self._client, self._infos = config, model, client, infos
+        self._config, self._device, self._client, self._infos = config, device, client, infos
         self._prompts = [p.token_ids for p in canary_prompts]
         self.versions = PolicyVersions(run)
         sync = config.weight_sync
@@ -88,7 +87,6 @@ class WeightSync:
             lease_s=sync.lease_s,
         )
         self._check_backends()
-        self._source = CheckpointSource(model, getattr(torch, self.rollout_dtype))
         self._sender = WeightSender(
             config.weight_sync_backend(),
             sync.master_address,
@@ -96,7 +94,7 @@ class WeightSync:
             1 + sum(self._control.world_sizes),
             sync.stage_timeout_s,
             sync.bucket_bytes,
-            model.device,
+            device,
         )
         self._connected = False
         self._canary: Canary | None = None
@@ -118,7 +116,7 @@ class WeightSync:
     def _check_own_card(self) -> None:
         """nccl connects cards, each of them once; by UUID, for numbers mean something else in every process."""
         fix = "leave weight_sync.backend out on both sides, or pass gloo"
-        device = self._model.device
+        device = self._device
         if device.type != "cuda":
             raise StartupError(f"weight_sync.backend = nccl needs the trainer on a GPU, it is on {device.type}; {fix}")
         ours = f"GPU-{str(torch.cuda.get_device_properties(device).uuid).lower().removeprefix('gpu-')}"
@@ -130,8 +128,10 @@ class WeightSync:
                 )
 
     @property
-    def rollout_dtype(self) -> str:
-        return self._infos[0].dtype
+    def rollout_dtype(self) -> torch.dtype:
+        """Of the weights that the servers take."""
+        found: torch.dtype = getattr(torch, self._infos[0].dtype)
+        return found
 
     async def hold(self, on_wait: Callable[[str, float], None] | None = None) -> None:
         """Make the servers this run's own.
@@ -146,8 +146,16 @@ class WeightSync:
         await self._control.hold(take_over=self._config.weight_sync.take_over, on_wait=on_wait)
         self._client.run = self.versions.run
 
-    async def push(self, version: int) -> dict[str, float]:
-        """Make `version` live everywhere, or raise.
+    async def canary(self) -> GivenTokens:
+        """What every push is checked with: sampled once, under the weights that the first server holds before the first push."""
+        self._canary = self._canary or await self._sample_canary()
+        return self._canary.given
+
+    async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
+        """Make a version live everywhere, or raise.
+
+        Args:
+            snapshot: with the logprobs of `canary`.
 
         Returns:
             seconds of the push and of the canary, and the canary's residual.
@@ -157,28 +165,29 @@ class WeightSync:
             WeightSyncError: the push, or its canary, failed twice.
         """
         try:
-            return await self._push_once(version)
+            return await self._publish_once(snapshot)
         except ServerHeldError:
             raise
         except DistillServeError as error:
-            logger.warning("push of version %d failed, repeating it in full: %s", version, error)
-        return await self._push_once(version)
+            logger.warning("push of version %d failed, repeating it in full: %s", snapshot.version, error)
+        return await self._publish_once(snapshot)
 
-    async def _push_once(self, version: int) -> dict[str, float]:
-        label = self.versions.next_label(version)
+    async def _publish_once(self, snapshot: WeightSnapshot) -> dict[str, float]:
+        canary = self._canary
+        assert canary is not None, "a snapshot has the logprobs of a canary"
+        label = self.versions.next_label(snapshot.version)
         started = time.monotonic()
         try:
-            canary = self._canary = self._canary or await self._sample_canary()
             # Before the workers are made to meet: data-parallel engines take steps together until they are paused.
             await self._control.pause(self._drain_s())
             if not self._connected:
                 await self._connect()
             await self._control.start()
-            ours = await self._send(canary)
+            await self._send(snapshot.source)
             await self._control.finish(str(label))
             sent = time.monotonic()
-            scored = await self._control.score_canary(canary.sequences)
-            residual = self._check_canary(label, canary, ours, scored)
+            scored = await self._control.score_canary(canary.given.sequences)
+            residual = self._check_canary(label, canary, snapshot.canary_logprobs, scored)
             self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
@@ -186,7 +195,7 @@ class WeightSync:
             if isinstance(error, RuntimeError | ValueError | OSError) and not isinstance(error, DistillServeError):
                 # torch reports a lost peer as a RuntimeError
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise WeightSyncError(f"push of version {version}: {reason}") from error
+                raise WeightSyncError(f"push of version {snapshot.version}: {reason}") from error
             raise
         return {"push_s": sent - started, "canary_s": time.monotonic() - sent, "canary_residual": residual}
 
@@ -203,21 +212,13 @@ class WeightSync:
         await self._in_thread(lambda: self._sender.connect(tell))
         self._connected = True
 
-    async def _send(self, canary: Canary) -> list[np.ndarray]:
-        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it.
-
-        Returns:
-            the trainer's own logprobs of the canary, computed while the workers load what they have received.
-        """
-
-        def send() -> tuple[list[str], list[np.ndarray]]:
-            return self._sender.send(self._source), canary.logprobs(self._model)
-
-        update = await self._in_thread(lambda: self._sender.update(self._source))
+    async def _send(self, source: WeightSource) -> None:
+        """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""
+        update = await self._in_thread(lambda: self._sender.update(source))
         receiving = asyncio.create_task(self._control.receive(await asyncio.to_thread(asdict, update)))
         receiving.add_done_callback(self._abort_if_failed)
         try:
-            checksums, ours = await self._in_thread(send)
+            checksums = await self._in_thread(lambda: self._sender.send(source))
             reports = await receiving
         except (GroupLostError, TimeoutError, WeightSyncError) as error:
             # Where a worker has failed its server says so, and why; else it says that the trainer is gone.
@@ -233,7 +234,6 @@ class WeightSync:
             await asyncio.wait({receiving})
             raise
         await asyncio.to_thread(check_arrival, update, checksums, reports, self._client.urls)
-        return ours
 
     def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
         if receiving.cancelled() or receiving.exception() is not None:
@@ -246,19 +246,17 @@ class WeightSync:
         kept = min(PROMPT_TOKENS, limit - 1 - num_new)
         prompts = [ids[-kept:] for ids in self._prompts]
         sampling = RolloutSampling(max_new_tokens=num_new)
-        async with asyncio.timeout(
-            self._drain_s()
-        ):  # while it waits its server says that it lives, for as long as it takes
-            completions = await self._client.generate_on(self._client.urls[0], prompts, sampling)
-        compute_dtype = compute_dtype_of(self._config, self._model.device)
-        return Canary(
-            self._config.weight_sync,
-            prompts,
-            [c.token_ids.tolist() for c in completions],
-            dtypes=(self.rollout_dtype, str(compute_dtype).removeprefix("torch.")),
-            compute_dtype=compute_dtype,
-            tokens_per_micro_batch=self._config.pipeline.micro_batch_tokens,
-        )
+        url, patience = self._client.urls[0], self._drain_s()
+        try:
+            async with asyncio.timeout(patience):  # a server says that it lives for as long as it takes
+                completions = await self._client.generate_on(url, prompts, sampling)
+        except TimeoutError as error:
+            raise WeightSyncError(
+                f"{url} took longer than {patience:.0f} s to complete {len(prompts)} prompts"
+            ) from error
+        compute_dtype = self._config.compute_dtype(on_gpu=self._device.type == "cuda")
+        given = GivenTokens(prompts, [c.token_ids.tolist() for c in completions])
+        return Canary(self._config.weight_sync, given, dtypes=(self._infos[0].dtype, compute_dtype))
 
     def _check_canary(
         self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray], scored: list[CanaryScores]
@@ -295,7 +293,7 @@ class WeightSync:
     def _choose_device(self) -> None:
         """A new thread's device is 0 and its stream waits for nothing: without this, weights from before the optimizer's step
         may be packed."""
-        device = self._model.device
+        device = self._device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.synchronize(device)

@@ -18,15 +18,17 @@ from tests.scripted_teacher import ScriptedTeacher
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
-from trainer.model import build_optimizer, build_schedule, load_student
+from trainer.learner import Learner
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
 from trainer.session import Session
 from trainer.staleness_buffer import StalenessBuffer
+from trainer.student import load_student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teacher, Teachers
 from trainer.tiny.pair import build_tokenizer
 from trainer.weights.policy_versions import PolicyVersions
+from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
 VOCAB = 261
 END = 256
@@ -62,13 +64,18 @@ class Rollouts:
 class Pushes:
     """Weight pushes that only count."""
 
+    rollout_dtype = torch.float32
+
     def __init__(self, rollouts: Rollouts) -> None:
         self._rollouts, self.versions = rollouts, PolicyVersions("run")
         self.on_push: Callable[[int], None] = lambda version: None
 
-    async def push(self, version: int) -> dict[str, float]:
-        self.on_push(version)
-        label = self.versions.next_label(version)
+    async def canary(self) -> GivenTokens:
+        return GivenTokens([[48]], [[49]])
+
+    async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
+        self.on_push(snapshot.version)
+        label = self.versions.next_label(snapshot.version)
         self.versions.set_live(label)
         self._rollouts.version = str(label)
         return {"push_s": 0.0}
@@ -76,14 +83,14 @@ class Pushes:
 
 def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitStack) -> Session:
     """What trainer.session opens, over `teacher` and the stand-ins above."""
-    tokenizer, model = build_tokenizer(), load_student(config.student)
+    tokenizer, student = build_tokenizer(), load_student(config.student)
     accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
     client = TeacherClient([teacher.url], outage_s=config.teacher.outage_s)
     stack.push_async_callback(client.close)
     teachers, rollouts = Teachers([Teacher(None, client, teacher.info)]), Rollouts()
-    record, optimizer = RunRecord(config, accelerator, tokenizer), build_optimizer(model, config.optimizer)
+    record = RunRecord(config, accelerator, tokenizer)
     num_steps = config.pipeline.steps or 1
-    students = SavedStudents(config.output, model, tokenizer)
+    students = SavedStudents(config.output, student.model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
@@ -91,12 +98,8 @@ def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitS
     parts: dict[str, Any] = {"rollout_client": rollouts, "weights": weights}
     return Session(
         config=config,
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.optimizer, num_steps),
+        learner=Learner(config, student, num_steps),
         prompts=RowStream(PROMPTS, seed=0, shuffle=False),
-        texts=None,
         num_steps=num_steps,
         support=Support("teacher_topk", 8, VOCAB),
         teachers=teachers,

@@ -1,30 +1,27 @@
-"""Tokens, positions and logprobs line up: against each sequence run alone through the model's own head."""
+"""Tokens, positions and logprobs line up: against each sequence run alone through the student's own head."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from services.config import LossConfig, RunConfig
-from services.models.causal_lm import rope_switch
 from services.models.padding import cut_by_padded_tokens
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.models import LONGROPE_SWITCH, save_model
-from trainer.batch import MicroBatch, pack, pack_texts
+from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
 from trainer.data.prompts import Prompt
 from trainer.loss.minillm import LossTotals, minillm_loss
-from trainer.model import load_student, student_logprobs
 from trainer.rollouts import Rollout
-from trainer.step import loss_inputs
+from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
 
 VOCAB, TOP_K = 261, 4
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Student:
     folder = save_model(tmp_path_factory.mktemp("student"), request.param)
     return load_student(RunConfig(student={"model": folder}).student)
 
@@ -58,18 +55,18 @@ def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "sto
 SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5), (1, 1), (7, 2), (2, 9), (4, 4)])]
 
 
-def forward(model: PreTrainedModel, batch: MicroBatch):  # type: ignore[no-untyped-def]
-    return student_logprobs(model, batch.input_ids, batch.positions, batch.token_ids, batch.support_ids, 1.0)
+def forward(student: Student, batch: MicroBatch):  # type: ignore[no-untyped-def]
+    return student(batch.input_ids, batch.positions, batch.token_ids, batch.support_ids)
 
 
-def test_every_completion_token_is_scored_by_the_state_before_it(model: PreTrainedModel) -> None:
+def test_every_completion_token_is_scored_by_the_state_before_it(student: Student) -> None:
     for batch in pack(SAMPLES, LossConfig(), tokens_per_micro_batch=30):
-        output = forward(model, batch)
+        output = forward(student, batch)
         for index, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
             ids = batch.token_ids[start:end].tolist()
             owner = next(s for s in SAMPLES if s.rollout.completion.token_ids.tolist() == ids)
             sequence = torch.tensor([owner.rollout.sequence])
-            alone = model(sequence).logits[0].log_softmax(-1)[len(owner.rollout.prompt.token_ids) - 1 : -1]
+            alone = student.model(sequence).logits[0].log_softmax(-1)[len(owner.rollout.prompt.token_ids) - 1 : -1]
             expected = alone.gather(1, batch.token_ids[start:end, None]).squeeze(1)
             assert torch.allclose(output.token_logprobs[start:end], expected, atol=1e-5), index
             support = alone.gather(1, batch.support_ids[start:end])
@@ -79,19 +76,19 @@ def test_every_completion_token_is_scored_by_the_state_before_it(model: PreTrain
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
-def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, model: PreTrainedModel) -> None:
+def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, student: Student) -> None:
     config = LossConfig(gamma=0.9, aggregation=aggregation)  # type: ignore[arg-type]
 
     def step(samples: list[ScoredSample], limit: int) -> tuple[float, torch.Tensor]:
-        model.zero_grad()
+        student.zero_grad()
         total = 0.0
         batches = pack(samples, config, limit)
         totals = LossTotals.sum([LossTotals.of(b.loss_mask, b.cu_seqlens, 16) for b in batches])
         for batch in batches:
-            loss = minillm_loss(loss_inputs(batch, forward(model, batch)), config, totals)[0]
+            loss = minillm_loss(loss_inputs(batch, forward(student, batch)), config, totals)[0]
             loss.backward()
             total += float(loss.detach())
-        return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
     loss, gradient = step(SAMPLES, 10_000)
     assert gradient.abs().max() > 1e-2
@@ -142,20 +139,20 @@ def test_dropping_everything_leaves_no_batch() -> None:
 
 def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> None:
     """Beside a longer row, a short one would get the rotary frequencies of long sequences."""
-    model = load_student(RunConfig(student={"model": save_model(tmp_path, "phi3")}).student)
+    student = load_student(RunConfig(student={"model": save_model(tmp_path, "phi3")}).student)
     samples = [sample(i, 2, length) for i, length in enumerate([2, 30, 6, 7, 1, 20])]
-    assert rope_switch(model) == LONGROPE_SWITCH == len(samples[2].rollout.sequence)
-    batches = pack(samples, LossConfig(), 10_000, rope_switch(model))
+    assert student.rope_switch == LONGROPE_SWITCH == len(samples[2].rollout.sequence)
+    batches = pack(samples, LossConfig(), 10_000, student.rope_switch)
     assert [len(batch.input_ids) for batch in batches] == [3, 3]
     for batch in batches:
-        logprobs = forward(model, batch).token_logprobs
+        logprobs = forward(student, batch).token_logprobs
         for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             owner = next(
                 s for s in samples if s.rollout.completion.token_ids.tolist() == batch.token_ids[start:end].tolist()
             )
-            alone = model(torch.tensor([owner.rollout.sequence])).logits[0, 1:-1].log_softmax(-1)
+            alone = student.model(torch.tensor([owner.rollout.sequence])).logits[0, 1:-1].log_softmax(-1)
             expected = alone.gather(1, batch.token_ids[start:end, None]).squeeze(1)
             torch.testing.assert_close(logprobs[start:end], expected, atol=1e-5, rtol=0)
     windows = [s.rollout.sequence for s in samples]
-    assert sorted(len(batch.input_ids) for batch in pack_texts(windows, 10_000, rope_switch(model))) == [3, 3]
+    assert sorted(len(batch.input_ids) for batch in pack_texts(windows, 10_000, student.rope_switch)) == [3, 3]
     assert [len(batch.input_ids) for batch in pack_texts(windows, 10_000)] == [6]

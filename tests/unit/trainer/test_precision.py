@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.config import RunConfig, WeightSyncConfig
+from services.config import RunConfig
 from tests.unit.trainer.test_batch import SAMPLES
-from tests.unit.trainer.test_step import session
-from trainer import model as model_module
+from tests.unit.trainer.test_learner import learner_of
+from trainer import student as student_module
 from trainer.batch import pack
 from trainer.evaluation import evaluate
-from trainer.model import compute_dtype_of, load_student, student_logprobs
-from trainer.step import optimize
-from trainer.weights.canary import Canary
+from trainer.parallel import compute_dtype_of
+from trainer.student import load_student
 from trainer.weights.policy_versions import PolicyVersions
+from trainer.weights.snapshot import GivenTokens
 
 HALF = {"compute_dtype": "bfloat16"}
 
@@ -31,13 +31,13 @@ def student(tiny_model_folder: Any) -> Any:
 def head_dtypes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
     """The dtypes of the hidden states that reach the head."""
     seen: list[torch.dtype] = []
-    real = model_module.support_logprobs
+    real = student_module.support_logprobs
 
     def recording(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         seen.append(hidden.dtype)
         return real(hidden, *arguments, **options)
 
-    monkeypatch.setattr(model_module, "support_logprobs", recording)
+    monkeypatch.setattr(student_module, "support_logprobs", recording)
     yield seen
 
 
@@ -50,10 +50,12 @@ def product_dtypes(model: Any) -> set[torch.dtype]:
     return seen
 
 
-def logprobs(model: Any, dtype: torch.dtype | None) -> Tensor:
+def logprobs(student: Any, dtype: torch.dtype | None) -> Tensor:
+    student.compute_dtype = dtype
     (batch,) = pack(SAMPLES, RunConfig().loss, 10_000)
     ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
-    return student_logprobs(model, *ids, temperature=1.0, compute_dtype=dtype).token_logprobs
+    output: Any = student(*ids)
+    return output.token_logprobs
 
 
 def test_the_body_is_in_half_precision_and_the_head_is_not(student: Any, head_dtypes: list[torch.dtype]) -> None:
@@ -72,7 +74,7 @@ def test_gradients_are_near_those_of_float32_and_masters_stay(checkpointing: boo
     for dtype in (None, torch.bfloat16):
         config = RunConfig(student={"model": tiny_model_folder("qwen3")}).student
         model = load_student(config, checkpointing=checkpointing)
-        assert model.is_gradient_checkpointing is checkpointing
+        assert model.model.is_gradient_checkpointing is checkpointing
         logprobs(model, dtype).sum().backward()
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}  # type: ignore[union-attr]
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
@@ -92,9 +94,9 @@ def test_half_precision_masters_have_a_float32_head_as_well(
 async def test_training_canary_and_evaluation_compute_alike(
     tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = session(tiny_model_folder("qwen3"), student=HALF)
-    seen = product_dtypes(run.model)
-    optimize(run, SAMPLES)
+    learner = learner_of(tiny_model_folder("qwen3"), student=HALF)
+    seen = product_dtypes(learner.student)
+    learner.step(SAMPLES)
     assert seen == {torch.bfloat16}
     seen.clear()
 
@@ -103,20 +105,12 @@ async def test_training_canary_and_evaluation_compute_alike(
 
     monkeypatch.setattr(evaluate, "score_rollouts", scored)
     teacher = SimpleNamespace(info=SimpleNamespace(padded_vocab_size=300, max_top_k=300))
-    evaluator = evaluate.Evaluator(run.config, [], *(None, None), [teacher], [], PolicyVersions("mine"))  # type: ignore[arg-type]
-    await evaluator._reverse_kl(run.model, [sample.rollout for sample in SAMPLES])
+    evaluator = evaluate.Evaluator(learner.config, [], *(None, None), [teacher], [], PolicyVersions("mine"))  # type: ignore[arg-type]
+    await evaluator._reverse_kl(learner, [sample.rollout for sample in SAMPLES])
     assert seen == {torch.bfloat16}
     seen.clear()
     rollout = SAMPLES[0].rollout
-    canary = Canary(
-        WeightSyncConfig(),
-        [rollout.prompt.token_ids],
-        [rollout.completion.token_ids.tolist()],
-        dtypes=("float32", "bfloat16"),
-        compute_dtype=compute_dtype_of(run.config, run.model.device),
-        tokens_per_micro_batch=1000,
-    )
-    canary.logprobs(run.model)
+    learner.snapshot(0, torch.float32, GivenTokens([rollout.prompt.token_ids], [rollout.completion.token_ids.tolist()]))
     assert seen == {torch.bfloat16}
 
 

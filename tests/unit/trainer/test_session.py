@@ -55,11 +55,12 @@ def test_a_warm_up_is_no_longer_than_the_run_that_epochs_come_to(epochs: float, 
 
 
 def test_work_that_is_broken_off_by_a_signal_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    run = SimpleNamespace(stopping=threading.Event())
+    stopping = threading.Event()
+    run = SimpleNamespace(learner=SimpleNamespace(stop=stopping.set))
 
     def work(begun: threading.Event) -> None:
         begun.set()
-        assert run.stopping.wait(10)
+        assert stopping.wait(10)
         raise RuntimeError("broken off")
 
     async def signalled() -> bool:

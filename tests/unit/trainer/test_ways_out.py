@@ -65,8 +65,8 @@ def undisturbed(run: Run, **sections: dict[str, Any]) -> list[dict[str, torch.Te
     seen: list[dict[str, torch.Tensor]] = []
 
     def watch(session: Session) -> None:
-        seen.append(weights_of(session.model))
-        session.weights.on_push = lambda version: version and seen.append(weights_of(session.model))  # type: ignore[attr-defined]
+        seen.append(weights_of(session.learner.student.model))
+        session.weights.on_push = lambda version: version and seen.append(weights_of(session.learner.student.model))  # type: ignore[attr-defined]
 
     Run(run.folder, run.output.with_name("undisturbed"), run.teacher, run.monkeypatch).go(watch, **sections)
     return seen
@@ -119,13 +119,13 @@ def a_bug(session: Session, run: Run) -> None:
 
 
 def gradient_is_not_finite(session: Session, run: Run, update: int = 3) -> None:
-    clip, calls = session.accelerator.clip_grad_norm_, iter(range(1, 100))
+    clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 100))
 
     def clip_grad_norm(parameters: Any, most: float) -> Any:
         norm = clip(parameters, most)
         return torch.tensor(float("nan")) if next(calls) == update else norm
 
-    session.accelerator.clip_grad_norm_ = clip_grad_norm  # type: ignore[method-assign]
+    run.monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm)
 
 
 def disk_is_full(session: Session, run: Run) -> None:
@@ -147,44 +147,44 @@ def ended_in_a_push(session: Session, run: Run) -> None:
     session.weights.on_push = at(2, partial(signalled, signal.SIGINT))  # type: ignore[attr-defined]
 
 
-def ended_in_the_backward_pass(session: Session, run: Run) -> None:
-    backward, calls = session.accelerator.backward, iter(range(1, 100))
+def ended_in_a_forward_pass(session: Session, run: Run) -> None:
+    forward, learner = session.learner._forward, session.learner
 
-    def slow_backward(loss: Any) -> None:
-        if next(calls) == 3:
+    def slow_forward(*arguments: Any) -> Any:
+        if learner.finished_step == 2 and torch.is_grad_enabled():
             signalled(signal.SIGHUP)
-            assert session.stopping.wait(10)
-        backward(loss)
+            assert learner._stopping.wait(10)
+        return forward(*arguments)
 
-    session.accelerator.backward = slow_backward  # type: ignore[method-assign]
+    learner._forward = slow_forward  # type: ignore[method-assign]
 
 
 def ended_in_the_update(session: Session, run: Run) -> None:
-    step, calls = session.optimizer.step, iter(range(1, 100))
+    step, calls = session.learner.optimizer.step, iter(range(1, 100))
 
     def slow_step() -> None:
         if next(calls) == 2:
             signalled()
-            assert session.stopping.wait(10)
+            assert session.learner._stopping.wait(10)
             time.sleep(0.5)  # long enough to be overtaken by whoever does not wait
         step()
 
-    session.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
+    session.learner.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
 
 
 def ended_twice_in_the_update(session: Session, run: Run) -> None:
     """By somebody who does not wait: a student in the middle of an update is none of any step."""
-    step, calls = session.optimizer.step, iter(range(1, 100))
+    step, calls = session.learner.optimizer.step, iter(range(1, 100))
 
     def slow_step() -> None:
         if next(calls) == 2:
             signalled()
-            assert session.stopping.wait(10)
+            assert session.learner._stopping.wait(10)
             signalled(signal.SIGINT)
             time.sleep(0.5)
         step()
 
-    session.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
+    session.learner.optimizer.step = slow_step  # type: ignore[method-assign, assignment]
 
 
 WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
@@ -197,7 +197,7 @@ WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (disk_is_full, OutputError, 2),
     (ended_in_rollouts, Interrupted, 2),
     (ended_in_a_push, Interrupted, 2),
-    (ended_in_the_backward_pass, Interrupted, 2),
+    (ended_in_a_forward_pass, Interrupted, 2),
     (ended_in_the_update, Interrupted, 2),  # which is finished
     (ended_twice_in_the_update, Interrupted, 2),
 ]

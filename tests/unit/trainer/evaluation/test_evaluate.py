@@ -18,12 +18,13 @@ from services.errors import PeerError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
 from tests.models import save_model
+from tests.pushing import learner_of
 from tests.teacher_app import serving
 from tests.unit.trainer.generating import Generator
 from trainer.data.prompts import Prompt
 from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluator, ReverseKL
-from trainer.model import load_student
+from trainer.learner import Learner
 from trainer.rollouts import generate_rollouts
 from trainer.teacher_scores import ScoredSample, Support, score_rollouts
 from trainer.teachers import Teacher, Teachers
@@ -44,12 +45,11 @@ async def teacher_of(folder: str, name: str | None = None, **options: Any) -> As
         await client.close()
 
 
-def student_of(folder: str) -> Any:
-    return load_student(RunConfig(student={"model": folder}).student)
-
-
-async def sampled(model: Any, teacher: Teacher, top_k: int, *, seed: int = 0, length: int = 12) -> list[ScoredSample]:
+async def sampled(
+    learner: Learner, teacher: Teacher, top_k: int, *, seed: int = 0, length: int = 12
+) -> list[ScoredSample]:
     """Scored completions, sampled at temperature 1."""
+    model = learner.student.model
     generator = Generator(model, [3], seed=seed)
     rollouts = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
     support = Support("teacher_topk", top_k, len(model.lm_head.weight))
@@ -72,10 +72,11 @@ def dense_reverse_kl(student: Any, teacher: Any, samples: list[ScoredSample]) ->
 
 
 def mean_reverse_kl(
-    student: Any, samples: list[ScoredSample], tokens_per_micro_batch: int
+    learner: Learner, samples: list[ScoredSample], tokens_per_micro_batch: int
 ) -> tuple[float, float | None]:
-    measured = ReverseKL()
-    measured.add(student, samples, tokens_per_micro_batch)
+    pipeline = learner.config.pipeline.model_copy(update={"tokens_per_micro_batch": tokens_per_micro_batch})
+    learner.config = learner.config.model_copy(update={"pipeline": pipeline})
+    measured = ReverseKL(learner.reverse_kl(samples))
     return measured.mean, measured.stderr
 
 
@@ -93,11 +94,11 @@ async def test_the_estimate_is_within_two_standard_errors_of_the_dense_value_on_
     for seed in range(20):
         shape = {"vocab_size": vocab, "initializer_range": 0.05 + 0.05 * (seed % 4), "eos_token_id": 3}
         folders = [save_model(tmp_path / f"{seed}-{side}", "llama", seed=2 * seed + side, **shape) for side in (0, 1)]
-        student = student_of(folders[0])
+        learner = learner_of(folders[0])
         async with teacher_of(folders[1]) as teacher:
-            samples = await sampled(student, teacher, top_k, seed=seed)
-        estimate, stderr = mean_reverse_kl(student, samples, 100)
-        dense = dense_reverse_kl(student, AutoModelForCausalLM.from_pretrained(folders[1]), samples)
+            samples = await sampled(learner, teacher, top_k, seed=seed)
+        estimate, stderr = mean_reverse_kl(learner, samples, 100)
+        dense = dense_reverse_kl(learner.student.model, AutoModelForCausalLM.from_pretrained(folders[1]), samples)
         assert stderr is not None
         errors.append((estimate - dense) / stderr)
         outside += [(s.support_ids != s.rollout.completion.token_ids[:, None]).all(1).mean() for s in samples]
@@ -114,19 +115,19 @@ async def test_where_the_support_is_the_vocabulary_it_is_the_dense_value(
         save_model(tmp_path / str(s), "qwen3", seed=s, vocab_size=80, pad_token_id=None, initializer_range=0.2)
         for s in (0, 1)
     ]
-    student = student_of(folders[0])
+    learner = learner_of(folders[0])
     async with teacher_of(folders[1]) as teacher:
-        samples = await sampled(student, teacher, 80)
-    dense = dense_reverse_kl(student, AutoModelForCausalLM.from_pretrained(folders[1]), samples)
+        samples = await sampled(learner, teacher, 80)
+    dense = dense_reverse_kl(learner.student.model, AutoModelForCausalLM.from_pretrained(folders[1]), samples)
     assert dense > 0.1
-    assert mean_reverse_kl(student, samples, tokens_per_micro_batch)[0] == pytest.approx(dense, abs=1e-6)
+    assert mean_reverse_kl(learner, samples, tokens_per_micro_batch)[0] == pytest.approx(dense, abs=1e-6)
 
 
 async def test_a_model_is_no_distance_from_itself(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", "llama", vocab_size=VOCAB, initializer_range=0.2)
     async with teacher_of(folder) as teacher:
-        samples = await sampled(student_of(folder), teacher, 64)
-    estimate, stderr = mean_reverse_kl(student_of(folder), samples, 100)
+        samples = await sampled(learner_of(folder), teacher, 64)
+    estimate, stderr = mean_reverse_kl(learner_of(folder), samples, 100)
     assert estimate == pytest.approx(0.0, abs=1e-5) and stderr == pytest.approx(0.0, abs=1e-5)
 
 
@@ -136,24 +137,24 @@ async def test_the_standard_error_is_that_of_the_mean_over_completions(tmp_path:
         save_model(tmp_path / str(s), "llama", seed=s, vocab_size=80, pad_token_id=None, initializer_range=0.3)
         for s in (0, 1)
     ]
-    student = student_of(folders[0])
+    learner = learner_of(folders[0])
     async with teacher_of(folders[1]) as teacher:
-        several = [await sampled(student, teacher, 8, seed=seed, length=6) for seed in range(40)]
-    measured = [mean_reverse_kl(student, samples, 1000) for samples in several]
+        several = [await sampled(learner, teacher, 8, seed=seed, length=6) for seed in range(40)]
+    measured = [mean_reverse_kl(learner, samples, 1000) for samples in several]
     scatter = np.std([estimate for estimate, _ in measured], ddof=1)
     said = np.mean([stderr for _, stderr in measured if stderr is not None])
     assert 0.7 < scatter / said < 1.4
-    assert mean_reverse_kl(student, several[0][:1], 1000)[1] is None
+    assert mean_reverse_kl(learner, several[0][:1], 1000)[1] is None
 
 
 async def test_dropout_has_no_part_in_a_measurement(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", "llama", vocab_size=80, pad_token_id=None, attention_dropout=0.5)
-    student = load_student(RunConfig(student={"model": folder, "disable_dropout": False}).student)
+    learner = learner_of(folder, student={"disable_dropout": False})
     async with teacher_of(folder) as teacher:
-        samples = await sampled(student_of(folder), teacher, 79)
-    assert student.training
-    assert mean_reverse_kl(student, samples, 1000)[0] == pytest.approx(0.0, abs=1e-5)
-    assert student.training
+        samples = await sampled(learner_of(folder), teacher, 79)
+    assert learner.student.training
+    assert mean_reverse_kl(learner, samples, 1000)[0] == pytest.approx(0.0, abs=1e-5)
+    assert learner.student.training
 
 
 @pytest.fixture
@@ -170,11 +171,11 @@ def evaluator(rollouts: Any, teachers: list[Teacher], prompts: list[Prompt], **e
 
 
 async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
-    student = student_of(folder)
+    learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
-        measured = await evaluator(Generator(student, [256], version="7.1@mine"), [teacher], PROMPTS).evaluate(
-            student, 7
-        )
+        measured = await evaluator(
+            Generator(learner.student.model, [256], version="7.1@mine"), [teacher], PROMPTS
+        ).evaluate(learner, 7)
         assert measured.policy_version == 7 and measured.exact_match is None and measured.teacher_exact_match is None
         assert measured.num_prompts == len(PROMPTS) and measured.num_quarantined == 0
         for version, reason in (
@@ -182,49 +183,53 @@ async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
             ("7.1@yours", "under the version '7.1@yours', which is none"),
             ("6.1@mine", r"answers under version \[6\] after a push of version 7"),
         ):
-            rollouts = Generator(student, [256], version=version)
+            rollouts = Generator(learner.student.model, [256], version=version)
             with pytest.raises(PeerError, match=reason):
-                await evaluator(rollouts, [teacher], PROMPTS).evaluate(student, 7)
+                await evaluator(rollouts, [teacher], PROMPTS).evaluate(learner, 7)
 
 
 async def test_a_completion_that_the_teacher_cannot_score_costs_that_completion(tmp_path: Path) -> None:
     """The student's embedding is padded with tokens that the teacher does not have, and its weights are random."""
     ours = save_model(tmp_path / "s", "qwen3", vocab_size=300, initializer_range=0.05)
     theirs = save_model(tmp_path / "t", "qwen3", seed=1)
-    student = student_of(ours)
+    learner = learner_of(ours)
     async with teacher_of(theirs) as teacher:
-        measured = await evaluator(Generator(student, [256]), [teacher], PROMPTS).evaluate(student, 0)
+        measured = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
     assert 0 < measured.num_quarantined < len(PROMPTS) and np.isfinite(measured.reverse_kl)
     assert measured.num_kl_tokens > 0
 
 
 async def test_without_a_scored_completion_there_is_no_measurement(folder: str) -> None:
-    student = student_of(folder)
+    learner = learner_of(folder)
     async with teacher_of(folder, max_model_len=4) as teacher:
         with pytest.raises(PeerError, match=r"no completion could be scored, the first one because .*tokens"):
-            await evaluator(Generator(student, [256]), [teacher], PROMPTS).evaluate(student, 0)
+            await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
 
 
 async def test_each_completion_is_measured_against_its_own_teacher(folder: str, tmp_path: Path) -> None:
     """One teacher is the student itself; the measured distance is that of the rows which the other one scores."""
-    other, student = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), student_of(folder)
+    other, learner = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), learner_of(folder)
     named = [replace(p, teacher="maths" if p.row % 3 == 0 else None) for p in PROMPTS]
     async with teacher_of(folder) as own, teacher_of(other, "maths") as maths:
-        mixed = await evaluator(Generator(student, [256]), [own, maths], named, top_k=261).evaluate(student, 0)
+        mixed = await evaluator(Generator(learner.student.model, [256]), [own, maths], named, top_k=261).evaluate(
+            learner, 0
+        )
         # The same completions: the generator's draws are in the order of the prompts.
-        rollouts = await generate_rollouts(Generator(student, [256]), named, RolloutSampling(max_new_tokens=6))  # type: ignore[arg-type]
+        rollouts = await generate_rollouts(
+            Generator(learner.student.model, [256]), named, RolloutSampling(max_new_tokens=6)
+        )  # type: ignore[arg-type]
         of_maths = [r for r in rollouts if r.prompt.teacher == "maths"]
         support = Support("teacher_topk", 261, 261)
         samples, _ = await score_rollouts(Teachers([own, maths]), of_maths, support=support, temperature=1.0)
     share = sum(len(s.rollout.completion.token_ids) for s in samples) / mixed.num_kl_tokens
-    dense = dense_reverse_kl(student, AutoModelForCausalLM.from_pretrained(other), samples)
+    dense = dense_reverse_kl(learner.student.model, AutoModelForCausalLM.from_pretrained(other), samples)
     assert mixed.reverse_kl == pytest.approx(share * dense, rel=1e-4)
 
 
 async def test_what_is_held_at_once_is_bounded_whatever_the_number_of_completions(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, student = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), student_of(folder)
+    other, learner = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), learner_of(folder)
     held: list[int] = []
     scored = evaluate.score_rollouts
 
@@ -234,9 +239,9 @@ async def test_what_is_held_at_once_is_bounded_whatever_the_number_of_completion
 
     monkeypatch.setattr(evaluate, "score_rollouts", counting)
     async with teacher_of(other) as teacher:
-        whole = await evaluator(Generator(student, [256]), [teacher], PROMPTS).evaluate(student, 0)
+        whole = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
         monkeypatch.setattr(evaluate, "_PART_BYTES", 20 * 261 * 8)  # 20 rows of the whole vocabulary
-        parts = await evaluator(Generator(student, [256]), [teacher], PROMPTS).evaluate(student, 0)
+        parts = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
     assert held[0] == sum(held[1:]) == whole.num_kl_tokens and len(held) > 3 and max(held[1:]) <= 20
     assert parts.reverse_kl == pytest.approx(whole.reverse_kl, rel=1e-6)
     assert parts.reverse_kl_stderr == pytest.approx(whole.reverse_kl_stderr, rel=1e-6)
@@ -255,15 +260,16 @@ async def test_what_is_held_at_once_is_bounded_whatever_the_number_of_completion
 async def test_how_many_logprobs_are_asked_for(
     given: int | None, vocab: int, max_top_k: int | None, size: int, tmp_path: Path
 ) -> None:
-    folder = save_model(tmp_path / "m", "qwen3", vocab_size=vocab)
-    async with teacher_of(folder, max_top_k=max_top_k) as teacher:
+    async with teacher_of(save_model(tmp_path / "m", "qwen3", vocab_size=vocab), max_top_k=max_top_k) as teacher:
         asking = evaluator(None, [teacher], PROMPTS, **({} if given is None else {"top_k": given}))
-        support = asking._support(student_of(folder))
+        support = asking._support(vocab)
     assert (support.size, support.has_tail) == (size, size < vocab)
 
 
 async def test_the_number_of_prompts_is_bounded_by_the_option(folder: str) -> None:
-    student = student_of(folder)
+    learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
-        measured = await evaluator(Generator(student, [256]), [teacher], PROMPTS, num_prompts=5).evaluate(student, 0)
+        measured = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS, num_prompts=5).evaluate(
+            learner, 0
+        )
     assert measured.num_prompts == 5

@@ -12,7 +12,7 @@ from services.models.padding import pad_rows, predicting_positions
 from tests.unit.trainer.policies import DECOMPOSED, F64, PURE_PG, assert_close, exact
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import LossInputs, minillm_loss
-from trainer.model import student_logprobs
+from trainer.student import Student
 
 VOCAB, END, LONGEST, PROMPT = 4, 3, 3, [1, 2]
 COMPLETIONS = [
@@ -48,7 +48,7 @@ def head_output(model: PreTrainedModel, support_ids: Tensor) -> HeadOutput:
     ids = pad_rows([[*PROMPT, *c] for c in COMPLETIONS])
     positions = predicting_positions([len(PROMPT)] * len(lengths), lengths, ids.shape[1])
     tokens = torch.tensor([t for c in COMPLETIONS for t in c])
-    return student_logprobs(model, ids, positions, tokens, support_ids, temperature=1.0)
+    return Student(model)(ids, positions, tokens, support_ids)
 
 
 def exact_reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:

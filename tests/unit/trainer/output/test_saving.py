@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.config import OutputConfig, RunConfig
 from services.errors import OutputError, StartupError
-from trainer.model import load_student
 from trainer.output import saving
 from trainer.output.saving import SavedStudents
+from trainer.student import load_student
 from trainer.tiny.pair import build_tokenizer
 
 
 @pytest.fixture
 def model(tiny_model_folder: Any) -> Any:
-    return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student)
+    return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student).model
 
 
 def students(folder: Path, model: Any, **output: Any) -> SavedStudents:

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from services.config import RunConfig, WeightSyncConfig
+from services.config import WeightSyncConfig
 from services.errors import WeightSyncError
 from tests.models import save_model
-from trainer.model import load_student
+from tests.pushing import learner_of
 from trainer.weights.canary import Canary
+from trainer.weights.snapshot import GivenTokens
 
 
 def canary(
@@ -22,11 +24,7 @@ def canary(
     compute: str = "float32",
     **options: Any,
 ) -> Canary:
-    given: dict[str, Any] = {"tokens_per_micro_batch": 1000} | options
-    tolerance = given.pop("canary_tolerance", None)
-    config = WeightSyncConfig(canary_tolerance=tolerance)
-    dtypes, dtype = (rollout, compute), getattr(torch, compute)
-    return Canary(config, prompts, completions, dtypes=dtypes, compute_dtype=dtype, **given)
+    return Canary(WeightSyncConfig(**options), GivenTokens(prompts, completions), dtypes=(rollout, compute))
 
 
 @torch.no_grad()
@@ -44,12 +42,13 @@ PROMPTS, COMPLETIONS = [[1, 2], [3], [4, 5, 6]], [[7, 8], list(range(20)), [9] *
 def test_the_trainers_logprobs_are_those_of_each_sequence_alone(
     architecture: str, tokens_per_micro_batch: int, tmp_path: Path
 ) -> None:
-    model = load_student(RunConfig(student={"model": save_model(tmp_path, architecture)}).student)
-    scored = canary(PROMPTS, COMPLETIONS, tokens_per_micro_batch=tokens_per_micro_batch)
-    theirs = [alone(model.eval(), sequence) for sequence in scored.sequences]
-    model.train()
-    ours = scored.logprobs(model)
-    assert [len(row) for row in ours] == [2, 20, 5] and model.training
+    folder = save_model(tmp_path, architecture)
+    learner = learner_of(folder, pipeline={"tokens_per_micro_batch": tokens_per_micro_batch})
+    scored = canary(PROMPTS, COMPLETIONS)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = [alone(reference, sequence) for sequence in scored.given.sequences]
+    ours = learner.logprobs(scored.given)
+    assert [len(row) for row in ours] == [2, 20, 5] and learner.student.training
     for row, expected, tokens in zip(ours, theirs, COMPLETIONS, strict=True):
         assert np.abs(row - expected[-len(tokens) :]).max() < 1e-5
     assert scored.residual(ours, theirs) < 1e-5
@@ -124,8 +123,7 @@ def test_a_tolerance_that_is_given_is_the_tolerance() -> None:
 
 
 def test_dropout_has_no_part_in_it(tmp_path: Path) -> None:
-    options = {"model": save_model(tmp_path, "llama"), "disable_dropout": False}
-    model = load_student(RunConfig(student=options | {"model_init_kwargs": {"attention_dropout": 0.9}}).student)
-    scored = canary(PROMPTS, COMPLETIONS)
-    first, second = (np.concatenate(scored.logprobs(model)) for _ in range(2))
-    assert first.tolist() == second.tolist() and model.training
+    options = {"disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.9}}
+    learner = learner_of(save_model(tmp_path, "llama"), student=options)
+    first, second = (np.concatenate(learner.logprobs(GivenTokens(PROMPTS, COMPLETIONS))) for _ in range(2))
+    assert first.tolist() == second.tolist() and learner.student.training

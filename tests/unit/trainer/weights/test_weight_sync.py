@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from services.config import RunConfig
 from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
@@ -18,13 +19,14 @@ from services.weight_transfer.channel import GroupLostError, Update
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from services.wire.weights import CanaryScores
 from tests.models import save_model
+from tests.pushing import Pushing, learner_of
 from tests.unit.trainer.attach.test_preflight import rollout_info
 from trainer.data.prompts import Prompt
-from trainer.model import load_student
 from trainer.weights import weight_sync
 from trainer.weights.weight_sync import WeightSync
 
 URL = "http://rollout"
+CPU = torch.device("cpu")
 PROMPT = [40, 50]
 
 
@@ -168,15 +170,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("m"), "llama")
 
 
-Attach = Callable[..., WeightSync]
+Attach = Callable[..., Pushing]
 
 
 @pytest.fixture
 def attach(folder: str, monkeypatch: pytest.MonkeyPatch) -> Attach:
     compared = monkeypatch.setattr
 
-    def attach(servers: Servers, info: dict[str, Any] | None = None, **sections: Any) -> WeightSync:
-        config = RunConfig(**{"student": {"model": folder}} | sections)
+    def attach(servers: Servers, info: dict[str, Any] | None = None, **sections: Any) -> Pushing:
+        learner = learner_of(folder, **sections)
         compared(weight_sync, "WeightControlClient", servers.control)
         compared(weight_sync, "WeightSender", servers.sender)
 
@@ -187,10 +189,11 @@ def attach(folder: str, monkeypatch: pytest.MonkeyPatch) -> Attach:
                 raise WeightSyncError("http://rollout, worker 0: other bytes")
 
         compared(weight_sync, "check_arrival", check_arrival)
-        servers.model = load_student(config.student).eval()
+        servers.model = AutoModelForCausalLM.from_pretrained(folder)
         canaries = [Prompt(1, PROMPT, ""), Prompt(2, [*PROMPT, 3], "")]
         infos = [rollout_info(**{"boot_id": url} | (info or {})) for url in servers.urls]
-        return WeightSync(config, load_student(config.student), servers, infos, canaries, None, "mine")  # type: ignore[arg-type]
+        sync = WeightSync(learner.config, CPU, servers, infos, canaries, None, "mine")  # type: ignore[arg-type]
+        return Pushing(sync, learner)
 
     return attach
 
@@ -201,17 +204,17 @@ def pushed(label: str) -> list[str]:
 
 async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sampled_before(attach: Attach) -> None:
     servers = Servers()
-    sync = attach(servers)
-    metrics = await sync.push(0)
+    trainer = attach(servers)
+    metrics = await trainer.push(0)
     assert metrics["canary_residual"] <= 1e-5 and metrics.keys() == {"push_s", "canary_s", "canary_residual"}
-    await sync.push(1)
+    await trainer.push(1)
     assert servers.events.count("receive") == 2  # beside the sending, whichever begins first
     assert [e for e in servers.events if e != "receive"] == [
         *("sample", "pause", "connect 1", *pushed("0.1@mine")),
         *("pause", *pushed("1.1@mine")),
     ]
     assert (
-        sync.versions.oldest(
+        trainer.versions.oldest(
             [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("1.1@mine", 0, 1)])]
         )
         == 1
@@ -220,8 +223,8 @@ async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sample
 
 async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach) -> None:
     servers = Servers()
-    sync = attach(servers, output={"dir": "outputs/x"}, weight_sync={"take_over": True})
-    await sync.hold()
+    trainer = attach(servers, output={"dir": "outputs/x"}, weight_sync={"take_over": True})
+    await trainer.sync.hold()
     assert servers.run == "mine" == servers.options["run"] and servers.events == ["hold True"]
     assert servers.options["name"].startswith("output.dir 'outputs/x', process ")
 
@@ -234,13 +237,13 @@ async def test_a_failed_push_is_repeated_in_full_over_a_new_connection_under_a_n
     trouble: str, attach: Attach
 ) -> None:
     servers = Servers([trouble, "works"])
-    sync = attach(servers)
+    trainer = attach(servers)
     async with asyncio.timeout(8.0):  # whoever fails first ends the broadcast
-        assert (await sync.push(4))["canary_residual"] <= 1e-5
+        assert (await trainer.push(4))["canary_residual"] <= 1e-5
     assert servers.label == "4.2@mine" and "connect 2" in servers.events
     assert servers.events.count("sample") == 1 and servers.events.count("resume") == 1  # nobody samples under the first
     with pytest.raises(PeerError, match=r"4\.1@mine"):
-        sync.versions.oldest(
+        trainer.versions.oldest(
             [RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan("4.1@mine", 0, 1)])]
         )
 
@@ -270,11 +273,11 @@ async def test_a_push_that_fails_twice_stops_the_run(trouble: str, message: str,
 
 
 async def test_what_one_server_samples_before_another_has_resumed_counts(attach: Attach) -> None:
-    sync = attach(Servers(["does not resume everywhere", "works"]))
-    await sync.push(4)
+    trainer = attach(Servers(["does not resume everywhere", "works"]))
+    await trainer.push(4)
     for label in ("4.1@mine", "4.2@mine"):
         one = RolloutCompletion(0, 0, np.zeros(1), np.zeros(1), "stop", [VersionSpan(label, 0, 1)])
-        assert sync.versions.oldest([one]) == 4
+        assert trainer.versions.oldest([one]) == 4
 
 
 async def test_bytes_that_did_not_arrive_are_found_before_the_update_is_finished(attach: Attach) -> None:
@@ -293,33 +296,33 @@ async def test_a_server_that_another_run_has_taken_is_not_pushed_to_again(attach
 
 async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach: Attach) -> None:
     servers = Servers(["never answers"])
-    sync = attach(servers)
-    pushing = asyncio.create_task(sync.push(4))
+    trainer = attach(servers)
+    pushing = asyncio.create_task(trainer.push(4))
     while "send" not in servers.events:
         await asyncio.sleep(0.01)
     started = time.monotonic()
     pushing.cancel()
     await asyncio.wait({pushing})
-    await sync.close()
+    await trainer.sync.close()
     assert pushing.cancelled() and time.monotonic() - started < 5.0 and servers.events[-2:] == ["release", "close"]
-    assert not any(thread.is_alive() for thread in sync._threads)
+    assert not any(thread.is_alive() for thread in trainer.sync._threads)
 
 
 async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: Attach) -> None:
     servers = Servers(["never answers", "never answers"])
-    sync = attach(servers)
-    pushing = asyncio.create_task(sync.push(4))
+    trainer = attach(servers)
+    pushing = asyncio.create_task(trainer.push(4))
     while "send" not in servers.events:
         await asyncio.sleep(0.01)
-    await sync.close()
+    await trainer.sync.close()
     pushing.cancel()
     await asyncio.wait({pushing})
 
 
 async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> None:
     servers = Servers(["never answers"])
-    sync = attach(servers)
-    pushing = asyncio.create_task(sync.push(4))
+    trainer = attach(servers)
+    pushing = asyncio.create_task(trainer.push(4))
     while "send" not in servers.events:
         await asyncio.sleep(0.01)
     lags = []
@@ -329,7 +332,7 @@ async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> No
         lags.append(time.monotonic() - before - 0.01)
     pushing.cancel()
     await asyncio.wait({pushing})
-    await sync.close()
+    await trainer.sync.close()
     assert sorted(lags)[2] < 0.05
 
 
@@ -347,9 +350,9 @@ async def test_a_canary_and_the_token_behind_it_fit_into_the_shortest_server(
     limit: int, num_new: int, kept: int, attach: Attach
 ) -> None:
     servers = Servers()
-    sync = attach(servers, {"max_model_len": limit})
-    sync._prompts = [list(range(40))]
-    await sync.push(0)
+    trainer = attach(servers, {"max_model_len": limit})
+    trainer.sync._prompts = [list(range(40))]
+    await trainer.push(0)
     assert servers.asked == [(list(range(40))[-kept:], num_new)]
     assert kept + num_new < limit
 
@@ -363,9 +366,9 @@ async def test_every_server_is_scored(attach: Attach) -> None:
 
 def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
     infos = [rollout_info(boot_id="a"), rollout_info(boot_id="b", dtype="bfloat16")]
-    model, client = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(urls=[URL, "http://other"])
+    client = SimpleNamespace(urls=[URL, "http://other"])
     with pytest.raises(StartupError, match="different dtypes"):
-        WeightSync(RunConfig(), model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+        WeightSync(RunConfig(), CPU, client, infos, [], None, "mine")  # type: ignore[arg-type]
 
 
 def test_both_ends_must_mean_the_same_backend(attach: Attach) -> None:
@@ -377,14 +380,14 @@ CARD = "8932f937-d72c-4106-c12f-20bd9faed9f6"
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch, uuid: str) -> Any:
-    """A model that says that it is on GPU 1, and a torch that knows that card."""
+    """GPU 1, and a torch that knows that card."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
-    return SimpleNamespace(device=torch.device("cuda:1"))
+    return torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("uuid", [CARD, CARD.upper(), f"GPU-{CARD}"])
 def test_nccl_to_a_server_on_the_trainers_own_card_is_refused(uuid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, model = RunConfig(weight_sync={"backend": "nccl"}), on_cuda(monkeypatch, uuid)
+    config, device = RunConfig(weight_sync={"backend": "nccl"}), on_cuda(monkeypatch, uuid)
     monkeypatch.setattr(weight_sync, "WeightSender", lambda *arguments: None)
     infos = [
         rollout_info(boot_id=card, weight_transfer_backend="nccl", gpu_uuids=[f"GPU-{card}"])
@@ -392,25 +395,25 @@ def test_nccl_to_a_server_on_the_trainers_own_card_is_refused(uuid: str, monkeyp
     ]
     client = SimpleNamespace(urls=["http://far", URL])
     with pytest.raises(StartupError, match=rf"{URL} runs on this trainer's card GPU-{CARD}.*give student.cuda_devices"):
-        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
-    WeightSync(config, model, SimpleNamespace(urls=["http://far"]), infos[:1], [], None, "mine")  # type: ignore[arg-type]
+        WeightSync(config, device, client, infos, [], None, "mine")  # type: ignore[arg-type]
+    WeightSync(config, device, SimpleNamespace(urls=["http://far"]), infos[:1], [], None, "mine")  # type: ignore[arg-type]
 
 
 def test_nccl_from_a_cpu_is_refused() -> None:
-    config, model = RunConfig(weight_sync={"backend": "nccl"}), SimpleNamespace(device=torch.device("cpu"))
+    config = RunConfig(weight_sync={"backend": "nccl"})
     client, infos = SimpleNamespace(urls=[URL]), [rollout_info(weight_transfer_backend="nccl")]
     with pytest.raises(StartupError, match="needs the trainer on a GPU, it is on cpu"):
-        WeightSync(config, model, client, infos, [], None, "mine")  # type: ignore[arg-type]
+        WeightSync(config, CPU, client, infos, [], None, "mine")  # type: ignore[arg-type]
 
 
 async def test_what_runs_in_a_thread_is_on_the_models_device_and_waits_for_the_optimizer(
     attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, Any, int]] = []
-    sync = attach(Servers())
+    sync = attach(Servers()).sync
     for name in ("set_device", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda d, name=name: calls.append((name, d, threading.get_ident())))
-    monkeypatch.setattr(sync, "_model", on_cuda(monkeypatch, CARD))
+    monkeypatch.setattr(sync, "_device", on_cuda(monkeypatch, CARD))
     await sync._in_thread(lambda: calls.append(("work", None, threading.get_ident())))
     assert [name for name, *_ in calls] == ["set_device", "synchronize", "work"]
     assert {device for _, device, _ in calls[:2]} == {torch.device("cuda:1")}

@@ -1,15 +1,12 @@
 """One batch to one or more updates: what is accumulated, what the second update sees, what is reported."""
 
 import math
-import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from services.config import RunConfig
 from services.errors import DistillServeError
@@ -17,41 +14,35 @@ from tests.models import save_model
 from tests.unit.trainer.test_batch import SAMPLES
 from trainer.batch import loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
+from trainer.learner import Learner
 from trainer.loss.minillm import LossTotals, minillm_loss
-from trainer.model import load_student, student_logprobs
-from trainer.step import optimize
+from trainer.parallel import compute_dtype_of
+from trainer.student import load_student
 
 WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}
 
 
-def session(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Any:
-    """What `optimize` needs of a Session, with plain SGD so that updates can be followed by hand."""
+def learner_of(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Learner:
+    """With plain SGD, so that updates can be followed by hand."""
     config = RunConfig(**sections | {"student": {"model": folder} | sections.get("student", {})})
-    model = load_student(config.student)
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    return SimpleNamespace(
-        config=config,
-        accelerator=Accelerator(cpu=True),
-        model=model,
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        texts=RowStream(WINDOWS, seed=0, shuffle=False) if texts else None,
-        stopping=threading.Event(),
-        finished_step=0,
-    )
+    student = load_student(config.student, compute_dtype=compute_dtype_of(config, torch.device("cpu")))
+    learner = Learner(config, student, 10, RowStream(WINDOWS, seed=0, shuffle=False) if texts else None)
+    learner.optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate)
+    learner.schedule = torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 1.0)
+    return learner
 
 
-def weights(run: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+def weights(learner: Learner) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
 def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
     runs = [
-        session(tiny_model_folder("qwen3"), pipeline={"tokens_per_micro_batch": limit, "updates_per_batch": 2})
+        learner_of(tiny_model_folder("qwen3"), pipeline={"tokens_per_micro_batch": limit, "updates_per_batch": 2})
         for limit in (10_000, 12)
     ]
-    metrics = [optimize(run, SAMPLES) for run in runs]
+    metrics = [run.step(SAMPLES) for run in runs]
     assert len(pack(SAMPLES, runs[1].config.loss, 12)) > 2
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
@@ -60,21 +51,22 @@ def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # t
 def test_a_longrope_student_learns_the_same_from_any_micro_batches(tmp_path: Path) -> None:
     """Samples and texts are shorter and longer than the length at which its rotary frequencies switch."""
     folder = save_model(tmp_path, "phi3")
-    runs = [session(folder, texts=True, pipeline={"tokens_per_micro_batch": limit}, **TEXTS) for limit in (10_000, 1)]
+    runs = [
+        learner_of(folder, texts=True, pipeline={"tokens_per_micro_batch": limit}, **TEXTS) for limit in (10_000, 1)
+    ]
     for run in runs:
         run.texts = RowStream([list(range(20)), *WINDOWS], seed=0, shuffle=False)
-    metrics = [optimize(run, SAMPLES) for run in runs]
+    metrics = [run.step(SAMPLES) for run in runs]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
 
 
 def by_hand(run: Any, num_updates: int) -> None:
-    """What `optimize` should do with SAMPLES in one micro-batch, updates against the first one's policy."""
+    """What `step` should do with SAMPLES in one micro-batch, updates against the first one's policy."""
     (batch,) = pack(SAMPLES, run.config.loss, 10_000)
     totals, old = LossTotals.of(batch.loss_mask, batch.cu_seqlens, run.config.sampling.max_new_tokens), None
     for _ in range(num_updates):
-        output = student_logprobs(
-            run.model,
+        output = run.student(
             batch.input_ids,
             batch.positions,
             batch.token_ids,
@@ -82,7 +74,7 @@ def by_hand(run: Any, num_updates: int) -> None:
             run.config.loss.kd_temperature,
         )
         minillm_loss(loss_inputs(batch, output, old), run.config.loss, totals)[0].backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad()
         old = output.token_logprobs.detach() if old is None else old
@@ -98,26 +90,26 @@ def by_hand(run: Any, num_updates: int) -> None:
     ids=str,
 )
 def test_an_update_is_the_loss_by_hand(sections: dict[str, Any], tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run, expected = (session(tiny_model_folder("qwen3"), **sections) for _ in range(2))
-    optimize(run, SAMPLES)
+    run, expected = (learner_of(tiny_model_folder("qwen3"), **sections) for _ in range(2))
+    run.step(SAMPLES)
     by_hand(expected, run.config.pipeline.updates_per_batch)
     torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_schedule_moves_once_a_batch(updates: int, tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run = session(tiny_model_folder("qwen3"), pipeline={"updates_per_batch": updates})
-    optimize(run, SAMPLES)
-    optimize(run, [])
+    run = learner_of(tiny_model_folder("qwen3"), pipeline={"updates_per_batch": updates})
+    run.step(SAMPLES)
+    run.step([])
     assert run.schedule.last_epoch == 2
 
 
 def test_metrics_are_the_first_updates_and_clipping_the_lasts(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    once = session(tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0})
-    often = session(
+    once = learner_of(tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0})
+    often = learner_of(
         tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0}, pipeline={"updates_per_batch": 4}
     )
-    first, all_four = optimize(once, SAMPLES), optimize(often, SAMPLES)
+    first, all_four = once.step(SAMPLES), often.step(SAMPLES)
     assert first.pop("policy_ratio_clipped_fraction") == 0.0
     assert all_four.pop("policy_ratio_clipped_fraction") > 0.0
     assert all_four == pytest.approx(first, rel=1e-5)
@@ -129,7 +121,7 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
     pipeline = {"texts_per_step": 3, "tokens_per_micro_batch": 4}
     # Texts are not softened by the temperature of the distillation.
     loss, sampling = {"kd_temperature": 2.0}, {"temperature": 2.0}
-    run = session(
+    run = learner_of(
         tiny_model_folder("qwen3"),
         1.0,
         True,
@@ -138,7 +130,7 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
         pipeline=pipeline,
         **options,
     )
-    without = session(
+    without = learner_of(
         tiny_model_folder("qwen3"),
         1.0,
         loss=loss,
@@ -147,7 +139,7 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
         pipeline={"tokens_per_micro_batch": 4},
     )
     start = weights(run)
-    model = load_student(run.config.student)
+    model = load_student(run.config.student).model
     losses = [
         -model(torch.tensor([w])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(w[1:])[:, None])
         for w in WINDOWS
@@ -156,8 +148,8 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
     cross_entropy.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    metrics = optimize(run, SAMPLES)
-    optimize(without, SAMPLES)
+    metrics = run.step(SAMPLES)
+    without.step(SAMPLES)
     assert len(pack_texts(WINDOWS, 4)) == 3
     assert metrics["lm_loss"] == pytest.approx(float(cross_entropy.detach()), rel=1e-5)
     torch.testing.assert_close(weights(run) - weights(without), -0.5 * gradient, rtol=0, atol=1e-5)
@@ -165,29 +157,29 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run = session(tiny_model_folder("qwen3"))
+    run = learner_of(tiny_model_folder("qwen3"))
     start = weights(run)
     with torch.no_grad():
-        next(run.model.parameters())[0, 0] = math.nan
+        next(run.student.parameters())[0, 0] = math.nan
     with pytest.raises(DistillServeError, match="gradient norm is nan"):
-        optimize(run, SAMPLES)
+        run.step(SAMPLES)
     assert torch.equal(weights(run)[1:], start[1:])
 
 
 def test_a_batch_without_trained_tokens_changes_nothing(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run = session(tiny_model_folder("qwen3"), loss={"truncated": "drop"})
+    run = learner_of(tiny_model_folder("qwen3"), loss={"truncated": "drop"})
     start = weights(run)
     cut = [
         replace(s, rollout=replace(s.rollout, completion=replace(s.rollout.completion, finish_reason="length")))
         for s in SAMPLES
     ]
-    assert optimize(run, cut) == {"num_valid_tokens": 0.0}
+    assert run.step(cut) == {"num_valid_tokens": 0.0}
     assert torch.equal(weights(run), start)
 
 
 def test_texts_are_learned_even_from_a_batch_without_trained_tokens(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run = session(tiny_model_folder("qwen3"), texts=True, loss={"alpha_lm": 0.5}, data={"lm_path": "t.jsonl"})
+    run = learner_of(tiny_model_folder("qwen3"), texts=True, loss={"alpha_lm": 0.5}, data={"lm_path": "t.jsonl"})
     start = weights(run)
-    metrics = optimize(run, [])
+    metrics = run.step([])
     assert metrics["lm_loss"] > 0 and metrics["loss"] == metrics["num_valid_tokens"] == 0.0
     assert not torch.equal(weights(run), start) and run.texts.position > 0

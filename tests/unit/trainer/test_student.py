@@ -6,7 +6,8 @@ from torch import nn
 
 from services.config import OptimizerConfig, RunConfig
 from tests.models import save_model
-from trainer.model import build_optimizer, build_schedule, evaluating, load_student
+from trainer.optimizer import build_optimizer, build_schedule
+from trainer.student import evaluating, load_student
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
@@ -44,7 +45,7 @@ def test_norms_are_not_decayed_and_everything_is_trained_once(architecture: str,
 def test_dropout_is_off_unless_asked_for(disable: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
     folder = save_model(tmp_path, "llama")
     options = {"model": folder, "disable_dropout": disable, "model_init_kwargs": {"attention_dropout": 0.5}}
-    model = load_student(RunConfig(student=options).student)
+    model = load_student(RunConfig(student=options).student).model
     ids = torch.arange(40).unsqueeze(0)
     torch.manual_seed(0)
     first, second = model(ids).logits, model(ids).logits
@@ -55,9 +56,9 @@ def test_dropout_is_off_unless_asked_for(disable: bool, tmp_path) -> None:  # ty
 def test_what_is_measured_is_measured_without_dropout(training: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
     folder = save_model(tmp_path, "llama")
     options = {"model": folder, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.5}}
-    model = load_student(RunConfig(student=options).student).train(training)
-    ids = torch.arange(40).unsqueeze(0)
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    student = load_student(RunConfig(student=options).student).train(training)
+    ids, model = torch.arange(40).unsqueeze(0), student.model
+    with pytest.raises(ZeroDivisionError), evaluating(student):
         assert torch.equal(model(ids).logits, model(ids).logits)
         raise ZeroDivisionError
-    assert all(module.training == training for module in model.modules())
+    assert all(module.training == training for module in student.modules())

@@ -1,0 +1,87 @@
+"""The student as FSDP2's root and under DDP, on two processes, against one process that sees everything."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from services.config import RunConfig
+from tests.models import save_model
+from tests.unit.trainer.test_batch import SAMPLES
+from trainer.batch import loss_inputs, pack
+from trainer.loss.minillm import LossTotals, minillm_loss
+from trainer.parallel import spread
+from trainer.student import Student, load_student
+from trainer.teacher_scores import ScoredSample
+
+NUM_RANKS = 2
+CONFIG = RunConfig().loss
+
+
+def totals_of(samples: list[ScoredSample]) -> LossTotals:
+    (batch,) = pack(samples, CONFIG, 10_000)
+    return LossTotals.of(batch.loss_mask, batch.cu_seqlens, 16)
+
+
+def loss_of(module: nn.Module, samples: list[ScoredSample]) -> Tensor:
+    """This rank's part of the loss of SAMPLES."""
+    (batch,) = pack(samples, CONFIG, 10_000)
+    output = module(batch.input_ids, batch.positions, batch.token_ids, batch.support_ids)
+    return minillm_loss(loss_inputs(batch, output), CONFIG, totals_of(SAMPLES))[0]
+
+
+def load(folder: str) -> Student:
+    return load_student(RunConfig(student={"model": folder}).student)
+
+
+def gradients(student: Student) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return found
+
+
+def on_one_rank(rank: int, how: str, folder: str, into: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{into}/rendezvous", rank=rank, world_size=NUM_RANKS)
+    student = load(folder)
+    module = spread(student, init_device_mesh("cpu", (NUM_RANKS,)), how)  # type: ignore[arg-type]
+    if how == "fsdp2":
+        held = sum(p.to_local().numel() for p in student.parameters() if isinstance(p, DTensor))
+        assert held <= 0.6 * sum(p.numel() for p in student.parameters())
+    loss = loss_of(module, SAMPLES[rank::NUM_RANKS])
+    (NUM_RANKS * loss).backward()  # gradients become means over ranks, and the loss is a sum
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    found = gradients(student)
+    if rank == 0:
+        torch.save({"loss": total, "gradients": found}, f"{into}/found")
+    dist.barrier()
+    # Torch's own end after FSDP sometimes aborts ("terminate called without an active exception").
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied embeddings, and not
+def test_two_ranks_have_the_loss_and_the_gradient_of_one(architecture: str, how: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", architecture)
+    expected = load(folder)
+    tied = expected.model.get_input_embeddings().weight is expected.model.get_output_embeddings().weight
+    assert tied == (architecture == "qwen3")
+    loss = loss_of(expected, SAMPLES)
+    loss.backward()
+    mp.spawn(on_one_rank, (how, folder, str(tmp_path)), NUM_RANKS)
+    found = torch.load(tmp_path / "found", weights_only=True)
+    torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-6, atol=1e-6)
+    wanted = gradients(expected)
+    assert found["gradients"].keys() == wanted.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert (found["gradients"][name] - gradient).abs().max() <= 1e-6 * largest, name

@@ -1,0 +1,108 @@
+"""The student: the body of a causal LM and its output head in one forward pass, so that sharding, autocast and hooks see all of it.
+
+Sequences run as padded rows (services/models/padding.py). Only positions that predict a completion token reach the head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from services.config import StudentConfig
+from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
+from trainer.dropout import disable_dropout
+from trainer.loss.head import HeadOutput, support_logprobs
+
+
+class Student(nn.Module):
+    """A causal LM as the loss needs it.
+
+    Args:
+        model: with master weights.
+        compute_dtype: of the body's products; None: that of the weights. The head is computed in float32 at least, as the
+            teacher's and the rollout server's are.
+
+    Attributes:
+        vocab_size: rows of the output head, padding included.
+        rope_switch: length at which all rotary frequencies change (`services.models.causal_lm.rope_switch`), or None.
+
+    Raises:
+        StartupError: the model computes its logits in an unknown way.
+    """
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.compute_dtype = model, compute_dtype
+        self.vocab_size = len(output_head(model).weight)  # refuses an unknown head now, not at the first step
+        self.rope_switch = rope_switch(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, token_ids: Tensor, support_ids: Tensor, temperature: float = 1.0
+    ) -> HeadOutput:
+        """Logprobs at packed completion positions.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            positions: [N] into the B * T hidden states.
+            token_ids: [N].
+            support_ids: [N, K].
+            temperature: divides the logits.
+
+        Returns:
+            [N], [N, K], [N] and [N] in float32 at least.
+        """
+        hidden = hidden_states(self.model, input_ids, self.compute_dtype).flatten(0, 1)[positions]
+        head = output_head(self.model, check=False)
+        return support_logprobs(
+            hidden.to(torch.promote_types(hidden.dtype, torch.float32)),
+            head.weight,
+            token_ids,
+            support_ids,
+            bias=head.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+
+
+def load_student(
+    config: StudentConfig, *, compute_dtype: torch.dtype | None = None, checkpointing: bool | None = None
+) -> Student:
+    """The student with master weights in `config.dtype`, ready to train.
+
+    Args:
+        checkpointing: recompute activations in the backward pass; default: where the config says so.
+
+    Raises:
+        StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
+    """
+    assert config.model is not None
+    model = load_causal_lm(
+        config.model,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        init_kwargs=config.model_init_kwargs,
+        key="student.model",
+    )
+    if config.disable_dropout:
+        disable_dropout(model)
+    if config.gradient_checkpointing if checkpointing is None else checkpointing:
+        model.gradient_checkpointing_enable()
+    return Student(model, compute_dtype).train()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, whatever was before afterwards: dropout that trains must not be in what is measured."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
