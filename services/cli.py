@@ -1,6 +1,6 @@
-"""The `distillserve` command: one subcommand per role, every option of services/config/run.py on each.
+"""The `distillserve` command: one subcommand per role, with the options that it reads.
 
-argparse only carries the subcommands and their help; options, files and validation are pydantic-settings'.
+The options of a run, its file and their checks are services/config.
 Role code is imported when its command runs, so that --help answers at once.
 """
 
@@ -12,22 +12,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from pydantic import ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_settings import CliSettingsSource
 
 from services.config import RunConfig
 from services.config.addresses import checked_urls
-from services.config.dict_options import with_tables_as_json
-from services.config.run_file import run_file_source
-from services.errors import ERROR_PREFIX, ConfigError, DistillServeError, describe_validation_error
+from services.config.command_line import add_options, load_config, unknown_arguments
+from services.config.roles import Role
+from services.errors import ERROR_PREFIX, ConfigError, DistillServeError
 from services.gpus.cards import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
 from services.process.signals import Interrupted, handling, raise_interrupted, run_until_signalled
@@ -46,7 +39,7 @@ _EXAMPLES = {
   distillserve teacher --teacher.model Qwen/Qwen3-1.7B --teacher.port 8101""",
     "train": """examples:
   distillserve train run.toml
-  distillserve train run.toml --loss.gamma 0.95 --rollout.urls '["http://10.0.0.5:8100"]'""",
+  distillserve train run.toml --loss.gamma 0.95 --rollout_client.urls '["http://10.0.0.5:8100"]'""",
     "tiny": """examples:
   distillserve tiny
   distillserve tiny --output outputs/tiny-pair --seed 1""",
@@ -67,12 +60,6 @@ _SUMMARIES = {
     "score": "score one completion, or a JSONL file of them, with a teacher server",
     "tiny": "build the tiny teacher and student that `make train` uses",
 }
-
-
-class _RunSettings(RunConfig, BaseSettings):
-    """RunConfig as pydantic-settings fills it: command line over TOML file over defaults."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,22 +93,35 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` shows what is possible")
 
 
+class _Version(argparse.Action):
+    """Unlike argparse's own, it looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        with writing_stdout():
+            print(f"distillserve {version('distillserve')}")
+        parser.exit()
+
+
 def _dispatch(argv: list[str]) -> int:
     parser = _Parser(
         prog="distillserve",
         description="On-policy distillation: vLLM rollouts, a teacher over HTTP, the MiniLLM loss, weights pushed back.",
         epilog="`distillserve COMMAND --help` lists the options of a command.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # Only the asked command gets its hundred options: building all of them costs a noticeable part of a second.
     asked = next((word for word in argv if not word.startswith("-")), None)
-    source: CliSettingsSource | None = None
+    source: CliSettingsSource[Any] | None = None
     for name, summary in _SUMMARIES.items():
         command = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             epilog=_EXAMPLES[name],
+            usage=None if name in _PLAIN_COMMANDS else f"distillserve {name} [RUN] [OPTIONS]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -135,17 +135,18 @@ def _dispatch(argv: list[str]) -> int:
             if name == "up":
                 command.add_argument("--verbose", action="store_true", help="show all that the roles say")
             if name == asked:
-                source = _option_source(command)
+                source = add_options(command, cast(Role, name))
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and arguments.command in _PLAIN_COMMANDS:
         raise ConfigError(f"{unknown[0]} is not an option; `distillserve {arguments.command} --help` lists them")
     if unknown:
-        raise ConfigError("; ".join(_unknown_argument(word) for word in unknown))
+        raise ConfigError(unknown_arguments(unknown, arguments.command))
     set_up_logging()
     if arguments.command in _PLAIN_COMMANDS:
         return _PLAIN_COMMANDS[arguments.command][1](arguments)
     assert source is not None
-    config = load_config(arguments.run_file, source, arguments)
+    options = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
+    config = load_config(arguments.command, arguments.run_file, source, options)
     if arguments.dry_run:
         with writing_stdout():
             print(config.model_dump_json(indent=2))
@@ -173,79 +174,8 @@ def _choose_gpus(command: str, config: RunConfig) -> None:
         keep_segments_expandable()
 
 
-def _option_source(parser: argparse.ArgumentParser) -> CliSettingsSource:
-    return CliSettingsSource(
-        _RunSettings,
-        root_parser=parser,
-        cli_hide_none_type=True,
-        cli_use_class_docs_for_groups=True,
-        cli_parse_none_str="null",
-    )
-
-
 _NO_OPTIONS = ("command", "run_file", "dry_run", "verbose")
 """What the parsed command line holds besides options of the run."""
-
-
-def load_config(run_file: str | None, source: CliSettingsSource, arguments: argparse.Namespace) -> RunConfig:
-    """Command line over run file over defaults.
-
-    Raises:
-        ConfigError: names every wrong option, its value, what is allowed, and the nearest name for a typo.
-    """
-    if run_file is not None and not Path(run_file).is_file():
-        raise ConfigError(f"the run file {run_file!r} does not exist; see deploy/runs for examples")
-    options = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
-    options = with_tables_as_json(RunConfig, options)
-
-    class Settings(_RunSettings):
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            command_line = source(parsed_args=options)
-            return (command_line,) if run_file is None else (command_line, run_file_source(settings_cls, run_file))
-
-    try:
-        return RunConfig.model_validate(Settings().model_dump())
-    except ValidationError as error:
-        raise ConfigError("; ".join(explain(*problem) for problem in describe_validation_error(error))) from error
-    except SettingsError as error:
-        raise ConfigError(f"{error}; lists and tables are given as JSON, e.g. '[1, 2]' or '{{\"key\": 1}}'") from error
-    except (ValueError, TypeError) as error:  # not TOML, not JSON, or JSON that is no object
-        raise ConfigError(f"{run_file}: {error}") from error
-
-
-def explain(field: str, message: str) -> str:
-    """One problem as text, with the nearest option name for an unknown one and the option's help for a bad value."""
-    known = option_help()
-    if "Extra inputs" in message:
-        return f"{field} is not an option" + _did_you_mean(field)
-    hint = f" ({known[field]})" if known.get(field) else ""
-    return f"{field}: {message}{hint}" if field != "(root)" else message
-
-
-def _unknown_argument(word: str) -> str:
-    if not word.startswith("--"):
-        return f"{word!r} is one argument too many"
-    return f"{word} is not an option" + _did_you_mean(word.removeprefix("--").split("=")[0], prefix="--")
-
-
-def _did_you_mean(name: str, prefix: str = "") -> str:
-    import difflib
-
-    nearest = difflib.get_close_matches(name, [*option_help(), *RunConfig.model_fields], n=1)
-    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
-
-
-def option_help() -> dict[str, str]:
-    """Dotted name and help text of every option."""
-    texts = {}
-    for section, section_field in RunConfig.model_fields.items():
-        fields: dict[str, Any] = getattr(section_field.annotation, "model_fields", {})
-        for name, field in fields.items():
-            texts[f"{section}.{name}"] = " ".join((field.description or "").split())
-    return texts
 
 
 def _up(config: RunConfig, verbose: bool) -> int:

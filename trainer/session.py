@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
-from services.config import RunConfig, TeacherConfig
+from services.config import RunConfig
 from services.config.keys import Secrets, reveal
 from services.errors import ConfigError, DistillServeError, EvaluationError
 from services.gpus.cards import check_driver
@@ -315,7 +315,7 @@ class _Files:
 
 def _read_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]) -> _Files:
     data, limits = config.data, TextLimits.of(config)
-    read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher.named, limits=limits)
+    read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher_client.named, limits=limits)
     prompts, held_out = read(data.path or "", option="data.path"), None
     if data.eval_path is not None:
         held_out = read(data.eval_path, option="data.eval_path")
@@ -334,21 +334,22 @@ async def _attach(config: RunConfig, files: _Files, stack: AsyncExitStack) -> _S
     """Clients of all servers, closed with the stack, and what the servers say of themselves."""
     secrets = Secrets()
     rollout_client = RolloutClient(
-        config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
+        config.rollout_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout_client.request_timeout_s
     )
-    urls = teacher_urls(config.teacher, files.teacher_names())
-    teacher_clients = {name: _teacher_client(config.teacher, name, urls[name], secrets) for name in urls}
+    urls = teacher_urls(config, files.teacher_names())
+    teacher_clients = {name: _teacher_client(config, name, urls[name], secrets) for name in urls}
     for client in (rollout_client, *teacher_clients.values()):
         stack.push_async_callback(client.close)
     return _Servers(rollout_client, *await preflight.attach(config, rollout_client, teacher_clients))
 
 
-def _teacher_client(teacher: TeacherConfig, name: str | None, urls: list[str], secrets: Secrets) -> TeacherClient:
-    options: dict[str, Any] = {"timeout_s": teacher.request_timeout_s, "outage_s": teacher.outage_s}
+def _teacher_client(config: RunConfig, name: str | None, urls: list[str], secrets: Secrets) -> TeacherClient:
+    section = config.teacher_client
+    options: dict[str, Any] = {"timeout_s": section.request_timeout_s, "outage_s": section.outage_s}
     options["key"] = reveal(secrets.teacher_key)
-    if teacher.protocol == "vllm":
-        # teacher.model is the section's own; nothing tells the tokenizer of a named one.
-        tokens = preflight.teacher_tokens(teacher) if name is None else None
+    if section.protocol == "vllm":
+        # teacher.model is the one of rows that name no teacher; nothing tells the tokenizer of a named one.
+        tokens = preflight.teacher_tokens(config.teacher) if name is None else None
         return VllmTeacherClient(urls, tokens=tokens, **options)
     return TeacherClient(urls, **options)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from services.clients import TeacherClient
 from services.clients.teacher_answers import Sequence
-from services.config import TeacherConfig
+from services.config import RunConfig
 from services.config.addresses import checked_urls
 from services.errors import ConfigError, DistillServeError
 from services.wire.teacher import TeacherInfo, TeacherScores
@@ -26,7 +26,7 @@ class Teacher:
     """Equal servers of one model."""
 
     name: str | None
-    """As rows and teacher.named say it; None: the teacher of rows that name none."""
+    """As rows and teacher_client.named say it; None: the teacher of rows that name none."""
     client: TeacherClient
     info: TeacherInfo
     """What its servers say of themselves, with the tightest of their limits."""
@@ -54,7 +54,7 @@ class Teachers:
         return [(self._by_name[name], own) for name, own in places.items()]
 
 
-def teacher_urls(teacher: TeacherConfig, in_rows: set[str | None]) -> dict[str | None, list[str]]:
+def teacher_urls(config: RunConfig, in_rows: set[str | None]) -> dict[str | None, list[str]]:
     """The servers of each teacher of the run: all named ones, and that of the section itself if a row is its.
 
     Args:
@@ -64,24 +64,25 @@ def teacher_urls(teacher: TeacherConfig, in_rows: set[str | None]) -> dict[str |
         ConfigError: rows that name no teacher would be scored by a named one.
     """
     urls: dict[str | None, list[str]] = {}
-    if None in in_rows or not teacher.named:
-        urls[None] = teacher.server_urls()
-    for name, own in teacher.named.items():
-        own = checked_urls(f"teacher.named.{name}", own, base_path=True)
+    named = config.teacher_client.named
+    if None in in_rows or not named:
+        urls[None] = config.teacher_urls()
+    for name, own in named.items():
+        own = checked_urls(f"teacher_client.named.{name}", own, base_path=True)
         if shared := {*own} & {*urls.get(None, [])}:
             raise ConfigError(
-                f"teacher.named.{name} names {shared.pop()}, where rows without a teacher are scored (teacher.host and "
-                "teacher.port); give their teacher with teacher.urls, or name one in every row"
+                f"teacher_client.named.{name} names {shared.pop()}, where rows without a teacher are scored (teacher.host and "
+                "teacher.port); give their teacher with teacher_client.urls, or name one in every row"
             )
         if name not in in_rows:
-            logger.warning("no row names the teacher %r of teacher.named", name)
+            logger.warning("no row names the teacher %r of teacher_client.named", name)
         urls[name] = own
     return urls
 
 
 def option_prefix(name: str | None) -> str:
     """What a message about a teacher begins with: its option, or nothing for the one of the section itself."""
-    return "" if name is None else f"teacher.named.{name}: "
+    return "" if name is None else f"teacher_client.named.{name}: "
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class ServerClient:
     _KEYLESS_AUTH: httpx.Auth | None = None
     """What a client without a key tries instead."""
     _SERVER = "a distillserve server"
-    _SECTION = "rollout"
+    _SECTION = "rollout_client"
     _TIMEOUT_OPTION = "timeout_s"
     _HAS_BASE_PATH = False
 
@@ -161,7 +161,7 @@ class ServerClient:
 
     @property
     def _key_variable(self) -> str:
-        return f"DISTILLSERVE_{self._SECTION.upper()}_KEY"
+        return f"DISTILLSERVE_{self._SECTION.removesuffix('_client').upper()}_KEY"
 
     async def _get_info(self, url: str, kind: type[Info]) -> Info:
         try:

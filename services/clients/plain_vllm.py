@@ -58,7 +58,7 @@ class VllmTeacherClient(TeacherClient):
     """
 
     _READY_PATH = "/health"
-    _SERVER = "a plain `vllm serve`, which teacher.protocol = vllm promises"
+    _SERVER = "a plain `vllm serve`, which teacher_client.protocol = vllm promises"
     # Some MiB of JSON with the usual top-k.
     _MOST_ROWS_PER_REQUEST = 2048
 
@@ -112,7 +112,7 @@ class VllmTeacherClient(TeacherClient):
         try:
             model = _Model.model_validate(response.json()["data"][0])
         except (ValueError, LookupError, TypeError, ValidationError) as error:
-            raise PeerError(f"{url}/v1/models is not what vLLM answers; see teacher.protocol") from error
+            raise PeerError(f"{url}/v1/models is not what vLLM answers; see teacher_client.protocol") from error
         vocab_size, max_top_k = await self._limits(url, model.id)
         tokens = self._tokens
         return TeacherInfo(

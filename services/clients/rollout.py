@@ -51,8 +51,8 @@ class RolloutClient(ServerClient):
 
     _KEYLESS_AUTH = OwnKeyAuth()
     _SERVER = "a distillserve rollout server"
-    _SECTION = "rollout"
-    _TIMEOUT_OPTION = "rollout.request_timeout_s (of a client in Python: timeout_s)"
+    _SECTION = "rollout_client"
+    _TIMEOUT_OPTION = "rollout_client.request_timeout_s (of a client in Python: timeout_s)"
 
     def __init__(self, urls: list[str], **options: Any) -> None:
         super().__init__(urls, **options)

@@ -76,9 +76,9 @@ class TeacherClient(ServerClient):
     """
 
     _SERVER = "a distillserve teacher server"
-    _SECTION = "teacher"
+    _SECTION = "teacher_client"
     _TIMEOUT_OPTION = (
-        "teacher.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
+        "teacher_client.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
     )
     _HAS_BASE_PATH = True
     _MOST_ROWS_PER_REQUEST = 1 << 40
@@ -324,7 +324,7 @@ class TeacherClient(ServerClient):
             left_s = began + patience_s - now
             if left_s <= 0:
                 said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
-                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher.outage_s): {said}")
+                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher_client.outage_s): {said}")
             await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
             num_waits += 1
             tried.clear()

@@ -1,5 +1,6 @@
 """Options of a run, a file a section."""
 
+from services.config.client import ClientSection
 from services.config.data import DataConfig
 from services.config.evaluation import EvaluationConfig
 from services.config.loss import LossConfig
@@ -7,29 +8,34 @@ from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
 from services.config.pipeline import PipelineConfig
 from services.config.rollout import RolloutConfig
+from services.config.rollout_client import RolloutClientConfig
 from services.config.run import RunConfig, check_output_dir
 from services.config.sampling import SamplingConfig
 from services.config.section import DEFAULT_HEAD_ROWS, DEFAULT_NUM_SEQS, DEFAULT_TOKENS
 from services.config.server import ServerSection
 from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
+from services.config.teacher_client import TeacherClientConfig
 from services.config.weight_sync import WeightSyncConfig
 
 __all__ = [
     "DEFAULT_HEAD_ROWS",
     "DEFAULT_NUM_SEQS",
     "DEFAULT_TOKENS",
+    "ClientSection",
     "DataConfig",
     "EvaluationConfig",
     "LossConfig",
     "OptimizerConfig",
     "OutputConfig",
     "PipelineConfig",
+    "RolloutClientConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplingConfig",
     "ServerSection",
     "StudentConfig",
+    "TeacherClientConfig",
     "TeacherConfig",
     "WeightSyncConfig",
     "check_output_dir",

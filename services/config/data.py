@@ -30,8 +30,8 @@ class DataConfig(Section):
     answer_column: str = "answer"
     """Column that holds the reference answer, where there is one; used by the evaluation alone."""
     teacher_column: str = "teacher"
-    """Column that names the row's teacher in teacher.named; absent or null: that of teacher.urls. Without teacher.named it
-    is a column like any other."""
+    """Column that names the row's teacher in teacher_client.named; absent or null: that of teacher_client.urls. Without
+    teacher_client.named it is a column like any other."""
     chat_template_kwargs: dict[str, Any] = {}
     """Keyword arguments of the chat template, as JSON, e.g. {"enable_thinking": false}."""
     max_prompt_tokens: int | None = Field(None, ge=1)

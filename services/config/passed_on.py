@@ -58,11 +58,11 @@ _RESERVED_TEACHER_ENGINE_ARGS = {
     **dict.fromkeys(("revision", "code_revision"), _REVISION_FIX),
 }
 
-_HTTP_FIX = (
-    "the server speaks http at rollout.host and rollout.port; put a proxy before it and name that in rollout.urls"
-)
+_HTTP_FIX = "the server speaks http at rollout.host and rollout.port; put a proxy before it and name that in rollout_client.urls"
 _WEB_FIX = "requests of web pages are refused; leave it out"
-_ONE_SERVER_FIX = "weights are pushed to all workers of one server; start several servers and name them in rollout.urls"
+_ONE_SERVER_FIX = (
+    "weights are pushed to all workers of one server; start several servers and name them in rollout_client.urls"
+)
 
 # Flags of vLLM's server, without the dashes of the long ones: what services/rollout/server.py sets or relies on.
 _RESERVED_ROLLOUT_ARGS = {
@@ -93,7 +93,7 @@ _RESERVED_ROLLOUT_ARGS = {
     **dict.fromkeys(("revision", "code-revision", "tokenizer-revision"), _REVISION_FIX),
     "tokenizer": "prompts come as ids of the student's tokenizer; leave it out",
     **dict.fromkeys(("worker-cls", "worker-extension-cls"), "weight updates are set with it; leave it out"),
-    "api-server-count": "one process answers, and its boot id tells a restart; start several servers and name them in rollout.urls",
+    "api-server-count": "one process answers, and its boot id tells a restart; start several servers and name them in rollout_client.urls",
     **dict.fromkeys(("headless", "grpc", "grpc-port"), "one process answers http; leave it out"),
     **dict.fromkeys(
         (

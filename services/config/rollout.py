@@ -22,7 +22,7 @@ class RolloutConfig(ServerSection):
     """GPUs one engine of a server spreads the student over."""
     data_parallel_size: int = Field(1, ge=1)
     """Engines of one server, each with a student and GPUs of its own: for mixtures of experts, which spread their experts over
-    them. For other students rather start several servers and name them in rollout.urls: one can fail without the others."""
+    them. For other students rather start several servers and name them in rollout_client.urls: one can fail without the others."""
     max_num_seqs: int | None = Field(None, ge=1)
     """Completions in flight at once; default: 256, less on a GPU without room for so many."""
     float32_head: bool | None = None
@@ -39,9 +39,6 @@ class RolloutConfig(ServerSection):
     transfer_timeout_s: float = Field(120.0, gt=0)
     """How long a caller may take to send its body, and to take each part of its answer, seconds; then its completions are
     aborted and its place is free again."""
-    request_timeout_s: float = Field(300.0, gt=10)
-    """How long the trainer waits while this server says nothing, seconds; every 10 s it says that it lives, however long its
-    completions are."""
     seed: int = 0
     """Seed of the server's sampler."""
     engine_args: list[str] = []

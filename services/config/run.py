@@ -7,7 +7,7 @@ Units are in the names, ranges on the fields, checks across options in services/
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from services.config import checks
 from services.config.cuda_devices import overlap, parse_devices
@@ -17,15 +17,16 @@ from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
 from services.config.pipeline import PipelineConfig
+from services.config.roles import Role
 from services.config.rollout import RolloutConfig
+from services.config.rollout_client import RolloutClientConfig
 from services.config.sampling import SamplingConfig
 from services.config.section import Section
 from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
+from services.config.teacher_client import TeacherClientConfig
 from services.config.weight_sync import WeightSyncConfig
 from services.errors import ConfigError
-
-Role = Literal["rollout", "teacher", "train", "up"]
 
 
 class RunConfig(Section):
@@ -33,7 +34,9 @@ class RunConfig(Section):
 
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig()
+    rollout_client: RolloutClientConfig = RolloutClientConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teacher_client: TeacherClientConfig = TeacherClientConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
@@ -46,9 +49,17 @@ class RunConfig(Section):
     """Seed of prompt order, initialisation and evaluation subsets."""
 
     @model_validator(mode="after")
-    def _check_across_sections(self) -> Self:
-        checks.check(self)
+    def _check_across_sections(self, info: ValidationInfo) -> Self:
+        checks.check(self, (info.context or {}).get("role", "up"))
         return self
+
+    def rollout_urls(self) -> list[str]:
+        """The rollout servers that the trainer attaches to."""
+        return self.rollout_client.server_urls(self.rollout)
+
+    def teacher_urls(self) -> list[str]:
+        """The servers that score rows which name no teacher."""
+        return self.teacher_client.server_urls(self.teacher)
 
     def longest_completion(self) -> int:
         """Tokens of the longest completion that training or evaluation asks for."""

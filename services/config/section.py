@@ -1,6 +1,6 @@
 """What every section of a run file is made of."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -22,3 +22,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+def refuse_changed(section: Any, prefix: str, names: list[str], reason: str) -> None:
+    """Refuse options that differ from their default although they have no effect.
+
+    Raises:
+        ValueError: names the first of them, its value and `reason`.
+    """
+    for name in names:
+        value = getattr(section, name)
+        if value != type(section).model_fields[name].default:
+            shown = list(value) if isinstance(value, dict) else value  # a table may hold a secret
+            raise ValueError(f"{prefix}.{name} = {shown} would be ignored: {reason}; leave it out")

@@ -15,18 +15,10 @@ class TeacherConfig(ServerSection):
     """TCP port to listen on; `up` takes a free one when it is in use."""
     model: str | None = None
     """Folder or hub id of a causal LM; required by the teacher server."""
-    protocol: Literal["distillserve", "vllm"] = "distillserve"
-    """What the servers at teacher.urls speak to the trainer; vllm: they are plain `vllm serve`, at temperature 1 only."""
-    named: dict[str, list[str]] = {}
-    """Further teachers, for the rows that name them (data.teacher_column): the URLs of each by name, as JSON, e.g. {"maths":
-    ["http://10.0.0.7:8101"]}. Start each with `distillserve teacher` (`up` does not); they share this section's key, protocol
-    and times."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings along; off unless you have read that code."""
-    accept_different: list[Literal["eos", "chat_template"]] = []
-    """Differences to the student that are meant: its end tokens, its rendered chat template."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the forward pass: transformers, or vLLM for its parallelism and quantisation, at temperature 1 only."""
     device: str = "auto"
@@ -68,5 +60,3 @@ class TeacherConfig(ServerSection):
     """How long a caller may take to send its body, and to take its answer, seconds; then its place is free again."""
     access_log: bool = False
     """A line of log for every answer, not only for refusals and failures."""
-    outage_s: float = Field(300.0, gt=0)
-    """How long the trainer goes on asking while no teacher answers, seconds; then the run stops."""

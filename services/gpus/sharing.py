@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from urllib.parse import urlsplit
 
-from services.config import RunConfig, ServerSection
-from services.config.addresses import is_loopback
+from services.config import ClientSection, RunConfig
+from services.config.addresses import checked_url, is_loopback
 from services.config.cuda_devices import overlap, parse_devices
 from services.errors import ConfigError
 from services.gpus.cards import DRIVER_FILE, Gpu, devices_seen, find_gpus, uses_cuda
@@ -50,6 +50,8 @@ def check_nccl(config: RunConfig, role: str | None = None) -> None:
         ConfigError: with the fix.
     """
     sections = (config.student, config.rollout)
+    if role == "teacher":
+        return  # no weights are pushed to it
     if config.weight_sync_backend() != "nccl" or (role and any(s.cuda_devices is None for s in sections)):
         return
     ours, theirs = (gpus_of(config, name, strict=False) for name in ("trainer", "rollout"))
@@ -66,7 +68,7 @@ def neighbours(config: RunConfig, role: str | None) -> list[str]:
     """The roles that may use the GPUs of `role`: it, and those that the run has on the same machine."""
     has = {
         "rollout": config.student.model is not None,
-        "teacher": config.teacher.model is not None and config.teacher.protocol == "distillserve",
+        "teacher": config.teacher.model is not None and config.teacher_client.protocol == "distillserve",
         "trainer": config.student.model is not None and config.data.path is not None,
     }
     if role is None:
@@ -78,12 +80,15 @@ def _are_together(config: RunConfig, a: str, b: str) -> bool:
     """Whether two roles are on one machine, as far as the run says: URLs of loopback, or the same cuda_devices, which
     containers on one card are given."""
     explicit = all(getattr(config, SECTIONS[role]).cuda_devices is not None for role in (a, b))
-    return explicit or all(role == "trainer" or _is_local(getattr(config, role)) for role in (a, b))
+    return explicit or all(role == "trainer" or _is_local(getattr(config, f"{role}_client")) for role in (a, b))
 
 
-def _is_local(section: ServerSection) -> bool:
-    """Whether the trainer reaches a server through loopback."""
-    hosts = [urlsplit(url).hostname or "" for url in section.urls and section.server_urls()]
+def _is_local(client: ClientSection) -> bool:
+    """Whether the trainer reaches a server through loopback; what is no URL, it will refuse itself."""
+    try:
+        hosts = [urlsplit(checked_url(url, base_path=True)).hostname or "" for url in client.urls]
+    except ValueError:
+        return False
     return all(is_loopback(host) for host in hosts)
 
 

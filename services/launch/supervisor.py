@@ -22,8 +22,9 @@ from typing import Any
 
 import httpx
 
-from services.config import RunConfig, ServerSection, check_output_dir
+from services.config import ClientSection, RunConfig, ServerSection, check_output_dir
 from services.config.keys import Secrets, make_key, reveal
+from services.config.section import Section
 from services.errors import ConfigError, StartupError
 from services.gpus.plan import plan
 from services.gpus.sharing import check_nccl, servers_share_a_gpu
@@ -146,29 +147,32 @@ def refuse_urls(config: RunConfig) -> None:
         ConfigError: names the option.
     """
     for name in ("rollout", "teacher"):
-        section: ServerSection = getattr(config, name)
+        server: ServerSection = getattr(config, name)
+        client: ClientSection = getattr(config, f"{name}_client")
         # A run.json that `up` wrote names its own servers; that is no contradiction.
-        if section.urls and section.server_urls() != section.model_copy(update={"urls": []}).server_urls():
+        if client.urls and client.server_urls(server) != [server.url()]:
             raise ConfigError(
-                f"{name}.urls = {section.urls} names servers that run elsewhere, but `distillserve up` starts its own; "
-                f"leave {name}.urls out, or attach with `distillserve train`"
+                f"{name}_client.urls = {client.urls} names servers that run elsewhere, but `distillserve up` starts its own; "
+                f"leave {name}_client.urls out, or attach with `distillserve train`"
             )
-    if config.teacher.protocol == "vllm":
+    if config.teacher_client.protocol == "vllm":
         raise ConfigError(
-            "teacher.protocol = vllm is for servers that others start, but `distillserve up` starts its own teacher; "
+            "teacher_client.protocol = vllm is for servers that others start, but `distillserve up` starts its own teacher; "
             "leave it out (teacher.engine = vllm runs that teacher in vLLM), or attach with `distillserve train`"
         )
 
 
 def with_free_ports(config: RunConfig) -> tuple[RunConfig, list[PortReservation]]:
     """The same run on ports that are free now, with URLs that name them; the ports are ours until they are released."""
-    sections, reservations = {}, []
+    sections: dict[str, Section] = {}
+    reservations = []
     for name in ("rollout", "teacher"):
-        section = getattr(config, name)
+        section: ServerSection = getattr(config, name)
         reservation = reserve_port(name, section.host, section.port)
         reservations.append(reservation)
-        moved = section.model_copy(update={"port": reservation.port, "urls": []})
-        sections[name] = moved.model_copy(update={"urls": moved.server_urls()})
+        moved = section.model_copy(update={"port": reservation.port})
+        client: ClientSection = getattr(config, f"{name}_client")
+        sections |= {name: moved, f"{name}_client": client.model_copy(update={"urls": [moved.url()]})}
     return config.model_copy(update=sections), reservations
 
 
@@ -231,9 +235,12 @@ class Supervisor:
         config = self._config
         self.screen.say(f"this run is in {self._output}, what its roles say in {self._output / 'logs'}")
         ready = []
-        for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
+        for role, server, client in (
+            ("rollout", config.rollout, config.rollout_client),
+            ("teacher", config.teacher, config.teacher_client),
+        ):
             await self._start(role)
-            wait = asyncio.create_task(self._wait_ready(role, section.server_urls()[0], section.startup_timeout_s))
+            wait = asyncio.create_task(self._wait_ready(role, server.url(), client.startup_timeout_s))
             if servers_share_a_gpu(config):
                 if (code := await self._first(wait)) is not None:
                     return code
@@ -311,7 +318,7 @@ class Supervisor:
                 self._failed = self._failed or self._roles[role]  # of two, the one that the error names
                 raise StartupError(
                     f"the {role} server at {url} is not ready after {timeout_s:.0f} s; look at its log or raise "
-                    f"{role}.startup_timeout_s"
+                    f"{role}_client.startup_timeout_s"
                 ) from None
         self.screen.stage(role, "ready", f"at {url}")
 

@@ -66,7 +66,7 @@ class WeightControlClient:
         self.urls, self.world_sizes, self.run = urls, world_sizes, run
         self._boot_ids = dict(zip(urls, boot_ids, strict=True))
         if len(set(boot_ids)) < len(boot_ids):
-            raise StartupError(f"rollout.urls = {urls} lead to one server twice; name each once")
+            raise StartupError(f"rollout_client.urls = {urls} lead to one server twice; name each once")
         self._name, self._timeout_s, self._lease_s = name[:_NAME_CHARACTERS], stage_timeout_s, lease_s
         self._client = partial(
             async_client, urls, stage_timeout_s + _ANSWER_S, key, transport, None if key else OwnKeyAuth()

@@ -64,7 +64,7 @@ def runs_of_seed(seed: int) -> dict[str, dict[int, float]]:
     ):
         shared = [
             *("--seed", str(seed), "--student.model", student),
-            *("--rollout.urls", json.dumps([rollout.url]), "--teacher.urls", json.dumps([scorer.url])),
+            *("--rollout_client.urls", json.dumps([rollout.url]), "--teacher_client.urls", json.dumps([scorer.url])),
             *("--data.path", str(pair / "train.jsonl"), "--data.eval_path", str(pair / "eval.jsonl")),
             *("--pipeline.steps", str(STEPS), "--evaluation.every_steps", str(EVERY)),
         ]

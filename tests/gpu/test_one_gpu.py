@@ -3,6 +3,7 @@
 Run on a machine with an NVIDIA GPU: `make test ARGS="-m gpu"`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,10 @@ async def test_server_and_trainer_agree_on_one_card(dtype: str, tolerance: float
     """In float32 this is the canary that ends `make train` where attention is TF32; in bfloat16, heads are float32."""
     folder = save_model(tmp_path / "model", "qwen3")
     # All three roles are named, so that the server takes its share and no more.
-    arguments = ["--student.model", folder, "--teacher.model", folder, "--data.path", "prompts.jsonl"]
-    with server("rollout", tmp_path / "log", *arguments, "--rollout.dtype", dtype) as running:
+    run_file = tmp_path / "run.json"
+    sections = {"student": {"model": folder}, "teacher": {"model": folder}, "data": {"path": "prompts.jsonl"}}
+    run_file.write_text(json.dumps(sections))
+    with server("rollout", tmp_path / "log", str(run_file), "--rollout.dtype", dtype) as running:
         config = RunConfig(student={"model": folder}, rollout={"dtype": dtype})
         learner = Learner(config, load_student(config.student).to("cuda"), num_steps=10)
         learner.student.compute_dtype = compute_dtype_of(config, learner.student.device)

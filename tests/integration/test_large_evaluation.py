@@ -81,9 +81,10 @@ def test_an_evaluation_of_long_completions_over_a_large_vocabulary_grows_no_role
         "".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(NUM_PROMPTS))
     )
     output = tmp_path / "out"
-    at_most = ["--rollout.max_model_len", "4096", "--rollout.kv_cache_gib", "0.25"]
+    at_most = ["--rollout.max_model_len", "4096"]
+    server_options = [*at_most, "--rollout.kv_cache_gib", "0.25"]
     with (
-        server("rollout", tmp_path / "rollout.log", "--student.model", student, *at_most) as rollouts,
+        server("rollout", tmp_path / "rollout.log", "--student.model", student, *server_options) as rollouts,
         server("teacher", tmp_path / "teacher.log", "--teacher.model", teacher) as scorer,
         watching() as watch,
     ):
@@ -91,7 +92,7 @@ def test_an_evaluation_of_long_completions_over_a_large_vocabulary_grows_no_role
         watch.add("teacher", scorer.process.pid)
         arguments = [
             *("--student.model", student, "--data.path", str(rows), "--data.eval_path", str(rows), *at_most),
-            *("--rollout.urls", json.dumps([rollouts.url]), "--teacher.urls", json.dumps([scorer.url])),
+            *("--rollout_client.urls", json.dumps([rollouts.url]), "--teacher_client.urls", json.dumps([scorer.url])),
             *("--evaluation.max_new_tokens", str(NEW_TOKENS), "--sampling.max_new_tokens", "4"),
             *("--pipeline.steps", "1", "--pipeline.prompts_per_step", "2", "--output.dir", str(output)),
         ]

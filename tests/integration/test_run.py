@@ -103,7 +103,14 @@ def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict
     with server("teacher", tmp_path / "maths.log", "--teacher.model", folders[1]) as maths:
         arguments = [
             *("--student.model", models["qwen3"], "--teacher.model", folders[0]),
-            *("--teacher.named", json.dumps({"maths": [maths.url]}), "--data.path", data, "--data.eval_path", data),
+            *(
+                "--teacher_client.named",
+                json.dumps({"maths": [maths.url]}),
+                "--data.path",
+                data,
+                "--data.eval_path",
+                data,
+            ),
             *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "2"),
             *("--pipeline.prompts_per_step", "8", "--optimizer.learning_rate", "1e-3"),
             *("--output.samples_every_steps", "1", "--output.samples_per_record", "8", "--output.dir", str(output)),

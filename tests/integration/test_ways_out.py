@@ -23,8 +23,8 @@ def arguments(models: dict[str, str], rollouts: Server, teacher: Server, output:
     data.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(20)))
     return [
         *("--student.model", models["qwen3"], "--teacher.model", models["qwen3"], "--data.path", str(data)),
-        *("--rollout.urls", json.dumps([rollouts.url]), "--teacher.urls", json.dumps([teacher.url])),
-        *("--rollout.max_model_len", "128", "--sampling.max_new_tokens", "8", "--teacher.outage_s", "2"),
+        *("--rollout_client.urls", json.dumps([rollouts.url]), "--teacher_client.urls", json.dumps([teacher.url])),
+        *("--rollout.max_model_len", "128", "--sampling.max_new_tokens", "8", "--teacher_client.outage_s", "2"),
         *("--pipeline.steps", "1000", "--pipeline.prompts_per_step", "8", "--optimizer.learning_rate", "1e-3"),
         *("--sampling.temperature", "0.9", "--output.save_every_steps", "0", "--output.dir", str(output)),
         *("--data.eval_path", str(data), "--evaluation.num_prompts", "4"),

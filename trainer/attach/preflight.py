@@ -14,7 +14,7 @@ from services.clients import RolloutClient, TeacherClient
 from services.clients.base import ServerClient, all_or_first_error
 from services.clients.plain_vllm import TeacherTokens
 from services.clients.teacher_answers import first_replica_problem
-from services.config import LossConfig, RunConfig, ServerSection, TeacherConfig
+from services.config import ClientSection, LossConfig, RunConfig, TeacherConfig
 from services.errors import StartupError
 from services.models.causal_lm import (
     chat_template_hash,
@@ -44,16 +44,16 @@ async def attach(
         PeerError: a server does not become ready in time.
         StartupError: a server speaks another protocol, or the servers of a teacher are not replicas of one model.
     """
-    waits = [_wait_ready(rollout_client, config.rollout)]
+    waits = [_wait_ready(rollout_client, config.rollout_client)]
     for name, client in teacher_clients.items():
-        waits.append(_wait_ready(client, config.teacher, name))
+        waits.append(_wait_ready(client, config.teacher_client, name))
     await all_or_first_error(waits)  # all at once: a wrong URL of one must not wait for the model of another
     rollouts = await rollout_client.info()
     _check_protocol(rollout_client.urls, rollouts)
     return rollouts, Teachers([await _attach_teacher(*named) for named in teacher_clients.items()])
 
 
-async def _wait_ready(client: ServerClient, section: ServerSection, name: str | None = None) -> None:
+async def _wait_ready(client: ServerClient, section: ClientSection, name: str | None = None) -> None:
     with naming(name):
         await client.wait_ready(section.startup_timeout_s, lambda url: logger.info("waiting for %s", url))
 
@@ -97,7 +97,7 @@ async def check_same_tokens(
 
     Raises:
         StartupError: the vocabularies differ (with the first ids that do), or the end tokens or rendered
-            chat templates differ and `teacher.accept_different` does not name that.
+            chat templates differ and `teacher_client.accept_different` does not name that.
     """
     info = teacher.info
     if info.tokenizer_fingerprint is None:
@@ -112,11 +112,11 @@ async def check_same_tokens(
             f"teacher {info.model!r} and student {config.student.model!r} do not have the same tokenizer: "
             f"{first_differences(tokenizer.get_vocab(), theirs)}; scores of one's ids mean nothing to the other"
         )
-    accepted = config.teacher.accept_different
+    accepted = config.teacher_client.accept_different
     if info.eos_token_ids != eos_token_ids and "eos" not in accepted:
         raise StartupError(
             f"the teacher ends completions with {info.eos_token_ids}, the student with {eos_token_ids}; if that is "
-            "meant, pass --teacher.accept_different '[\"eos\"]'"
+            "meant, pass --teacher_client.accept_different '[\"eos\"]'"
         )
     ours = chat_template_probe(tokenizer)
     # One source is one template, should two hosts render it differently.
@@ -124,7 +124,7 @@ async def check_same_tokens(
     if info.chat_template_probe != ours and not same_source and "chat_template" not in accepted:
         raise StartupError(
             f"the chat templates differ: the teacher renders a probe as {info.chat_template_probe!r}, the student as "
-            f"{ours!r}; if that is meant, pass --teacher.accept_different '[\"chat_template\"]'"
+            f"{ours!r}; if that is meant, pass --teacher_client.accept_different '[\"chat_template\"]'"
         )
 
 

@@ -35,7 +35,7 @@ class Prompt:
     text: str
     answer: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
-    teacher: str | None = None  # its name in teacher.named; None: the teacher of rows that name none
+    teacher: str | None = None  # its name in teacher_client.named; None: the teacher of rows that name none
     answer_token_ids: list[int] = field(default_factory=list)
     """Of the stripped answer behind the prompt, without an end."""
 
@@ -212,7 +212,7 @@ def _teacher(row: dict[str, Any], column: str, known: Collection[str]) -> str | 
     if name is not None and not (isinstance(name, str) and name in known):
         names = ", ".join(map(repr, known))
         raise DataError(
-            f"`{column}` must be null or a name in teacher.named ({names}), got {type(name).__name__} {reprlib.repr(name)}"
+            f"`{column}` must be null or a name in teacher_client.named ({names}), got {type(name).__name__} {reprlib.repr(name)}"
         )
     return name
 

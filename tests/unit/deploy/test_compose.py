@@ -45,6 +45,10 @@ def resolved(
     return config
 
 
+def devices(config: RunConfig) -> list[str | None]:
+    return [config.rollout.cuda_devices, config.teacher.cuda_devices, config.student.cuda_devices]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_an_empty_environment_is_enough(path: Path) -> None:
     text = path.read_text()
@@ -119,14 +123,15 @@ def test_only_the_teacher_is_published_and_on_loopback_alone() -> None:
 def test_every_role_reads_the_same_valid_run_and_finds_the_others(
     stack: dict, run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = [resolved(stack, service, run_file, capsys, monkeypatch) for service in ROLES]
-    assert configs[0] == configs[1] == configs[2]
-    config = configs[0]
+    configs = {service: resolved(stack, service, run_file, capsys, monkeypatch) for service in ROLES}
+    config = configs["trainer"]
     for service, port in SERVERS.items():
-        section = getattr(config, service)
-        (url,) = map(urlsplit, section.urls)
+        section, attached = getattr(configs[service], service), getattr(config, f"{service}_client")
+        (url,) = map(urlsplit, attached.urls)
         assert (url.hostname, url.port, section.port, section.host) == (service, port, port, "0.0.0.0")
         assert GPU[service]["healthcheck"]["test"][-1] == str(port)
+        assert devices(configs[service]) == devices(config)  # by which a role knows with whom it shares a GPU
+        assert configs[service].weight_sync_backend() == config.weight_sync_backend()
     assert config.weight_sync.master_address == "trainer" and config.weight_sync_backend() == "gloo"
     assert config.output.dir.startswith("outputs/") and mounts(GPU["trainer"])["/app/outputs"] == "./outputs"
 
@@ -136,10 +141,9 @@ def test_several_gpus_are_a_profile_with_nccl(
 ) -> None:
     assert set(profile_environment()) <= set(variables(GPU_FILE))
     stack = services(GPU_FILE, profile_environment())
-    config = resolved(stack, "trainer", "./deploy/runs/qwen3.toml", capsys, monkeypatch)
-    devices = [config.rollout.cuda_devices, config.teacher.cuda_devices, config.student.cuda_devices]
-    assert len(set(devices)) == 3 and config.weight_sync_backend() == "nccl"
-    assert stack["trainer"]["command"] == stack["rollout"]["command"] == stack["teacher"]["command"]
+    config, *others = (resolved(stack, role, "./deploy/runs/qwen3.toml", capsys, monkeypatch) for role in ROLES)
+    assert len(set(devices(config))) == 3 and config.weight_sync_backend() == "nccl"
+    assert all(devices(other) == devices(config) for other in others)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

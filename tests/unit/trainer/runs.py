@@ -85,7 +85,7 @@ def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitS
     """What trainer.session opens, over `teacher` and the stand-ins above."""
     tokenizer, student = build_tokenizer(), load_student(config.student)
     accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
-    client = TeacherClient([teacher.url], outage_s=config.teacher.outage_s)
+    client = TeacherClient([teacher.url], outage_s=config.teacher_client.outage_s)
     stack.push_async_callback(client.close)
     teachers, rollouts = Teachers([Teacher(None, client, teacher.info)]), Rollouts()
     record = RunRecord(config, accelerator, tokenizer)
@@ -139,7 +139,7 @@ def run_config(folder: str, into: Path, **sections: dict[str, Any]) -> RunConfig
     """Three steps of four prompts."""
     base: dict[str, dict[str, Any]] = {
         "student": {"model": folder},
-        "teacher": {"outage_s": 0.2},
+        "teacher_client": {"outage_s": 0.2},
         "sampling": {"max_new_tokens": 4},
         "optimizer": {"learning_rate": 1e-2},
         "pipeline": {"steps": 3, "prompts_per_step": 4, "max_quarantine_rate": 0.5},

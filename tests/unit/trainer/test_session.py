@@ -9,15 +9,16 @@ import pytest
 
 from services.clients import TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
-from services.config import RunConfig, TeacherConfig
+from services.config import RunConfig
 from services.config.keys import Secrets
 from services.errors import ConfigError
 from trainer.session import Session, _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
-    ours = _teacher_client(TeacherConfig(), None, ["http://b:1"], Secrets())
-    plain = _teacher_client(TeacherConfig(protocol="vllm"), None, ["http://a:1/"], Secrets())
+    ours = _teacher_client(RunConfig(), None, ["http://b:1"], Secrets())
+    speaks_vllm = RunConfig(teacher_client={"protocol": "vllm", "urls": ["http://a:1"]})
+    plain = _teacher_client(speaks_vllm, None, ["http://a:1/"], Secrets())
     assert type(ours) is TeacherClient and ours.urls == ["http://b:1"]
     assert type(plain) is VllmTeacherClient and plain.urls == ["http://a:1"]
     await ours.close()
@@ -25,8 +26,9 @@ async def test_the_protocol_decides_the_client() -> None:
 
 
 async def test_teacher_model_tells_the_tokenizer_of_the_sections_own_servers_alone(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    section = TeacherConfig(protocol="vllm", model=tiny_model_folder("llama"))
-    own, maths = (_teacher_client(section, name, ["http://a:1"], Secrets()) for name in (None, "maths"))
+    client = {"protocol": "vllm", "urls": ["http://a:1"]}
+    config = RunConfig(teacher={"model": tiny_model_folder("llama")}, teacher_client=client)
+    own, maths = (_teacher_client(config, name, ["http://a:1"], Secrets()) for name in (None, "maths"))
     assert isinstance(own, VllmTeacherClient) and isinstance(maths, VllmTeacherClient)
     assert own._tokens is not None and maths._tokens is None
     await own.close()
@@ -35,7 +37,8 @@ async def test_teacher_model_tells_the_tokenizer_of_the_sections_own_servers_alo
 
 async def test_all_teachers_share_key_and_times_of_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLSERVE_TEACHER_KEY", "k")
-    client = _teacher_client(TeacherConfig(outage_s=7, request_timeout_s=5), "maths", ["http://a:1"], Secrets())
+    config = RunConfig(teacher_client={"outage_s": 7, "request_timeout_s": 5})
+    client = _teacher_client(config, "maths", ["http://a:1"], Secrets())
     assert client._http.headers["Authorization"] == "Bearer k"
     assert (client._outage_s, client._http.timeout.read) == (7, 5)
     await client.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from services.clients import TeacherClient
-from services.config import TeacherConfig
+from services.config import RunConfig
 from services.errors import ConfigError, PeerError, ProblemError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
@@ -152,7 +152,7 @@ async def test_the_rollout_whose_rows_are_spoilt_is_set_aside_with_its_teachers_
     samples, quarantined = await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
     assert [s.rollout for s in samples] == [rollouts[0], rollouts[1], rollouts[2], rollouts[4]]
     assert [q.rollout for q in quarantined] == [rollouts[3]]
-    assert quarantined[0].reason.startswith("teacher.named.maths: the teacher gave a logprob that is not finite")
+    assert quarantined[0].reason.startswith("teacher_client.named.maths: the teacher gave a logprob that is not finite")
 
 
 async def test_an_outage_of_one_teacher_ends_the_step_and_names_it() -> None:
@@ -160,7 +160,7 @@ async def test_an_outage_of_one_teacher_ends_the_step_and_names_it() -> None:
         raise httpx.ConnectError("refused")
 
     message = (
-        r"^teacher\.named\.code: no teacher has answered for 60 s \(teacher.outage_s\): "
+        r"^teacher_client\.named\.code: no teacher has answered for 60 s \(teacher_client.outage_s\): "
         r"http://code:1 cannot be reached: ConnectError refused$"
     )
     with pytest.raises(PeerError, match=message):
@@ -193,7 +193,7 @@ async def test_the_error_of_one_teacher_ends_the_requests_to_the_others() -> Non
         return httpx.Response(422, json={"detail": "no"})
 
     all_of = teachers(maths=never, code=refuse)
-    with pytest.raises(ProblemError, match=r"^teacher\.named\.code: http://code:1.* answered 422: no"):
+    with pytest.raises(ProblemError, match=r"^teacher_client\.named\.code: http://code:1.* answered 422: no"):
         await score_rollouts(all_of, of_teachers(["maths", "code"]), support=SUPPORTS[0], temperature=1.0)
     assert cancelled.is_set()
 
@@ -206,33 +206,34 @@ async def test_a_teacher_that_becomes_another_model_is_refused_by_name() -> None
 
     all_of, rollouts = teachers(maths=changing), of_teachers(NAMES)
     await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
-    with pytest.raises(PeerError, match=r"^teacher\.named\.maths: the teachers do not serve the same model"):
+    with pytest.raises(PeerError, match=r"^teacher_client\.named\.maths: the teachers do not serve the same model"):
         await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------- which there are
 
 
-SECTION = TeacherConfig(named={"maths": ["http://a:1", "http://a:2"], "code": ["http://b:1"]})
+NAMED = {"maths": ["http://a:1", "http://a:2"], "code": ["http://b:1"]}
+CONFIG = RunConfig(teacher_client={"named": NAMED})
 
 
 def test_the_sections_own_servers_are_a_teacher_only_of_rows_that_name_none() -> None:
-    assert teacher_urls(SECTION, {"maths", "code"}) == SECTION.named
+    assert teacher_urls(CONFIG, {"maths", "code"}) == NAMED
     own = {None: ["http://127.0.0.1:8101"]}
-    assert teacher_urls(SECTION, {None, "maths", "code"}) == {**own, **SECTION.named}
-    assert teacher_urls(TeacherConfig(), {None}) == teacher_urls(TeacherConfig(), set()) == own
+    assert teacher_urls(CONFIG, {None, "maths", "code"}) == {**own, **NAMED}
+    assert teacher_urls(RunConfig(), {None}) == teacher_urls(RunConfig(), set()) == own
 
 
 def test_a_teacher_that_no_row_names_is_attached_all_the_same_and_mentioned(caplog: pytest.LogCaptureFixture) -> None:
-    assert list(teacher_urls(SECTION, {None, "code"})) == [None, "maths", "code"]
-    assert [record.getMessage() for record in caplog.records] == ["no row names the teacher 'maths' of teacher.named"]
+    assert list(teacher_urls(CONFIG, {None, "code"})) == [None, "maths", "code"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no row names the teacher 'maths' of teacher_client.named"
+    ]
 
 
 def test_rows_without_a_teacher_are_not_scored_by_a_named_one_that_happens_to_have_their_port() -> None:
-    section = TeacherConfig(named={"maths": ["http://127.0.0.1:8101/"]})
-    assert list(teacher_urls(section, {"maths"})) == ["maths"]
-    message = (
-        r"teacher\.named\.maths names http://127\.0\.0\.1:8101, where rows without a teacher are scored.*teacher\.urls"
-    )
+    config = RunConfig(teacher_client={"named": {"maths": ["http://127.0.0.1:8101/"]}})
+    assert list(teacher_urls(config, {"maths"})) == ["maths"]
+    message = r"teacher_client\.named\.maths names http://127\.0\.0\.1:8101, where rows without a teacher are scored.*teacher_client\.urls"
     with pytest.raises(ConfigError, match=message):
-        teacher_urls(section, {None, "maths"})
+        teacher_urls(config, {None, "maths"})

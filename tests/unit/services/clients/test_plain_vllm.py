@@ -190,7 +190,7 @@ async def test_another_answer_is_a_peer_error(change: Any) -> None:
 async def test_a_server_of_another_kind_is_told_apart() -> None:
     server = Vllm()
     server.change = lambda answer: {"title": "Not found"}
-    with pytest.raises(PeerError, match=r"/v1/models is not what vLLM answers; see teacher\.protocol"):
+    with pytest.raises(PeerError, match=r"/v1/models is not what vLLM answers; see teacher_client\.protocol"):
         await client(server).info()
 
 

@@ -354,7 +354,7 @@ async def test_an_outage_that_lasts_names_the_teachers_the_time_and_the_reasons(
         return httpx.Response(503, json={"detail": "the engine failed"})
 
     message = (
-        r"no teacher has answered for 60 s \(teacher.outage_s\): http://a:1 cannot be reached: ConnectError refused; "
+        r"no teacher has answered for 60 s \(teacher_client.outage_s\): http://a:1 cannot be reached: ConnectError refused; "
         r"http://b:2 answered 503 \(the engine failed\)"
     )
     with pytest.raises(PeerError, match=message):

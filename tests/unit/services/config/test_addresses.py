@@ -70,8 +70,10 @@ REFUSED = [
 
 @pytest.mark.parametrize(("url", "said"), REFUSED)
 def test_a_url_that_nobody_can_mean_is_refused_with_the_fix(url: str, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"^teacher\.urls: .* {said}|^teacher\.urls: .*{said}") as caught:
-        checked_urls("teacher.urls", ["http://good", url], base_path=True)
+    with pytest.raises(
+        ValueError, match=rf"^teacher_client\.urls: .* {said}|^teacher_client\.urls: .*{said}"
+    ) as caught:
+        checked_urls("teacher_client.urls", ["http://good", url], base_path=True)
     assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -115,14 +117,18 @@ def test_equal_urls_have_one_spelling(url: str, spelt: str) -> None:
 
 @pytest.mark.parametrize("other", ["http://127.0.0.1:8100", "http://[0::1]:8100/"])
 def test_localhost_beside_its_address_is_the_same_server_twice(other: str) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.urls names http://localhost:8100 and .* one server in two ways"):
-        checked_urls("rollout.urls", [other, "http://LocalHost:8100"])
-    assert checked_urls("rollout.urls", ["http://127.0.0.1:8100", "http://[::1]:8100", "http://localhost:8101"])
+    with pytest.raises(
+        ValueError, match=r"rollout_client\.urls names http://localhost:8100 and .* one server in two ways"
+    ):
+        checked_urls("rollout_client.urls", [other, "http://LocalHost:8100"])
+    assert checked_urls("rollout_client.urls", ["http://127.0.0.1:8100", "http://[::1]:8100", "http://localhost:8101"])
 
 
 def test_the_same_server_twice_is_found_in_every_spelling() -> None:
-    with pytest.raises(ValueError, match=r"rollout\.urls names http://\[::1\]:8100 twice; give each server once"):
-        checked_urls("rollout.urls", ["http://[::1]:8100", "HTTP://[0::1]:8100/"])
+    with pytest.raises(
+        ValueError, match=r"rollout_client\.urls names http://\[::1\]:8100 twice; give each server once"
+    ):
+        checked_urls("rollout_client.urls", ["http://[::1]:8100", "HTTP://[0::1]:8100/"])
 
 
 def test_only_a_teacher_may_be_below_a_path() -> None:

@@ -120,27 +120,42 @@ BAD_OPTIONS = [
     (["--rollout.kv_cache_gib", "0"], ["rollout.kv_cache_gib", "greater than 0"]),
     (["--rollout.gpu_memory_utilization", "1.2"], ["rollout.gpu_memory_utilization", "1.2"]),
     (["--teacher.max_top_k", "8"], ["loss.top_k = 32", "teacher.max_top_k = 8"]),
-    (["--teacher.accept_different", '["vocabulary"]'], ["teacher.accept_different", "'eos' or 'chat_template'"]),
-    (["--teacher.protocol", "vllm"], ["teacher.protocol = vllm without teacher.urls", "give their URLs"]),
-    (["--teacher.named", '{"maths": []}'], ["teacher.named.maths = [] has no server", "leave the name out"]),
-    (["--teacher.named", '["http://a:1"]'], ["teacher.named", "JSON"]),
-    (["--teacher.named", '{"maths": "http://a:1"}'], ["teacher.named.maths", "list", "'http://a:1'"]),
     (
-        ["--teacher.named", '{"maths": ["http://a:1", "http://b:2/"], "code": ["http://c:3", "http://b:2"]}'],
-        ["teacher.named.code and teacher.named.maths both name http://b:2", "give each its own server"],
+        ["--teacher_client.accept_different", '["vocabulary"]'],
+        ["teacher_client.accept_different", "'eos' or 'chat_template'"],
     ),
     (
-        ["--teacher.named", MATHS, "--teacher.urls", '["http://a:1/"]'],
-        ["teacher.named.maths and teacher.urls both name http://a:1"],
+        ["--teacher_client.protocol", "vllm"],
+        ["teacher_client.protocol = vllm without teacher_client.urls", "give their URLs"],
     ),
-    (["--data.teacher_column", "tutor"], ["data.teacher_column = tutor would be ignored", "teacher.named names no"]),
     (
-        ["--teacher.named", MATHS, "--data.teacher_column", "answer"],
+        ["--teacher_client.named", '{"maths": []}'],
+        ["teacher_client.named.maths = [] has no server", "leave the name out"],
+    ),
+    (["--teacher_client.named", '["http://a:1"]'], ["teacher_client.named", "JSON"]),
+    (["--teacher_client.named", '{"maths": "http://a:1"}'], ["teacher_client.named.maths", "list", "'http://a:1'"]),
+    (
+        ["--teacher_client.named", '{"maths": ["http://a:1", "http://b:2/"], "code": ["http://c:3", "http://b:2"]}'],
+        ["teacher_client.named.code and teacher_client.named.maths both name http://b:2", "give each its own server"],
+    ),
+    (
+        ["--teacher_client.named", MATHS, "--teacher_client.urls", '["http://a:1/"]'],
+        ["teacher_client.named.maths and teacher_client.urls both name http://a:1"],
+    ),
+    (
+        ["--data.teacher_column", "tutor"],
+        ["data.teacher_column = tutor would be ignored", "teacher_client.named names no"],
+    ),
+    (
+        ["--teacher_client.named", MATHS, "--data.teacher_column", "answer"],
         ["data.teacher_column = answer is also the column of data.answer_column", "a column of its own"],
     ),
-    (["--teacher.named", MATHS, "--data.prompt_column", "teacher"], ["teacher_column = teacher", "data.prompt_column"]),
     (
-        ["--teacher.named", MATHS, "--data.teacher_column", "messages"],
+        ["--teacher_client.named", MATHS, "--data.prompt_column", "teacher"],
+        ["teacher_column = teacher", "data.prompt_column"],
+    ),
+    (
+        ["--teacher_client.named", MATHS, "--data.teacher_column", "messages"],
         ["teacher_column = messages", "data.messages_column"],
     ),
     (["--data.answer_column", "prompt"], ["data.answer_column = prompt is also the column of data.prompt_column"]),
@@ -192,23 +207,35 @@ BAD_OPTIONS = [
         ["--optimizer.schedule", "constant", "--optimizer.min_lr_ratio", "0.1"],
         ["optimizer.min_lr_ratio = 0.1 would be ignored", "optimizer.schedule = constant"],
     ),
-    (["--teacher.urls", '["10.0.0.5:8101"]'], ["teacher.urls: '10.0.0.5:8101' must begin with http://"]),
-    (["--rollout.urls", '["https://a", "b:1"]'], ["rollout.urls: 'b:1' must begin with http://"]),
-    (["--teacher.named", 'maths=["a:1"]'], ["teacher.named.maths: 'a:1' must begin with http://"]),
-    (["--rollout.urls", '["http://a:1/", "http://a:1"]'], ["rollout.urls names http://a:1 twice", "once"]),
-    (["--rollout.urls", '["http://a", "HTTP://A:80/"]'], ["rollout.urls names http://a twice", "once"]),
-    (["--rollout.urls", '["http://a:1/v1"]'], ["rollout.urls: 'http://a:1/v1' has the path '/v1'", "leave it out"]),
-    (["--rollout.urls", '["http://a:1/students"]'], ["has the path '/students'", "leave it out"]),
-    (["--rollout.urls", "http://me:s3cret@a:1"], ["rollout.urls: 'http://...@a:1' has a user or password"]),
-    (["--teacher.url", "http://me:s3cret@a:1"], ["--teacher.url is not an option", "--teacher.urls"]),
-    (["--teacher.named", '{"maths": "http://me:s3cret@a:1"}'], ["teacher.named.maths", "(got 'http://...@a:1')"]),
+    (["--teacher_client.urls", '["10.0.0.5:8101"]'], ["teacher_client.urls: '10.0.0.5:8101' must begin with http://"]),
+    (["--rollout_client.urls", '["https://a", "b:1"]'], ["rollout_client.urls: 'b:1' must begin with http://"]),
+    (["--teacher_client.named", 'maths=["a:1"]'], ["teacher_client.named.maths: 'a:1' must begin with http://"]),
     (
-        ["--teacher.named", '{"maths": ["http://a:99999"]}'],
-        ["teacher.named.maths: 'http://a:99999' has the port '99999'"],
+        ["--rollout_client.urls", '["http://a:1/", "http://a:1"]'],
+        ["rollout_client.urls names http://a:1 twice", "once"],
+    ),
+    (["--rollout_client.urls", '["http://a", "HTTP://A:80/"]'], ["rollout_client.urls names http://a twice", "once"]),
+    (
+        ["--rollout_client.urls", '["http://a:1/v1"]'],
+        ["rollout_client.urls: 'http://a:1/v1' has the path '/v1'", "leave it out"],
+    ),
+    (["--rollout_client.urls", '["http://a:1/students"]'], ["has the path '/students'", "leave it out"]),
+    (
+        ["--rollout_client.urls", "http://me:s3cret@a:1"],
+        ["rollout_client.urls: 'http://...@a:1' has a user or password"],
+    ),
+    (["--teacher.url", "http://me:s3cret@a:1"], ["--teacher.url is not an option", "--teacher_client.urls"]),
+    (
+        ["--teacher_client.named", '{"maths": "http://me:s3cret@a:1"}'],
+        ["teacher_client.named.maths", "(got 'http://...@a:1')"],
     ),
     (
-        ["--rollout.urls", '["http://[0::1]:1"]', "--teacher.urls", '["http://[::1]:1"]'],
-        ["teacher.urls and rollout.urls both name http://[::1]:1", "give each its own server"],
+        ["--teacher_client.named", '{"maths": ["http://a:99999"]}'],
+        ["teacher_client.named.maths: 'http://a:99999' has the port '99999'"],
+    ),
+    (
+        ["--rollout_client.urls", '["http://[0::1]:1"]', "--teacher_client.urls", '["http://[::1]:1"]'],
+        ["teacher_client.urls and rollout_client.urls both name http://[::1]:1", "give each its own server"],
     ),
     (["--output.dir", ""], ["output.dir: String should have at least 1 character (got '')", "Folder of the run"]),
     (["--rollout.host", "http://10.0.0.5"], ["rollout.host: 'http://10.0.0.5' must be a host alone"]),
@@ -257,7 +284,10 @@ BAD_OPTIONS = [
     (["--rollout.engine_args", '["-tp=2"]'], ["-tp is refused", "rollout.tensor_parallel_size says that"]),
     (["--rollout.engine_args", '["-dp", "2"]'], ["-dp is refused", "rollout.data_parallel_size says that"]),
     (["--rollout.engine_args", '["-asc=2"]'], ["-asc is refused", "its boot id tells a restart", "several servers"]),
-    (["--rollout.request_timeout_s", "10"], ["rollout.request_timeout_s", "greater than 10", "says that it lives"]),
+    (
+        ["--rollout_client.request_timeout_s", "10"],
+        ["rollout_client.request_timeout_s", "greater than 10", "says that it lives"],
+    ),
     (["--rollout.engine_args", '["--no-trust-remote-code"]'], ["refused", "student.trust_remote_code says that"]),
     (["--data.chat_template_kwargs", "enable_thinking=no"], ["data.chat_template_kwargs.enable_thinking = 'no' is no"]),
     (["--data.chat_template_kwargs", "style=short"], ["'style=\"short\"'", "a text in quotes"]),
@@ -377,15 +407,15 @@ def test_every_table_holds_json(capsys: pytest.CaptureFixture[str]) -> None:
     tables = names_of_tables(RunConfig)
     assert tables == {
         "student.model_init_kwargs",
-        "teacher.named",
+        "teacher_client.named",
         "teacher.teacher_model_init_kwargs",
         "teacher.engine_args",
         "data.chat_template_kwargs",
     }
-    for name in tables - {"teacher.named"}:
+    for name in tables - {"teacher_client.named"}:
         engine = ["--teacher.engine", "vllm"] if name == "teacher.engine_args" else []
         with pytest.raises(SystemExit):
-            main(["train", *engine, f"--{name}", "output_attentions=false,n=2", "--dry-run"])
+            main(["up", *engine, f"--{name}", "output_attentions=false,n=2", "--dry-run"])
         section, option = name.split(".")
         assert json.loads(capsys.readouterr().out)[section][option] == {"output_attentions": False, "n": 2}
 
@@ -424,10 +454,10 @@ def test_a_text_for_true_or_false_is_refused_in_a_run_file_too(
         ["--loss.support", "student_topk", "--sampling.top_k", "40"],
         ["--loss.single_step_estimator", "full", "--teacher.max_top_k", "300"],
         ["--loss.alpha_lm", "0.5", "--data.lm_path", "t.jsonl"],
-        ["--teacher.named", MATHS, "--data.teacher_column", "tutor"],
-        ["--teacher.named", MATHS, "--teacher.urls", '["http://b:1"]'],
-        ["--teacher.named", MATHS, "--teacher.protocol", "vllm"],  # every row may name one
-        ["--data.prompt_column", "teacher"],  # a column like any other without teacher.named
+        ["--teacher_client.named", MATHS, "--data.teacher_column", "tutor"],
+        ["--teacher_client.named", MATHS, "--teacher_client.urls", '["http://b:1"]'],
+        ["--teacher_client.named", MATHS, "--teacher_client.protocol", "vllm"],  # every row may name one
+        ["--data.prompt_column", "teacher"],  # a column like any other without teacher_client.named
     ],
 )
 def test_combinations_that_mean_something_are_taken(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,7 +547,8 @@ def test_a_missing_run_file_is_named(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_what_a_role_needs_is_asked_for_by_name(role: str, left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = zip(COMPLETE[::2], COMPLETE[1::2], strict=True)
-    line = refused(capsys, role, *(text for pair in pairs if pair[0] != f"--{left_out}" for text in pair))
+    given = [] if role in ("rollout", "teacher") else [pair for pair in pairs if pair[0] != f"--{left_out}"]
+    line = refused(capsys, role, *(text for pair in given for text in pair))
     assert f"{left_out} is required by `distillserve {role}`" in line and f"--{left_out}" in line
 
 
@@ -551,7 +582,7 @@ def test_the_command_line_wins_over_the_run_file_and_the_file_over_defaults(
 
 
 def test_a_resolved_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = RunConfig(loss={"advantage_clip": None, "gamma": 0.5}, rollout={"urls": ["http://a:1"]})
+    config = RunConfig(loss={"advantage_clip": None, "gamma": 0.5}, rollout_client={"urls": ["http://a:1"]})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "config.json"), "--dry-run"])
@@ -567,10 +598,10 @@ def test_shipped_run_files_parse(run_file: Path, capsys: pytest.CaptureFixture[s
 
 def test_named_teachers_are_a_table_of_a_run_file_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file = tmp_path / "run.toml"
-    run_file.write_text('[teacher.named]\nmaths = ["http://a:1", "http://a:2"]\ncode = ["http://b:1"]\n')
+    run_file.write_text('[teacher_client.named]\nmaths = ["http://a:1", "http://a:2"]\ncode = ["http://b:1"]\n')
     with pytest.raises(SystemExit):
-        main(["train", str(run_file), "--teacher.named", '{"code": ["http://c:1"]}', "--dry-run"])
-    named = json.loads(capsys.readouterr().out)["teacher"]["named"]
+        main(["train", str(run_file), "--teacher_client.named", '{"code": ["http://c:1"]}', "--dry-run"])
+    named = json.loads(capsys.readouterr().out)["teacher_client"]["named"]
     assert named == {"maths": ["http://a:1", "http://a:2"], "code": ["http://c:1"]}
 
 
@@ -618,17 +649,24 @@ def test_a_public_server_without_a_key_does_not_start(
 ) -> None:
     name = f"DISTILLSERVE_{command.upper()}_KEY"
     monkeypatch.delenv(name, raising=False)
-    line = refused(capsys, command, *COMPLETE, f"--{command}.host", "0.0.0.0")
+    model = {"teacher": "--teacher.model", "rollout": "--student.model"}[command]
+    line = refused(capsys, command, model, "m", f"--{command}.host", "0.0.0.0")
     for text in (f"{command}.host = '0.0.0.0'", name, "127.0.0.1"):
         assert text in line
 
 
 @pytest.mark.parametrize("urls", [[], ["http://a:1/", "http://b:2"]])
 def test_servers_are_found_at_their_urls_or_at_host_and_port(urls: list[str]) -> None:
-    section = TeacherConfig(urls=urls, host="0.0.0.0", port=9)
-    assert section.server_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
+    config = RunConfig(
+        rollout={"host": "0.0.0.0", "port": 9},
+        rollout_client={"urls": urls},
+        teacher={"host": "0.0.0.0", "port": 8},
+        teacher_client={"urls": [f"{url.rstrip('/')}0" for url in urls]},
+    )
+    assert config.rollout_urls() == (["http://a:1", "http://b:2"] if urls else ["http://127.0.0.1:9"])
+    assert config.teacher_urls() == (["http://a:10", "http://b:20"] if urls else ["http://127.0.0.1:8"])
     for host, url in (("::1", "[::1]"), ("[0:0::1]", "[::1]"), ("::", "[::1]"), ("LocalHost", "localhost")):
-        assert TeacherConfig(host=host, port=9).server_urls() == [f"http://{url}:9"]
+        assert TeacherConfig(host=host, port=9).url() == f"http://{url}:9"
 
 
 @pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints", ".student.before"])

@@ -122,7 +122,15 @@ def test_a_server_with_a_bad_key_does_not_start(
     monkeypatch.setenv(name, f"{KEY} ")
     monkeypatch.setenv(f"{name}_FILE", "elsewhere")
     with pytest.raises(SystemExit) as ended:
-        main([command, "--student.model", "m", "--teacher.model", "m", f"--{command}.host", host])
+        main(
+            [
+                command,
+                {"teacher": "--teacher.model", "rollout": "--student.model"}[command],
+                "m",
+                f"--{command}.host",
+                host,
+            ]
+        )
     said = capsys.readouterr()
     assert ended.value.code == 2 and name in said.err and KEY not in said.err + said.out
     assert len(said.err.splitlines()) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from services import cli
+from services.config.command_line import option_help
 from services.errors import ConfigError, StartupError
 from services.gpus import cards as gpus
 from services.gpus.cards import Gpu, check_driver, check_granted, find_gpus, keep_segments_expandable, make_visible
@@ -91,15 +92,16 @@ def test_an_unreadable_environment_is_refused_by_its_name(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("command", "section"), [("rollout", "rollout"), ("teacher", "teacher"), ("train", "student")])
 def test_every_command_sees_the_gpus_of_its_section_before_it_runs(
-    command: str, section: str, monkeypatch: pytest.MonkeyPatch
+    command: str, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str | None] = []
     monkeypatch.setitem(cli._COMMANDS, command, lambda config: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")) or 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
-    options = ["--student.model", "m", "--teacher.model", "m", "--data.path", "d", "--pipeline.steps", "1"]
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("student.model = 'm'\nteacher.model = 'm'\ndata.path = 'd'\npipeline.steps = 1\n")
     with pytest.raises(SystemExit) as end:
-        cli.main([command, *options, f"--{section}.cuda_devices", "1"])
+        cli.main([command, str(run_file), f"--{section}.cuda_devices", "1"])
     assert end.value.code == 0 and seen == ["1"]
 
 
@@ -154,7 +156,7 @@ def test_up_asks_no_hub_about_a_model_whose_folder_is_missing(
 
 
 def test_a_bad_option_with_a_long_help_is_refused_in_one_line() -> None:
-    assert all("\n" not in text for text in cli.option_help().values())
+    assert all("\n" not in text for text in option_help().values())
 
 
 @pytest.mark.parametrize("theirs", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -99,9 +99,9 @@ def test_a_role_that_is_started_alone_takes_what_it_would_take_with_the_others(g
 
 def test_containers_on_one_card_share_it_when_all_say_so(gpus: Any) -> None:
     gpus(80e9)
-    urls = {"rollout": {"urls": ["http://rollout:8100"]}, "teacher": {"urls": ["http://teacher:8101"]}}
+    urls = {f"{name}_client": {"urls": [f"http://{name}:8100"]} for name in ("rollout", "teacher")}
     assert list(planned(run(**urls), "trainer").gpus[0].shares) == ["trainer"]  # machines of their own
-    devices = {name: {"cuda_devices": "0"} | urls.get(name, {}) for name in ("student", "rollout", "teacher")}
+    devices = {name: {"cuda_devices": "0"} for name in ("student", "rollout", "teacher")} | urls
     assert with_shares(run(**devices), "rollout", planned(run(**devices), "rollout")).rollout.kv_cache_gib == (
         with_shares(run(), "rollout", planned(run())).rollout.kv_cache_gib
     )
@@ -119,7 +119,14 @@ def test_containers_on_one_card_share_it_when_all_say_so(gpus: Any) -> None:
 )
 def test_servers_behind_loopback_are_on_this_machine(url: str, gpus: Any) -> None:
     gpus(80e9)
-    assert len(planned(run(teacher={"urls": [url]}), "trainer").gpus[0].shares) == 3
+    assert len(planned(run(teacher_client={"urls": [url]}), "trainer").gpus[0].shares) == 3
+
+
+def test_a_server_plans_beside_a_url_that_the_trainer_will_refuse(gpus: Any) -> None:
+    gpus(80e9)
+    given = run().model_dump() | {"teacher_client": {"urls": ["nowhere"]}}
+    config = RunConfig.model_validate(given, context={"role": "rollout"})
+    assert list(planned(config, "rollout").gpus[0].shares) == ["rollout", "trainer"]
 
 
 def test_a_server_alone_on_its_gpu_keeps_what_vllm_takes_by_itself(gpus: Any) -> None:
@@ -304,7 +311,7 @@ def test_each_engine_of_a_server_has_a_student_of_its_own(gpus: Any) -> None:
         found = planned(run(rollout={"tensor_parallel_size": tensor, "data_parallel_size": data}))
         weights = [gpu.shares["rollout"].weights for gpu in found.gpus]
         assert weights == [2 * QWEN3_0_6B.num_parameters // tensor] * 2
-    planned(run(teacher={"cuda_devices": "3", "urls": ["http://elsewhere:1"]}), "trainer")
+    planned(run(teacher={"cuda_devices": "3"}, teacher_client={"urls": ["http://elsewhere:1"]}), "trainer")
 
 
 def test_there_is_nothing_to_plan_without_gpus_or_shapes(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,3 +448,4 @@ def test_nccl_needs_gpus_on_this_machine_under_up_alone(gpus: Any) -> None:
     devices = {"student": {"cuda_devices": "0"}, "rollout": {"cuda_devices": UUIDS[0]}}
     with pytest.raises(ConfigError, match="share a GPU"):
         check_nccl(run(**devices, **NCCL), "trainer")
+    check_nccl(run(**devices, **NCCL), "teacher")  # no weights are pushed to it

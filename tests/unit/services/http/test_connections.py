@@ -194,7 +194,7 @@ STRANGERS = {
         b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
         "wants a key; give it in DISTILLSERVE_TEACHER_KEY",
     ),
-    "a redirect": (REDIRECT, "points to https://...@other/; give the URL of the server itself in teacher.urls"),
+    "a redirect": (REDIRECT, "points to https://...@other/; give the URL of the server itself in teacher_client.urls"),
     "no HTTP": (b"-ERR unknown\r\n\r\n", "(speaks no HTTP|no HTTP is spoken there)"),
     "TLS": (b"\x15\x03\x01\x00\x02\x02F", "speaks TLS: give it with https://"),
     "not what it says": (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", "DecodingError"),
@@ -218,7 +218,9 @@ async def test_a_port_of_another_protocol_is_not_waited_for(said: bytes) -> None
     """Its client only sees that the connection ends, as it does at a proxy whose server is still starting."""
     with answering(said) as place:
         async with asyncio.timeout(20.0), TeacherClient([f"http://{place}"]) as client:
-            with pytest.raises(PeerError, match=f"http://{place} speaks no HTTP .*{said[:8].decode()}.*teacher.urls"):
+            with pytest.raises(
+                PeerError, match=f"http://{place} speaks no HTTP .*{said[:8].decode()}.*teacher_client.urls"
+            ):
                 await client.wait_ready(600.0)
 
 
@@ -235,14 +237,14 @@ async def test_a_server_that_takes_connections_and_answers_nothing_is_slow_and_t
         async with asyncio.timeout(8.0), RolloutClient([url]) as client:
             with pytest.raises(PeerError, match=r"is not ready after 1 s: it is connected but slow: ") as error:
                 await client.wait_ready(1.0)
-    assert str(error.value).count("rollout.startup_timeout_s") == 1 and "look at its log" in str(error.value)
+    assert str(error.value).count("rollout_client.startup_timeout_s") == 1 and "look at its log" in str(error.value)
 
 
 async def test_tls_where_http_is_expected_is_not_waited_for(tmp_path: Path) -> None:
     with answering(HTTP_200, server_context(tmp_path)) as place:
         async with asyncio.timeout(20.0), RolloutClient([f"http://{place}"]) as client:
             with pytest.raises(
-                PeerError, match=f"http://{place} speaks TLS: give it with https://; correct rollout.urls"
+                PeerError, match=f"http://{place} speaks TLS: give it with https://; correct rollout_client.urls"
             ):
                 await client.wait_ready(600.0)
 
@@ -368,7 +370,7 @@ async def test_what_ran_out_of_time_is_said_with_the_option_to_raise(
     transport = httpx.MockTransport(handler)
     how = r".* \(GET, 2 tries in \d+\.\d s\)"
     for kind, url in ((TeacherClient, "http://a/v1/teacher/info"), (RolloutClient, "http://a/v1/rollouts/info")):
-        option = f"{url.split('/')[4].removesuffix('s')}.request_timeout_s .*timeout_s"
+        option = f"{url.split('/')[4].removesuffix('s')}_client.request_timeout_s .*timeout_s"
         async with kind(["http://a"], timeout_s=7.0, attempts=2, transport=transport) as client:
             with pytest.raises(PeerError, match=f"^{url} .*{said.format(option)}{how}"):
                 await client.info()
@@ -377,7 +379,9 @@ async def test_what_ran_out_of_time_is_said_with_the_option_to_raise(
     with pytest.raises(WeightSyncError, match=f"resume on http://a failed after .* {longer}"):
         await control(handler, ["http://a"], stage_timeout_s=7.0).resume()
     async with TeacherClient(["http://a"], timeout_s=7.0, outage_s=0.0, transport=transport) as client:
-        with pytest.raises(PeerError, match=f"http://a {said.format('teacher.request_timeout_s .*--timeout-s')}"):
+        with pytest.raises(
+            PeerError, match=f"http://a {said.format('teacher_client.request_timeout_s .*--timeout-s')}"
+        ):
             await client.score([([1, 2], 1)], top_k=1)
 
 

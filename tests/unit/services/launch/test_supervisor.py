@@ -202,9 +202,9 @@ def test_a_role_that_ends_without_a_code_of_its_own_still_fails_the_run(
 def test_a_server_that_does_not_become_ready_in_time_is_named_and_everybody_ended(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    teacher = config.teacher.model_copy(update={"startup_timeout_s": 1.0})
+    client = config.teacher_client.model_copy(update={"startup_timeout_s": 1.0})
     with pytest.raises(StartupError, match=r"the teacher server at http://127\.0\.0\.1:\d+ is not ready after 1 s"):
-        up(config.model_copy(update={"teacher": teacher}), Replaced(tmp_path, "teacher", SILENT, str(tmp_path)))
+        up(config.model_copy(update={"teacher_client": client}), Replaced(tmp_path, "teacher", SILENT, str(tmp_path)))
     assert not (tmp_path / "trainer.pids").exists()
     wait_until_nobody_lives(tmp_path)
 
@@ -329,7 +329,7 @@ def test_taken_ports_are_replaced(config: RunConfig) -> None:
         busy = config.model_copy(update={"rollout": config.rollout.model_copy(update={"port": port})})
         moved, reservations = with_free_ports(busy)
     assert moved.rollout.port not in (port, moved.teacher.port)
-    assert moved.rollout.server_urls() == [f"http://127.0.0.1:{moved.rollout.port}"]
+    assert moved.rollout_urls() == [f"http://127.0.0.1:{moved.rollout.port}"]
     assert [reservation.port for reservation in reservations] == [moved.rollout.port, moved.teacher.port]
 
 
@@ -350,26 +350,26 @@ def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
         listener.bind(("127.0.0.1", config.teacher.port))
         listener.listen()
         assert up(config, Roles(tmp_path)) == 0
-    resolved = json.loads((tmp_path / "out" / "run.json").read_text())["teacher"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    resolved, urls = run["teacher"], run["teacher_client"]["urls"]
     assert resolved["port"] != config.teacher.port
-    assert resolved["urls"] == [f"http://127.0.0.1:{resolved['port']}"]
+    assert urls == [f"http://127.0.0.1:{resolved['port']}"]
     out = capfd.readouterr().out
     assert f"teacher.port = {config.teacher.port} is in use, taking {resolved['port']}" in out
-    assert f"teacher | ready at {resolved['urls'][0]}" in out
+    assert f"teacher | ready at {urls[0]}" in out
 
 
 @pytest.mark.parametrize("role", ["rollout", "teacher"])
 def test_urls_of_servers_that_run_elsewhere_are_refused(role: str, config: RunConfig) -> None:
-    section = getattr(config, role).model_copy(update={"urls": ["http://10.0.0.5:8100"]})
-    with pytest.raises(ConfigError, match=rf"{role}\.urls = .*10\.0\.0\.5.*distillserve train"):
-        refuse_urls(config.model_copy(update={role: section}))
+    section = getattr(config, f"{role}_client").model_copy(update={"urls": ["http://10.0.0.5:8100"]})
+    with pytest.raises(ConfigError, match=rf"{role}_client\.urls = .*10\.0\.0\.5.*distillserve train"):
+        refuse_urls(config.model_copy(update={f"{role}_client": section}))
 
 
 def test_a_teacher_that_others_start_is_refused_even_at_our_own_url(config: RunConfig) -> None:
-    urls = config.teacher.server_urls()
-    section = config.teacher.model_copy(update={"protocol": "vllm", "urls": urls})
-    with pytest.raises(ConfigError, match=r"teacher\.protocol = vllm .* attach with `distillserve train`"):
-        refuse_urls(config.model_copy(update={"teacher": section}))
+    section = config.teacher_client.model_copy(update={"protocol": "vllm", "urls": config.teacher_urls()})
+    with pytest.raises(ConfigError, match=r"teacher_client\.protocol = vllm .* attach with `distillserve train`"):
+        refuse_urls(config.model_copy(update={"teacher_client": section}))
 
 
 def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
@@ -378,13 +378,13 @@ def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
         reservation.release()
     refuse_urls(written)
     again, _ = with_free_ports(written)
-    assert again.rollout.server_urls() == [f"http://127.0.0.1:{again.rollout.port}"]
+    assert again.rollout_urls() == [f"http://127.0.0.1:{again.rollout.port}"]
 
 
 def test_the_children_get_the_resolved_run(config: RunConfig, tmp_path: Path) -> None:
     up(config, Roles(tmp_path))
     resolved = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert resolved["rollout"]["urls"] == [f"http://127.0.0.1:{resolved['rollout']['port']}"]
+    assert resolved["rollout_client"]["urls"] == [f"http://127.0.0.1:{resolved['rollout']['port']}"]
     assert RunConfig.model_validate(resolved).student.model == config.student.model
 
 

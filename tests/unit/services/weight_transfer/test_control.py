@@ -156,7 +156,7 @@ async def test_servers_are_taken_in_one_order_whatever_they_are_called() -> None
 
 
 async def test_one_server_under_two_names_is_refused() -> None:
-    with pytest.raises(StartupError, match=r"rollout.urls = .* lead to one server twice"):
+    with pytest.raises(StartupError, match=r"rollout_client.urls = .* lead to one server twice"):
         control(Servers(), boot_ids=["x", "y", "x"])
 
 

@@ -122,8 +122,8 @@ async def test_other_ends_and_chat_formats_are_shown_and_must_be_accepted(change
     info = teacher_info(tokenizer, **change)
     with pytest.raises(StartupError) as error:
         await preflight.check_same_tokens(RunConfig(), tokenizer, EOS, attached(None, info))
-    assert shown in str(error.value) and f"--teacher.accept_different '[\"{name}\"]'" in str(error.value)
-    accepting = RunConfig(teacher={"accept_different": [name]})
+    assert shown in str(error.value) and f"--teacher_client.accept_different '[\"{name}\"]'" in str(error.value)
+    accepting = RunConfig(teacher_client={"accept_different": [name]})
     await preflight.check_same_tokens(accepting, tokenizer, EOS, attached(None, info))
 
 
@@ -159,9 +159,9 @@ async def test_a_named_teacher_is_attached_with_the_tightest_limits_of_its_own_r
     [
         (
             {"fingerprint": "g"},
-            r"teacher\.named\.maths: the teachers at http://server-0, .* do not serve the same model",
+            r"teacher_client\.named\.maths: the teachers at http://server-0, .* do not serve the same model",
         ),
-        ({"protocol": 2}, r"teacher\.named\.maths: http://server-1 speaks protocol 2"),
+        ({"protocol": 2}, r"teacher_client\.named\.maths: http://server-1 speaks protocol 2"),
     ],
 )
 async def test_what_is_wrong_with_a_named_teacher_says_its_name(changes: dict, message: str) -> None:
@@ -177,7 +177,7 @@ async def test_a_named_teacher_that_does_not_become_ready_says_its_name() -> Non
         async def wait_ready(self, timeout_s: float, on_wait: object) -> None:
             raise PeerError(f"http://a:1 is not ready after {timeout_s:.0f} s")
 
-    with pytest.raises(PeerError, match=r"^teacher\.named\.maths: http://a:1 is not ready after 600 s"):
+    with pytest.raises(PeerError, match=r"^teacher_client\.named\.maths: http://a:1 is not ready after 600 s"):
         await preflight.attach(RunConfig(), Servers(rollout_info()), {"maths": Absent()})  # type: ignore[arg-type]
 
 
@@ -201,7 +201,7 @@ async def test_every_teacher_is_checked_and_the_one_that_fails_says_its_name(
     await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(good, maths=good))
     with pytest.raises(StartupError) as error:
         await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(good, maths=good, code=bad))
-    assert str(error.value).startswith(f"teacher.named.code: {message}")
+    assert str(error.value).startswith(f"teacher_client.named.code: {message}")
     with pytest.raises(StartupError) as error:
         await preflight.check_teachers(RunConfig(**config), tokenizer, EOS, teachers(bad, maths=good))
     assert str(error.value).startswith(message)
@@ -211,7 +211,7 @@ async def test_other_tokens_of_a_named_teacher_are_shown_from_its_own_vocabulary
     tokenizer, other = build_tokenizer(), swapped_tokenizer()
     own = attached(Servers(vocabulary=tokenizer.get_vocab()), teacher_info(tokenizer))
     maths = attached(Servers(vocabulary=other.get_vocab()), teacher_info(other), "maths")
-    with pytest.raises(StartupError, match=r"^teacher\.named\.maths: .* 2 ids differ, first id 97"):
+    with pytest.raises(StartupError, match=r"^teacher_client\.named\.maths: .* 2 ids differ, first id 97"):
         await preflight.check_teachers(RunConfig(), tokenizer, EOS, Teachers([own, maths]))
 
 
@@ -238,7 +238,9 @@ async def test_a_named_teacher_that_does_not_tell_its_tokenizer_is_not_compared_
     with caplog.at_level("INFO"):
         await preflight.check_same_tokens(RunConfig(), build_tokenizer(), EOS, attached(None, info, "maths"))
     (record,) = caplog.records
-    assert record.getMessage().startswith("teacher.named.maths: the teacher 'the-teacher' does not tell its tokenizer")
+    assert record.getMessage().startswith(
+        "teacher_client.named.maths: the teacher 'the-teacher' does not tell its tokenizer"
+    )
     assert "teacher.model" not in record.getMessage()
 
 
@@ -264,7 +266,7 @@ def test_the_shortest_context_of_all_teachers_counts_and_is_named() -> None:
     tokenizer = build_tokenizer()
     both = teachers(teacher_info(tokenizer), code=teacher_info(tokenizer, max_model_len=16))
     assert preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 15}), [rollout_info()], both) == 16
-    with pytest.raises(StartupError, match=r"take 16 tokens \(teacher\.named\.code: teacher\.max_model_len\)"):
+    with pytest.raises(StartupError, match=r"take 16 tokens \(teacher_client\.named\.code: teacher\.max_model_len\)"):
         preflight.max_model_len(RunConfig(sampling={"max_new_tokens": 16}), [rollout_info()], both)
     with pytest.raises(StartupError, match=r"take 9 tokens \(rollout\.max_model_len\)"):
         preflight.max_model_len(RunConfig(), [rollout_info(max_model_len=9)], both)
@@ -319,7 +321,7 @@ def test_a_support_that_one_teacher_does_not_score_is_refused_with_its_name(
 ) -> None:
     good, bad = (teacher_info(build_tokenizer(), **c) for c in ({}, changes))
     preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(good, code=good))
-    with pytest.raises(StartupError, match=rf"^teacher\.named\.code: .*{message}"):
+    with pytest.raises(StartupError, match=rf"^teacher_client\.named\.code: .*{message}"):
         preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(good, code=bad))
     with pytest.raises(StartupError, match=message):
         preflight.choose_support(LossConfig(**loss), 261, [rollout_info()], teachers(bad, code=good))
@@ -385,6 +387,8 @@ async def test_a_wrong_url_does_not_wait_for_the_model_of_another_server(caplog:
     rollout = RolloutClient(["http://loading"], transport=httpx.MockTransport(lambda _: httpx.Response(503)))
     teachers = {"maths": TeacherClient(["http://other"], transport=httpx.MockTransport(lambda _: httpx.Response(404)))}
     async with asyncio.timeout(20.0):
-        with pytest.raises(PeerError, match=r"teacher\.named\.maths: http://other answers /ready with 404: it is not"):
+        with pytest.raises(
+            PeerError, match=r"teacher_client\.named\.maths: http://other answers /ready with 404: it is not"
+        ):
             await preflight.attach(RunConfig(), rollout, teachers)
     assert "waiting for http://loading" in caplog.text

@@ -146,7 +146,7 @@ def test_a_row_of_a_teacher_that_the_run_does_not_have_is_bad(
     path = write(tmp_path / "d.jsonl", '{"prompt": "p"}', json.dumps({"prompt": "p", "teacher": name}))
     with pytest.raises(DataError) as error:
         read_prompts(path, DataConfig(), TOKENIZER, teachers=["code", "maths"])
-    reason = "`teacher` must be null or a name in teacher.named ('code', 'maths'), got "
+    reason = "`teacher` must be null or a name in teacher_client.named ('code', 'maths'), got "
     assert f"{path}, row 2: {reason}{type(name).__name__} {name!r}; fix the row" in str(error.value)
     skipping = read_prompts(path, DataConfig(on_bad_row="skip"), TOKENIZER, teachers=["code", "maths"])
     assert [p.row for p in skipping.fitting(MAX_TOKENS)] == [1]
