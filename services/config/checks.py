@@ -152,7 +152,7 @@ def _check_rollout_passes_on(config: "RunConfig") -> None:
 
 
 def _check_float32_head(section: str, float32_head: bool | None, quantised: str | None) -> None:
-    """Args: quantised: the engine's argument that quantises the model, if there is one."""
+    """Refuse a float32 head of a quantised model; `quantised` is the engine's argument that asks for one, or None."""
     if float32_head and quantised is not None:
         raise ValueError(
             f"{section}.float32_head = True with {quantised} in {section}.engine_args: vLLM computes a quantised head in its "

@@ -112,6 +112,7 @@ def unknown_arguments(words: list[str], role: Role) -> str:
 
 
 def unknown_argument(word: str, role: Role) -> str:
+    """Why a command does not take a word: an option's new name, the commands that take it, or the nearest name for a typo."""
     if not word.startswith("--"):
         return f"{word!r} is one argument too many"
     name = word.removeprefix("--").split("=")[0]
