@@ -58,7 +58,7 @@ class ScoredSample:
     teacher_token_logprobs: np.ndarray  # [T]
     support_ids: np.ndarray  # [T, K] int32
     teacher_support_logprobs: np.ndarray  # [T, K]
-    teacher_tail_logprobs: np.ndarray  # [T]
+    teacher_tail_logprob: np.ndarray  # [T]
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def _slice(rollout: Rollout, scores: TeacherScores, index: int, support: Support
         teacher_token_logprobs=scores.token_logprobs[rows],
         support_ids=ids,
         teacher_support_logprobs=logprobs,
-        teacher_tail_logprobs=tails,
+        teacher_tail_logprob=tails,
     )
 
 
 def defect(sample: ScoredSample, support: Support) -> str | None:
     """Why a sample's teacher rows cannot be trained on, or None."""
     length, tokens = len(sample.rollout.completion.token_ids), sample.teacher_token_logprobs
-    ids, logprobs, tails = sample.support_ids, sample.teacher_support_logprobs, sample.teacher_tail_logprobs
+    ids, logprobs, tails = sample.support_ids, sample.teacher_support_logprobs, sample.teacher_tail_logprob
     if len(tokens) != length:
         return f"the teacher scored {len(tokens)} of {length} tokens"
     if ids.shape != logprobs.shape or len(ids) != length or len(tails) != length:
@@ -170,7 +170,7 @@ def _contradiction(sample: ScoredSample, support: Support) -> str | None:
     inside = same.any(-1)
     among = np.where(same, sample.teacher_support_logprobs, 0.0).sum(-1)
     # A token outside the support is part of the tail, and no likelier than the teacher's likeliest tokens.
-    bound = sample.teacher_tail_logprobs
+    bound = sample.teacher_tail_logprob
     if support.kind == "teacher_topk":
         bound = np.minimum(bound, sample.teacher_support_logprobs.min(-1))
     over = np.where(np.exp(logprobs) - np.exp(bound) > _TAIL_RESOLUTION, logprobs - bound, 0.0)

@@ -46,4 +46,4 @@ async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(models: 
         rows = slice(scores.row_offsets[index], scores.row_offsets[index + 1])
         np.testing.assert_allclose(sample.teacher_token_logprobs, scores.token_logprobs[rows], atol=1e-5)
         np.testing.assert_allclose(sample.teacher_support_logprobs, scores.topk_logprobs[rows], atol=1e-5)
-        np.testing.assert_allclose(sample.teacher_tail_logprobs, scores.tail_logprobs[rows], atol=1e-5)
+        np.testing.assert_allclose(sample.teacher_tail_logprob, scores.tail_logprobs[rows], atol=1e-5)

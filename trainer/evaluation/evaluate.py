@@ -22,6 +22,7 @@ from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.rollout import RolloutSampling
 from services.wire.teacher import BYTES_PER_CANDIDATE
+from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
 from trainer.learner import Learner
@@ -108,7 +109,7 @@ class Evaluator:
             samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
             reason = reason or (quarantined[0].reason if quarantined else "")
             # Beside the event loop: servers that do not hear of a run for long take it for gone.
-            measured.parts += await asyncio.to_thread(learner.reverse_kl, samples)
+            measured.parts += await asyncio.to_thread(learner.reverse_kl, collect(samples))
         if not measured.parts:
             raise PeerError(f"no completion could be scored, the first one because {reason}")
         return measured

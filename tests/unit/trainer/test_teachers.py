@@ -105,7 +105,7 @@ async def test_every_rollout_gets_the_rows_of_its_own_teacher(names: list[str | 
         close = {"rtol": 0.0, "atol": 1e-5}
         np.testing.assert_allclose(sample.teacher_token_logprobs, dense[np.arange(LENGTH), tokens], **close)
         np.testing.assert_allclose(sample.teacher_support_logprobs, logprobs, **close)
-        np.testing.assert_allclose(np.exp(sample.teacher_tail_logprobs), 1 - np.exp(logprobs).sum(1), **close)
+        np.testing.assert_allclose(np.exp(sample.teacher_tail_logprob), 1 - np.exp(logprobs).sum(1), **close)
 
 
 async def test_each_teacher_is_asked_once_and_only_about_its_own() -> None:

@@ -21,6 +21,7 @@ from tests.models import save_model
 from tests.pushing import learner_of
 from tests.teacher_app import serving
 from tests.unit.trainer.generating import Generator
+from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluator, ReverseKL
@@ -76,7 +77,7 @@ def mean_reverse_kl(
 ) -> tuple[float, float | None]:
     pipeline = learner.config.pipeline.model_copy(update={"tokens_per_micro_batch": tokens_per_micro_batch})
     learner.config = learner.config.model_copy(update={"pipeline": pipeline})
-    measured = ReverseKL(learner.reverse_kl(samples))
+    measured = ReverseKL(learner.reverse_kl(collect(samples)))
     return measured.mean, measured.stderr
 
 
