@@ -18,7 +18,7 @@ from services.clients.teacher_answers import mismatches
 from services.errors import PeerError
 from services.process.files import append_line
 from services.wire.teacher import TeacherScores
-from trainer.rollouts import Rollout
+from trainer.rollouts import Quarantined, Rollout
 from trainer.teachers import Teacher, Teachers, option_prefix
 
 # Distance of a row's probabilities from one that rounding can explain.
@@ -59,12 +59,6 @@ class ScoredSample:
     support_ids: np.ndarray  # [T, K] int32
     teacher_support_logprobs: np.ndarray  # [T, K]
     teacher_tail_logprob: np.ndarray  # [T]
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    rollout: Rollout
-    reason: str
 
 
 async def score_rollouts(
@@ -157,8 +151,10 @@ def defect(sample: ScoredSample, support: Support) -> str | None:
         return f"candidate {ids.max()} is padding of the teacher: the student has {support.vocab_size} tokens"
     mass = np.exp(logprobs.astype(np.float64)).sum(-1) + np.exp(tails.astype(np.float64))
     furthest = mass[np.abs(mass - 1.0).argmax()] if length else 1.0
-    if abs(furthest - 1.0) > _MASS_TOLERANCE or tokens.max(initial=0.0) > _MASS_TOLERANCE:
-        return f"the teacher's probabilities of one row sum to {max(furthest, float(np.exp(tokens.max(initial=-np.inf)))):.4f}"
+    if abs(furthest - 1.0) > _MASS_TOLERANCE:
+        return f"the teacher's probabilities of one row sum to {furthest:.4f}"
+    if (highest := float(tokens.max(initial=-np.inf))) > _LOGPROB_TOLERANCE:
+        return f"the teacher gave a sampled token the logprob {highest:.4g}, which is no probability"
     return _contradiction(sample, support)
 
 
@@ -214,6 +210,6 @@ class Quarantine:
             append_line(self._path, json.dumps(record).encode())
         if len(quarantined) > self._max_rate * num_samples:
             raise PeerError(
-                f"{len(quarantined)} of {num_samples} samples of a step had unusable teacher rows ({quarantined[0].reason}); "
+                f"{len(quarantined)} of {num_samples} completions of a step were set aside ({quarantined[0].reason}); "
                 f"above pipeline.max_quarantine_rate = {self._max_rate}; see {self._path}"
             )

@@ -56,14 +56,15 @@ async def produce(run: Session) -> None:
         await run.buffer.slot()
         prompts = run.prompts.take(config.pipeline.prompts_per_step)
         started = time.monotonic()
-        rollouts = await generate_rollouts(
+        rollouts, aborted = await generate_rollouts(
             run.rollout_client, prompts, sampling, config.pipeline.samples_per_prompt, run.support.student_top_k
         )
         generated = time.monotonic()
         samples, quarantined = await score_rollouts(
             run.teachers, rollouts, support=run.support, temperature=config.loss.kd_temperature
         )
-        run.quarantine.add(quarantined, len(rollouts))
+        quarantined = aborted + quarantined
+        run.quarantine.add(quarantined, len(rollouts) + len(aborted))
         metrics = completion_metrics(rollouts, run.record.token) | {
             "rollout_s": generated - started,
             "teacher_s": time.monotonic() - generated,

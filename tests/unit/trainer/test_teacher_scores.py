@@ -71,7 +71,7 @@ def test_rows_that_are_not_of_one_distribution_are_named() -> None:
         (with_value("support_ids", int(sample(0, 2, 3).support_ids[0, 1])), "twice in one row"),
         (with_value("teacher_support_logprobs", 0.0), "sum to"),
         (with_value("teacher_support_logprobs", -50.0), "sum to 0."),
-        (with_value("teacher_token_logprobs", 5.0), "sum to 148.4"),
+        (with_value("teacher_token_logprobs", 5.0), "the logprob 5, which is no probability"),
         (with_value("support_ids", -1), "candidate -1 is no token"),
         (changed(support_ids=sample(0, 2, 3).support_ids[:2]), "shapes (2, 4), (3, 4) and (3,) for 3 tokens"),
         (
@@ -277,7 +277,7 @@ def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_of_them_stop_the_run(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", max_rate=0.1)
-    with pytest.raises(PeerError, match=r"1 of 4 samples.*because.*max_quarantine_rate = 0\.1"):
+    with pytest.raises(PeerError, match=r"1 of 4 completions.*because.*max_quarantine_rate = 0\.1"):
         quarantine.add([Quarantined(sample(7, 2, 3).rollout, "because")], 4)
     assert (tmp_path / "q.jsonl").read_text().count("\n") == 1
 

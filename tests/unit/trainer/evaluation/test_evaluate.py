@@ -52,7 +52,7 @@ async def sampled(
     """Scored completions, sampled at temperature 1."""
     model = learner.student.model
     generator = Generator(model, [3], seed=seed)
-    rollouts = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
+    rollouts, _ = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
     support = Support("teacher_topk", top_k, len(model.lm_head.weight))
     samples, quarantined = await score_rollouts(Teachers([teacher]), rollouts, support=support, temperature=1.0)
     assert not quarantined
@@ -216,7 +216,7 @@ async def test_each_completion_is_measured_against_its_own_teacher(folder: str, 
             learner, 0
         )
         # The same completions: the generator's draws are in the order of the prompts.
-        rollouts = await generate_rollouts(
+        rollouts, _ = await generate_rollouts(
             Generator(learner.student.model, [256]), named, RolloutSampling(max_new_tokens=6)
         )  # type: ignore[arg-type]
         of_maths = [r for r in rollouts if r.prompt.teacher == "maths"]
