@@ -271,7 +271,8 @@ def _check_student_support(config: "RunConfig") -> None:
 def _refuse_ignored_loss_options(config: "RunConfig") -> None:
     """An option that another one makes meaningless is a mistake.
 
-    Two are spared: rkl_advantage, which is on by default and has no effect at the default gamma = 0, and top_k, on which metrics and costs depend in any case.
+    Two are spared: rkl_advantage, which is on by default and has no effect at the default gamma = 0, and top_k, on which
+    metrics and costs depend in any case.
     """
     loss = config.loss
     rules: list[tuple[bool, str, list[str]]] = [
