@@ -101,7 +101,7 @@ async def test_a_spoilt_sample_is_set_aside_and_the_others_are_kept(
     Quarantine(tmp_path / "quarantine.jsonl", max_rate=0.05).add(quarantined, len(ROLLOUTS))
     (row,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
     assert row["row"] == BAD + 1 and reason in row["reason"]
-    with pytest.raises(PeerError, match=r"1 of 20 samples.*above pipeline\.max_quarantine_rate = 0\.04"):
+    with pytest.raises(PeerError, match=r"1 of 20 completions.*above pipeline\.max_quarantine_rate = 0\.04"):
         Quarantine(tmp_path / "quarantine.jsonl", max_rate=0.04).add(quarantined, len(ROLLOUTS))
 
 
