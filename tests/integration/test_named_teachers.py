@@ -10,8 +10,8 @@ from services.clients import TeacherClient
 from services.config import RunConfig
 from tests.integration.processes import KEY, server
 from tests.models import save_model
-from tests.unit.trainer.attach.test_preflight import EOS, Servers, rollout_info
-from tests.unit.trainer.test_teacher_faults import ROLLOUTS
+from tests.servers import EOS, Servers, rollout_info
+from tests.unit.trainer.teachers_choices import ROLLOUTS
 from trainer.attach import preflight
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import score_rollouts

@@ -8,29 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from services.config import RunConfig
 from services.errors import DistillServeError
 from tests.models import save_model
-from tests.unit.trainer.test_batch import BATCH, SAMPLES
+from tests.unit.trainer.samples import BATCH, SAMPLES
+from tests.unit.trainer.sgd_learners import WINDOWS, learner_of
 from trainer.batch import collect, loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
 from trainer.learner import Learner
 from trainer.loss.minillm import LossTotals, minillm_loss
-from trainer.parallel import compute_dtype_of
 from trainer.student import load_student
 
-WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}
-
-
-def learner_of(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Learner:
-    """With plain SGD, so that updates can be followed by hand."""
-    config = RunConfig(**sections | {"student": {"model": folder} | sections.get("student", {})})
-    student = load_student(config.student, compute_dtype=compute_dtype_of(config, torch.device("cpu")))
-    learner = Learner(config, student, 10, RowStream(WINDOWS, seed=0, shuffle=False) if texts else None)
-    learner.optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate)
-    learner.schedule = torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 1.0)
-    return learner
 
 
 def weights(learner: Learner) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from services.config import RunConfig
 from tests.models import save_model
-from tests.unit.trainer.test_batch import SAMPLES
+from tests.unit.trainer.samples import SAMPLES
 from trainer.batch import collect, loss_inputs, pack
 from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.parallel import spread

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from services.config import RunConfig
-from tests.unit.trainer.test_batch import BATCH, SAMPLES
-from tests.unit.trainer.test_learner import learner_of
+from tests.unit.trainer.samples import BATCH, SAMPLES
+from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
 from trainer.batch import pack
 from trainer.evaluation import evaluate

@@ -13,7 +13,7 @@ from services.errors import PeerError
 from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
-from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample
+from tests.unit.trainer.samples import TOP_K, VOCAB, sample
 from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
 
 SUPPORT = Support("teacher_topk", TOP_K, VOCAB)

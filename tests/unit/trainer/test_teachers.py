@@ -17,7 +17,7 @@ from services.errors import ConfigError, PeerError, ProblemError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
 from tests.unit.trainer.attached import attached
-from tests.unit.trainer.test_teacher_faults import LENGTH, ROLLOUTS
+from tests.unit.trainer.teachers_choices import LENGTH, ROLLOUTS
 from trainer.data.prompts import Prompt
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import Support, score_rollouts

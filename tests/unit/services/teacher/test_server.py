@@ -18,8 +18,8 @@ from services.teacher.api.requests import encode_request
 from services.teacher.server import _as_dtype, as_json
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import SCORE_COLUMNS, TeacherRequest, TeacherScores, decode_scores
+from tests.servers import teacher_info
 from tests.teacher_app import GOOD, score, serving
-from tests.unit.trainer.attach.test_preflight import teacher_info
 from trainer.tiny.pair import build_tokenizer
 
 KEY = "the-key"

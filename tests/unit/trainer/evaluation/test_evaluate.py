@@ -1,25 +1,21 @@
 """The yardstick itself: reverse KL from a few logprobs, against the whole distributions; whose weights were measured."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.clients import TeacherClient
 from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
 from tests.models import save_model
 from tests.pushing import learner_of
-from tests.teacher_app import serving
+from tests.unit.trainer.attached import teacher_of
 from tests.unit.trainer.generating import Generator
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
@@ -34,16 +30,6 @@ from trainer.weights.policy_versions import PolicyVersions
 
 VOCAB = 1000
 PROMPTS = [Prompt(row, [row + 1, 7, 8 + row], "") for row in range(24)]
-
-
-@asynccontextmanager
-async def teacher_of(folder: str, name: str | None = None, **options: Any) -> AsyncIterator[Teacher]:
-    """A real teacher in this process."""
-    async with serving(folder, **options) as app:
-        client = TeacherClient(["http://teacher"], transport=httpx.ASGITransport(app.guard))
-        (info,) = await client.info()
-        yield Teacher(name, client, info)
-        await client.close()
 
 
 async def sampled(

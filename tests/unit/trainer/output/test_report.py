@@ -12,7 +12,7 @@ from rich.console import Console
 from services.config import RunConfig
 from services.errors import ConfigError, OutputError, StartupError
 from services.launch.summary_table import summary_table
-from tests.unit.trainer.test_batch import sample
+from tests.unit.trainer.samples import sample
 from trainer.batch import collect
 from trainer.evaluation.evaluate import Evaluation
 from trainer.output.report import FailedEvaluation, RunRecord, Summary, check_trackers
