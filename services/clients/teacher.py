@@ -1,18 +1,14 @@
 """The client of the teacher servers: work cut to size, spread over replicas, asked again through an outage."""
 
 import asyncio
-import random
 import re
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 
 from services.clients.arguments import integer, real, teacher_sequences
-from services.clients.base import Answer, ServerClient, all_or_first_error, may_pass
-from services.clients.replicas import Lease, Replicas
+from services.clients.base import ServerClient, all_or_first_error
 from services.clients.teacher_answers import (
     Sequence,
     check_answer,
@@ -24,7 +20,6 @@ from services.clients.teacher_answers import (
     replica_problem,
 )
 from services.errors import InputError, PeerError, ProblemError
-from services.http.connections import NAME_GRACE_S, describe, is_unresolved
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
 
@@ -36,7 +31,6 @@ _SCORES_IN_FLIGHT = 8
 # Ids and characters of one request: a body of some MiB, of which servers take 64.
 _IDS_PER_REQUEST = 1 << 21
 _TOO_LARGE = 413
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 
 # In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
 _SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)\.?")
@@ -76,32 +70,21 @@ class TeacherClient(ServerClient):
     """
 
     _SERVER = "a distillserve teacher server"
+    _NOBODY = "no teacher has answered"
     _SECTION = "teacher"
     _TIMEOUT_OPTION = (
         "teacher.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
     )
+    _OUTAGE_OPTION = "of a client in Python: outage_s; of `distillserve score`: --outage-s"
     _HAS_BASE_PATH = True
     _MOST_ROWS_PER_REQUEST = 1 << 40
 
-    def __init__(
-        self,
-        urls: list[str],
-        *,
-        key: str | None = None,
-        timeout_s: float = 300.0,
-        outage_s: float = 300.0,
-        attempts: int = 5,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(urls, key=key, timeout_s=timeout_s, attempts=attempts, transport=transport)
-        self._outage_s, self._clock = outage_s, clock
-        self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
-        self._first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+    _first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+    """Whose the scores are: others must be of the same model."""
 
     async def info(self) -> list[TeacherInfo]:
         """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
-        answers = await all_or_first_error([self._info(url) for url in self.urls])
+        answers = await all_or_first_error([self._retrying(url, self._info) for url in self.urls])
         if first_replica_problem(self.urls, answers) is None:
             self._check_same_model(self.urls[0], answers[0])
         return answers
@@ -111,8 +94,11 @@ class TeacherClient(ServerClient):
 
     async def vocabulary(self) -> dict[str, int]:
         """The first teacher's token-to-id map, for saying how two tokenizers differ."""
-        response = await self._retrying(lambda: self._send("GET", f"{self.urls[0]}/v1/teacher/vocabulary"))
-        return response.json()
+
+        async def ask(url: str) -> dict[str, int]:
+            return (await self._send("GET", f"{url}/v1/teacher/vocabulary")).json()
+
+        return await self._retrying(self.urls[0], ask)
 
     async def score(
         self,
@@ -230,7 +216,7 @@ class TeacherClient(ServerClient):
         parts = [part for answer in answers for part in answer]
         if parts:
             return join_scores(parts, len(asked))
-        _, source = self._first_answer or ("", await self._ask_replicas(self._info))
+        _, source = self._first_answer or ("", await self._outlasting(self._replicas, self._info))
         support_ids = asked[0].get("support_ids")
         return empty_scores(
             source,
@@ -282,7 +268,7 @@ class TeacherClient(ServerClient):
             self._check_same_model(base, scores)
             return url, scores
 
-        return await self._ask_replicas(send)
+        return await self._outlasting(self._replicas, send)
 
     def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
         """Refuse an answer of another model than the first one, also when a server was replaced in between.
@@ -293,75 +279,6 @@ class TeacherClient(ServerClient):
         self._first_answer = self._first_answer or (url, answer)
         if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
             raise PeerError(f"the teachers {problem}")
-
-    async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
-        """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.
-
-        Raises:
-            PeerError: none answered for `outage_s`; names what became of the last request to each.
-            ProblemError: a replica refused the request for good.
-        """
-        problems: dict[str, str] = {}
-        unresolved: dict[str, bool] = {}
-        tried: set[str] = set()
-        began: float | None = None
-        num_waits = 0
-        while True:
-            with self._replicas.lease(tried) as lease:
-                try:
-                    answer = await send(lease.url)
-                    self._replicas.answered(lease)
-                    return answer
-                except (httpx.RequestError, PeerError) as error:
-                    problems[lease.url] = self._judge(lease, error)
-                    unresolved[lease.url] = is_unresolved(error)
-            tried.add(lease.url)
-            now = self._clock()
-            began = now if began is None else began
-            if self._replicas.has_untried(tried):
-                continue
-            patience_s = self._patience_s(all(unresolved.values()))
-            left_s = began + patience_s - now
-            if left_s <= 0:
-                said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
-                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher.outage_s): {said}")
-            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
-            num_waits += 1
-            tried.clear()
-
-    def _patience_s(self, none_resolves: bool) -> float:
-        """How long to go on asking. Names that were never right are no outage, those of a server that is being moved are."""
-        return min(self._outage_s, NAME_GRACE_S) if none_resolves and not self._reached else self._outage_s
-
-    def _rest_s(self) -> float:
-        """How long every replica wants to be left alone, a little longer, so that those refused together part."""
-        return self._replicas.rest_s() * random.uniform(1.0, 1.25)
-
-    def _judge(self, lease: Lease, error: httpx.RequestError | PeerError) -> str:
-        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised.
-
-        Raises:
-            PeerError: it will not pass.
-        """
-        if not may_pass(error):
-            self._replicas.answered(lease)
-            if isinstance(error, PeerError):
-                raise error
-            raise PeerError(f"{lease.url} {describe(error, self._TIMEOUT_OPTION)}") from error
-        if isinstance(error, httpx.RequestError):
-            said = describe(error, self._TIMEOUT_OPTION)
-            self._replicas.failed(lease, said)
-            return said
-        assert isinstance(error, ProblemError)  # no other PeerError passes
-        detail = error.problem.get("detail") or error.problem.get("title")
-        said = f"answered {error.status}" + (f" ({detail})" if detail else "")
-        if error.retry_after_s is not None:
-            self._replicas.rest(lease, error.retry_after_s)
-        elif error.status >= 500:
-            self._replicas.failed(lease, said)
-        else:
-            self._replicas.answered(lease)
-        return said
 
 
 def _estimated_rows(sequence: dict[str, Any]) -> int:
@@ -392,7 +309,3 @@ def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
     if sequence.get("token_ids") is None:
         return None
     return sequence["token_ids"], sequence.get("prompt_length") or 0
-
-
-def _backoff_s(num_waits: int) -> float:
-    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))
