@@ -133,6 +133,7 @@ class VllmTeacherClient(TeacherClient):
             max_answer_mib=_NO_LIMIT,
             temperature_support="one",
             engine="vllm serve",
+            server="vllm",
             scores_support_ids=False,
             computes_entropies=False,
         )

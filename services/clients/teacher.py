@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +13,13 @@ from services.clients.base import ServerClient, all_or_first_error
 from services.clients.teacher_answers import (
     Sequence,
     check_answer,
-    cut_by_rows,
     empty_scores,
     first_replica_problem,
     join_scores,
     mismatches,
     replica_problem,
 )
+from services.clients.teacher_requests import cut_sequences, fair_share
 from services.errors import InputError, PeerError, ProblemError
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
@@ -28,8 +29,6 @@ LogprobDtype = Literal["float32", "float16"]
 
 # Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
 _SCORES_IN_FLIGHT = 8
-# Ids and characters of one request: a body of some MiB, of which servers take 64.
-_IDS_PER_REQUEST = 1 << 21
 _TOO_LARGE = 413
 
 # In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
@@ -52,6 +51,53 @@ class RefusedSequenceError(ProblemError):
 
 OnRefused = Callable[[int, RefusedSequenceError], None]
 """Told of each refused sequence: its place among those that were asked, and why."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `score_sequences`."""
+
+    sequences: list[dict[str, Any]]
+    top_k: int
+    temperature: float
+    logprob_dtype: LogprobDtype
+    on_mismatch: OnMismatch
+    on_refused: OnRefused | None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of a request beside its sequences."""
+        settings: dict[str, Any] = {"top_k": self.top_k, "temperature": self.temperature}
+        return settings if self.logprob_dtype == "float32" else {**settings, "logprob_dtype": self.logprob_dtype}
+
+    def body(self, places: list[int]) -> dict[str, Any]:
+        return {"sequences": [self.sequences[place] for place in places], **self.settings()}
+
+    def support_width(self) -> int | None:
+        """M of support_ids; None: not asked for."""
+        support_ids = self.sequences[0].get("support_ids")
+        return None if support_ids is None else len(support_ids[0]) if support_ids else 0
+
+    def check_answer(self, url: str, places: list[int], scores: TeacherScores) -> None:
+        """Refuse an answer to another question.
+
+        Raises:
+            PeerError: names the server and what is wrong.
+        """
+        asked = [self.sequences[place] for place in places]
+        check_answer(url, scores, asked, self.top_k, self.temperature)
+        if self.on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
+            raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
+
+    def refuse(self, place: int, error: ProblemError) -> None:
+        """Tell the caller that a teacher refused the sequence at this place.
+
+        Raises:
+            RefusedSequenceError: it does not want to be told, but to end.
+        """
+        refusal = RefusedSequenceError(error, place)
+        if self.on_refused is None:
+            raise refusal from error
+        self.on_refused(place, refusal)
 
 
 class TeacherClient(ServerClient):
@@ -177,69 +223,69 @@ class TeacherClient(ServerClient):
         Raises:
             As `score`.
         """
-        asked = teacher_sequences(sequences)
-        settings: dict[str, Any] = {
-            "top_k": integer("top_k", top_k, at_least=1),
-            "temperature": real("temperature", temperature),
-        }
-        if logprob_dtype != "float32":
-            settings["logprob_dtype"] = logprob_dtype
-        self._check_askable(asked, settings)
+        call = _Call(
+            teacher_sequences(sequences),
+            integer("top_k", top_k, at_least=1),
+            real("temperature", temperature),
+            logprob_dtype,
+            on_mismatch,
+            on_refused,
+        )
+        self._check_askable(call.sequences, call.settings())
+        most_rows = fair_share(call.sequences, len(self.urls))
+        if max_rows_per_request is not None:
+            most_rows = integer("max_rows_per_request", max_rows_per_request, at_least=1)
+        requests = cut_sequences(call.sequences, min(most_rows, self._MOST_ROWS_PER_REQUEST))
         room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
-
-        async def one(places: list[int]) -> list[tuple[list[int], TeacherScores]]:
-            """The answers to the sequences at these places, without what is refused."""
-            while places:
-                part = [asked[place] for place in places]
-                try:
-                    async with room:
-                        url, scores = await self._score_somewhere({"sequences": part, **settings})
-                except ProblemError as error:
-                    if len(part) > 1 and self._may_be_cut(error):
-                        middle = len(places) // 2
-                        return [answer for half in (places[:middle], places[middle:]) for answer in await one(half)]
-                    if (index := self._refused_index(error, len(part))) is None:
-                        raise
-                    refusal = RefusedSequenceError(error, places[index])
-                    if on_refused is None:
-                        raise refusal from error
-                    on_refused(places[index], refusal)
-                    places = [*places[:index], *places[index + 1 :]]
-                else:
-                    check_answer(url, scores, part, settings["top_k"], settings["temperature"])
-                    if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in part])):
-                        raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
-                    return [(places, scores)]
-            return []
-
-        answers = await all_or_first_error([one(places) for places in self._cut(asked, max_rows_per_request)])
+        answers = await all_or_first_error([self._score_places(call, places, room) for places in requests])
         parts = [part for answer in answers for part in answer]
-        if parts:
-            return join_scores(parts, len(asked))
+        return join_scores(parts, len(call.sequences)) if parts else await self._no_scores(call)
+
+    async def _score_places(
+        self, call: _Call, places: list[int], room: asyncio.Semaphore
+    ) -> list[tuple[list[int], TeacherScores]]:
+        """Answers to the sequences at these places, and at which each is, in their order; without what is refused."""
+        answers: list[tuple[list[int], TeacherScores]] = []
+        left = [places]
+        while left:
+            part = left.pop()
+            try:
+                async with room:
+                    url, scores = await self._score_somewhere(call.body(part))
+            except ProblemError as error:
+                left += reversed(self._left_after_refusal(call, part, error))
+            else:
+                call.check_answer(url, part, scores)
+                answers.append((part, scores))
+        return answers
+
+    def _left_after_refusal(self, call: _Call, places: list[int], error: ProblemError) -> list[list[int]]:
+        """What is to be asked instead of a request that was refused: its halves, or the others when one was at fault.
+
+        Raises:
+            ProblemError: the request was refused as a whole.
+            RefusedSequenceError: one was at fault, and there is no `on_refused` to tell.
+        """
+        if len(places) > 1 and self._may_be_cut(error):
+            middle = len(places) // 2
+            return [places[:middle], places[middle:]]
+        if (index := self._refused_index(error, len(places))) is None:
+            raise error
+        call.refuse(places[index], error)
+        others = [*places[:index], *places[index + 1 :]]
+        return [others] if others else []
+
+    async def _no_scores(self, call: _Call) -> TeacherScores:
+        """The answer when every sequence was refused."""
         _, source = self._first_answer or ("", await self._outlasting(self._replicas, self._info))
-        support_ids = asked[0].get("support_ids")
         return empty_scores(
             source,
-            settings["temperature"],
-            settings["top_k"],
-            num_sequences=len(asked),
-            support_width=None if support_ids is None else len(support_ids[0]) if support_ids else 0,
-            logprob_dtype=np.dtype(logprob_dtype),
+            call.temperature,
+            call.top_k,
+            num_sequences=len(call.sequences),
+            support_width=call.support_width(),
+            logprob_dtype=np.dtype(call.logprob_dtype),
         )
-
-    def _cut(self, asked: list[dict[str, Any]], max_rows: int | None) -> list[list[int]]:
-        """Places of the sequences of each request."""
-        num_rows = [_estimated_rows(sequence) for sequence in asked]
-        limit = -(-sum(num_rows) // len(self.urls))
-        if max_rows is not None:
-            limit = integer("max_rows_per_request", max_rows, at_least=1)
-        parts = cut_by_rows(num_rows, min(limit, self._MOST_ROWS_PER_REQUEST))
-        num_ids = [_num_ids(sequence) for sequence in asked]
-        return [
-            list(range(part.start + piece.start, part.start + piece.stop))
-            for part in parts
-            for piece in cut_by_rows(num_ids[part], _IDS_PER_REQUEST)
-        ]
 
     def _check_askable(self, sequences: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Refuse what servers of this kind do not do."""
@@ -279,30 +325,6 @@ class TeacherClient(ServerClient):
         self._first_answer = self._first_answer or (url, answer)
         if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
             raise PeerError(f"the teachers {problem}")
-
-
-def _estimated_rows(sequence: dict[str, Any]) -> int:
-    if (token_ids := sequence.get("token_ids")) is not None:
-        return max(1, len(token_ids) - (sequence.get("prompt_length") or 0))
-    return max(1, _num_characters(sequence.get("completion")) or _num_characters((_messages(sequence) or [None])[-1]))
-
-
-def _num_ids(sequence: dict[str, Any]) -> int:
-    """Ids that are sent of a sequence, support_ids among them; of a text its characters."""
-    ids = len(sequence.get("token_ids") or []) + sum(map(len, sequence.get("support_ids") or []))
-    texts = (sequence.get("prompt"), sequence.get("completion"), *_messages(sequence))
-    return ids + sum(map(_num_characters, texts))
-
-
-def _messages(sequence: dict[str, Any]) -> list[Any]:
-    messages = sequence.get("messages")
-    return messages if isinstance(messages, list) else []
-
-
-def _num_characters(part: Any) -> int:
-    """Of a text, or of a message."""
-    text = part.get("content") if isinstance(part, dict) else part
-    return len(text) if isinstance(text, str) else 0
 
 
 def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:

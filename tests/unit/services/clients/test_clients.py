@@ -14,7 +14,7 @@ import pytest
 from services.clients import RolloutClient, TeacherClient
 from services.clients import base as server_client
 from services.clients import rollout as rollout_client
-from services.clients.teacher_answers import cut_by_rows
+from services.clients.teacher_requests import cut_by_rows
 from services.errors import PeerError, ProblemError
 from services.wire.frames import END_OF_STREAM
 from services.wire.rollout import (

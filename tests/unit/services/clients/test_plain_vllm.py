@@ -63,6 +63,7 @@ async def test_info_is_what_the_server_lets_one_find_out(allowed: int, limit: in
     (info,) = await client(Vllm(allowed)).info()
     assert (info.model, info.padded_vocab_size, info.max_top_k, info.max_model_len) == ("big", VOCAB, limit, 32)
     assert (info.temperature_support, info.scores_support_ids, info.computes_entropies) == ("one", False, False)
+    assert info.server == "vllm"
     assert info.tokenizer_fingerprint is None
 
 
