@@ -317,7 +317,10 @@ async def _attach(config: RunConfig, files: _Files, stack: AsyncExitStack) -> _S
     """Clients of all servers, closed with the stack, and what the servers say of themselves."""
     secrets = Secrets()
     rollout_client = RolloutClient(
-        config.rollout.server_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout.request_timeout_s
+        config.rollout.server_urls(),
+        key=reveal(secrets.rollout_key),
+        timeout_s=config.rollout.request_timeout_s,
+        outage_s=config.rollout.outage_s,
     )
     urls = teacher_urls(config.teacher, files.teacher_names())
     teacher_clients = {name: _teacher_client(config.teacher, name, urls[name], secrets) for name in urls}

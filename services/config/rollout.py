@@ -42,6 +42,8 @@ class RolloutConfig(ServerSection):
     request_timeout_s: float = Field(300.0, gt=10)
     """How long the trainer waits while this server says nothing, seconds; every 10 s it says that it lives, however long its
     completions are."""
+    outage_s: float = Field(300.0, gt=0)
+    """How long the trainer goes on asking while a rollout server does not answer, seconds; then the run stops."""
     seed: int = 0
     """Seed of the server's sampler."""
     engine_args: list[str] = []

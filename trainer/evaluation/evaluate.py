@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient
-from services.clients.teacher_answers import cut_by_rows
+from services.clients.teacher_requests import cut_by_rows
 from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.rollout import RolloutSampling

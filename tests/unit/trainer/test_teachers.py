@@ -161,7 +161,7 @@ async def test_an_outage_of_one_teacher_ends_the_step_and_names_it() -> None:
 
     message = (
         r"^teacher\.named\.code: no teacher has answered for 60 s \(teacher.outage_s\): "
-        r"http://code:1 cannot be reached: ConnectError refused$"
+        r"http://code:1 cannot be reached: ConnectError refused; to wait longer, raise teacher.outage_s"
     )
     with pytest.raises(PeerError, match=message):
         await score_rollouts(teachers(code=down), of_teachers(NAMES), support=SUPPORTS[0], temperature=1.0)

@@ -277,6 +277,7 @@ def test_a_support_that_one_teacher_does_not_score_is_refused_with_its_name(
         ({"support": "student_topk"}, 300, {}, "ids up to 300, the teacher scores those below 261"),
         ({"top_k": 20}, 261, {"max_top_k": 19}, "needs 20 tokens per position, teacher.max_top_k = 19"),
         ({"single_step_estimator": "full"}, 261, {"max_top_k": 19}, "needs 261 tokens per position"),
+        ({"top_k": 20}, 261, {"max_top_k": 19, "server": "vllm"}, r"server \(of a plain vLLM server: --max-logprobs\)"),
         (
             {"support": "student_topk", "top_k": 20},
             261,
