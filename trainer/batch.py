@@ -12,6 +12,7 @@ import torch
 
 from services.config import LossConfig
 from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from services.wire.batch import TrainingBatch
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import LossInputs
 from trainer.teacher_scores import ScoredSample
@@ -67,43 +68,78 @@ def pack_sequences(prompts: list[list[int]], completions: list[list[int]]) -> Te
     return TextBatch(input_ids, positions, torch.tensor([token for completion in completions for token in completion]))
 
 
+def collect(
+    samples: list[ScoredSample], versions: list[int] | None = None, metrics: dict[str, float] | None = None
+) -> TrainingBatch:
+    """The samples of one step as columns.
+
+    Args:
+        versions: of the oldest token of each sample; None: not known, and not asked for.
+        metrics: of how they came about.
+    """
+    completions, prompts = [s.rollout.completion for s in samples], [s.rollout.prompt for s in samples]
+    return TrainingBatch(
+        rows=np.array([prompt.row for prompt in prompts], np.int64),
+        groups=np.array([completion.prompt_index for completion in completions], np.int64),
+        prompt_lengths=np.array([len(prompt.token_ids) for prompt in prompts], np.int64),
+        completion_lengths=np.array([len(completion.token_ids) for completion in completions], np.int64),
+        truncated=np.array([completion.truncated for completion in completions], np.bool_),
+        policy_versions=np.array(versions or [0] * len(samples), np.int64),
+        prompt_ids=np.array([token for prompt in prompts for token in prompt.token_ids], np.int32),
+        token_ids=_joined([c.token_ids for c in completions], np.int32),
+        rollout_logprobs=_joined([c.rollout_logprobs for c in completions]),
+        teacher_token_logprobs=_joined([s.teacher_token_logprobs for s in samples]),
+        support_ids=_joined([s.support_ids for s in samples], np.int32),
+        teacher_support_logprobs=_joined([s.teacher_support_logprobs for s in samples]),
+        teacher_tail_logprob=_joined([s.teacher_tail_logprob for s in samples]),
+        texts=[prompt.text for prompt in prompts],
+        metrics=metrics or {},
+    )
+
+
+def _joined(arrays: list[np.ndarray], dtype: type = np.float32) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+
+
 def pack(
-    samples: list[ScoredSample], config: LossConfig, tokens_per_micro_batch: int, boundary: int | None = None
+    batch: TrainingBatch, config: LossConfig, tokens_per_micro_batch: int, boundary: int | None = None
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of rows of similar length.
 
     Args:
-        samples: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
+        batch: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
             ones have no part in the loss either, and need no forward pass.
         tokens_per_micro_batch: bound on B * T; a longer sample stands alone.
         boundary: samples up to this length and longer ones are never in one micro-batch (`rope_switch`).
     """
-    used = [s for s in samples if config.truncated == "train" or not s.rollout.completion.truncated]
-    groups = cut_by_padded_tokens([len(s.rollout.sequence) for s in used], tokens_per_micro_batch, boundary=boundary)
-    return [_pack_group([used[index] for index in group]) for group in groups]
+    used = [index for index in range(len(batch)) if config.truncated == "train" or not batch.truncated[index]]
+    lengths = (batch.prompt_lengths + batch.completion_lengths)[used].tolist()
+    groups = cut_by_padded_tokens(lengths, tokens_per_micro_batch, boundary=boundary)
+    return [_pack_group(batch, [used[index] for index in group]) for group in groups]
 
 
-def _pack_group(samples: list[ScoredSample]) -> MicroBatch:
-    rollouts = [s.rollout for s in samples]
-    completions = [r.completion for r in rollouts]
-    lengths = [len(c.token_ids) for c in completions]
-    input_ids = pad_rows([r.sequence for r in rollouts])
-    return MicroBatch(
-        input_ids=input_ids,
-        positions=predicting_positions([len(r.prompt.token_ids) for r in rollouts], lengths, input_ids.shape[1]),
-        token_ids=_concatenate([c.token_ids for c in completions], np.int64),
-        loss_mask=torch.ones(sum(lengths), dtype=torch.bool),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
-        rollout_logprobs=_concatenate([c.rollout_logprobs for c in completions]),
-        teacher_token_logprobs=_concatenate([s.teacher_token_logprobs for s in samples]),
-        support_ids=_concatenate([s.support_ids for s in samples], np.int64),
-        teacher_support_logprobs=_concatenate([s.teacher_support_logprobs for s in samples]),
-        teacher_tail_logprob=_concatenate([s.teacher_tail_logprobs for s in samples]),
+def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
+    rows = np.concatenate([np.arange(*batch.completion(index).indices(len(batch.token_ids))) for index in group])
+    given = pack_sequences(
+        [batch.prompt(index).tolist() for index in group],
+        [batch.token_ids[batch.completion(index)].tolist() for index in group],
     )
 
+    def column(values: np.ndarray, dtype: type = np.float32) -> torch.Tensor:
+        return torch.from_numpy(values[rows].astype(dtype))
 
-def _concatenate(arrays: list[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays).astype(dtype))
+    return MicroBatch(
+        input_ids=given.input_ids,
+        positions=given.positions,
+        token_ids=given.token_ids,
+        loss_mask=torch.ones(len(rows), dtype=torch.bool),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(batch.completion_lengths[group])])),
+        rollout_logprobs=column(batch.rollout_logprobs),
+        teacher_token_logprobs=column(batch.teacher_token_logprobs),
+        support_ids=column(batch.support_ids, np.int64),
+        teacher_support_logprobs=column(batch.teacher_support_logprobs),
+        teacher_tail_logprob=column(batch.teacher_tail_logprob),
+    )
 
 
 def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch.Tensor | None = None) -> LossInputs:

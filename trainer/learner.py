@@ -15,6 +15,7 @@ from services.config import LossConfig, RunConfig
 from services.errors import DistillServeError
 from services.models.padding import cut_by_padded_tokens
 from services.weight_transfer.source import CheckpointSource
+from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, TextBatch, loss_inputs, pack, pack_sequences, pack_texts
 from trainer.data.stream import RowStream
 from trainer.loss.head import HeadOutput
@@ -27,7 +28,6 @@ from trainer.loss.minillm import (
 )
 from trainer.optimizer import build_optimizer, build_schedule
 from trainer.student import Student, evaluating
-from trainer.teacher_scores import ScoredSample
 from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
 
@@ -59,7 +59,7 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def step(self, samples: list[ScoredSample]) -> dict[str, float]:
+    def step(self, batch: TrainingBatch) -> dict[str, float]:
         """Update the student on one batch, `pipeline.updates_per_batch` times.
 
         Returns:
@@ -71,13 +71,13 @@ class Learner:
             DistillServeError: the gradient is not finite, or `stop` was called; the weights are those of the step before.
         """
         with self._all_updates_or_none():
-            metrics = self._update(samples)
+            metrics = self._update(batch)
         self.finished_step += 1
         return metrics
 
-    def _update(self, samples: list[ScoredSample]) -> dict[str, float]:
+    def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
-        micro_batches = pack(samples, config.loss, config.pipeline.micro_batch_tokens, switch)
+        micro_batches = pack(batch, config.loss, config.pipeline.micro_batch_tokens, switch)
         longest = config.sampling.max_new_tokens
         totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
         texts = [] if self.texts is None else self.texts.take(config.pipeline.texts_per_step)
@@ -193,18 +193,18 @@ class Learner:
         return found
 
     @torch.no_grad()
-    def reverse_kl(self, samples: list[ScoredSample]) -> list[tuple[float, int]]:
+    def reverse_kl(self, batch: TrainingBatch) -> list[tuple[float, int]]:
         """For each completion, sampled at temperature 1: the reverse KL summed over its tokens, nats, and their number."""
         found = []
         with evaluating(self.student):
             # The order of micro-batches does not matter: they are added up.
             for micro_batch in pack(
-                samples, LossConfig(), self.config.pipeline.micro_batch_tokens, self.student.rope_switch
+                batch, LossConfig(), self.config.pipeline.micro_batch_tokens, self.student.rope_switch
             ):
                 lengths = micro_batch.cu_seqlens.diff().tolist()
-                batch = micro_batch.to(self.student.device)
-                output = self._forward(batch, batch.support_ids)
-                per_token = estimate_reverse_kl(loss_inputs(batch, output)).double().cpu()
+                on_device = micro_batch.to(self.student.device)
+                output = self._forward(on_device, on_device.support_ids)
+                per_token = estimate_reverse_kl(loss_inputs(on_device, output)).double().cpu()
                 found += [(float(part.sum()), len(part)) for part in per_token.split(lengths)]
         return found
 

@@ -1,7 +1,7 @@
 """Prompts to completions: what the rollout servers are asked, and what of their answers is trained on.
 
 consumes   Prompt
-produces   Rollout: a completion with the logprobs of the policy that sampled it
+produces   Rollout: a completion with the logprobs of the policy that sampled it; or a quarantined one with a reason
 waits for  the rollout servers; a server that is paused for a weight push answers after its resume
 """
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from services.clients import RolloutClient
 from services.config import SamplingConfig
-from services.errors import PeerError
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from trainer.data.prompts import Prompt
 
@@ -32,6 +31,14 @@ class Rollout:
         return [*self.prompt.token_ids, *self.completion.token_ids.tolist()]
 
 
+@dataclass(frozen=True)
+class Quarantined:
+    """A completion that is set aside: what is known of it cannot be trained on."""
+
+    rollout: Rollout
+    reason: str
+
+
 def training_sampling(config: SamplingConfig) -> RolloutSampling:
     """The sampling of training, as the rollout server takes it."""
     return RolloutSampling(
@@ -48,24 +55,21 @@ async def generate_rollouts(
     sampling: RolloutSampling,
     samples_per_prompt: int = 1,
     student_top_k: int = 0,
-) -> list[Rollout]:
-    """Complete every prompt; ordered by prompt, then sample.
+) -> tuple[list[Rollout], list[Quarantined]]:
+    """Complete every prompt; both lists are ordered by prompt, then sample.
 
     Args:
         student_top_k: also return the student's k likeliest tokens at every position.
 
     Raises:
-        PeerError: a server failed, or ended a completion for a reason of its own.
+        PeerError: a server failed.
     """
     completions = await client.generate([p.token_ids for p in prompts], sampling, samples_per_prompt, student_top_k)
-    for completion in completions:
-        if completion.finish_reason == "abort" or len(completion.token_ids) == 0:
-            raise PeerError(f"the rollout server gave up on the prompt of row {prompts[completion.prompt_index].row}")
-        if (reason := _logprob_defect(completion)) is not None:
-            raise PeerError(
-                f"the rollout server {reason}, for the prompt of row {prompts[completion.prompt_index].row}"
-            )
-    return [Rollout(prompts[c.prompt_index], c) for c in completions]
+    rollouts = [Rollout(prompts[c.prompt_index], c) for c in completions]
+    reasons = [reason_to_set_aside(completion) for completion in completions]
+    found = list(zip(rollouts, reasons, strict=True))
+    good = [rollout for rollout, reason in found if reason is None]
+    return good, [Quarantined(rollout, f"the rollout server {reason}") for rollout, reason in found if reason]
 
 
 def completion_metrics(rollouts: list[Rollout], spell: Callable[[int], str]) -> dict[str, float]:
@@ -83,9 +87,13 @@ def completion_metrics(rollouts: list[Rollout], spell: Callable[[int], str]) -> 
     }
 
 
-def _logprob_defect(completion: RolloutCompletion) -> str | None:
-    """Why the importance weights of a completion would be wrong, or None."""
+def reason_to_set_aside(completion: RolloutCompletion) -> str | None:
+    """What a rollout server has done wrong with a completion, or None."""
     logprobs = completion.rollout_logprobs
+    if completion.finish_reason == "abort":
+        return "gave up on it"
+    if len(completion.token_ids) == 0:
+        return "sent no token"
     if len(logprobs) != len(completion.token_ids):
         return f"sent {len(logprobs)} logprobs for {len(completion.token_ids)} tokens"
     if not np.isfinite(logprobs).all():

@@ -25,6 +25,7 @@ from services.gpus.options import computed
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interruption
+from services.wire.batch import TrainingBatch
 from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
@@ -41,29 +42,13 @@ from trainer.output.saving import SavedStudents
 from trainer.parallel import compute_dtype_of
 from trainer.staleness_buffer import StalenessBuffer
 from trainer.student import load_student
-from trainer.teacher_scores import Quarantine, ScoredSample, Support
+from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teachers, teacher_urls
 from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The scored samples of one step and what they cost."""
-
-    samples: list[ScoredSample]
-    endings: dict[str, float]
-    """Metrics of how all completions ended, those that were set aside included."""
-    rollout_s: float
-    teacher_s: float
-    num_quarantined: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(s.rollout.completion.token_ids) for s in self.samples)
 
 
 @dataclass
@@ -75,7 +60,7 @@ class Session:
     support: Support
     rollout_client: RolloutClient
     teachers: Teachers
-    buffer: StalenessBuffer[Batch]
+    buffer: StalenessBuffer[bytes]
     weights: WeightSync
     evaluator: Evaluator | None
     quarantine: Quarantine
@@ -162,27 +147,25 @@ class Session:
         return evaluation
 
     def record_step(
-        self, step: int, batch: Batch, metrics: dict[str, float], *, staleness: int, train_s: float
+        self, step: int, batch: TrainingBatch, metrics: dict[str, float], *, staleness: int, train_s: float
     ) -> None:
         """One row of metrics, a few samples now and then."""
-        self.num_tokens += batch.num_tokens
-        metrics = metrics | batch.endings
-        row = metrics | {
+        num_tokens = len(batch.token_ids)
+        self.num_tokens += num_tokens
+        row = metrics | batch.metrics
+        row |= {
             "staleness": staleness,
             "num_steps": self.num_steps,
-            "rollout_s": batch.rollout_s,
-            "teacher_s": batch.teacher_s,
             "train_s": train_s,
-            "rollout_tokens_per_s": batch.num_tokens / batch.rollout_s,
-            "teacher_tokens_per_s": batch.num_tokens / batch.teacher_s,
-            "trainer_tokens_per_s": batch.num_tokens / train_s,
-            "num_quarantined": batch.num_quarantined,
+            "rollout_tokens_per_s": num_tokens / row["rollout_s"],
+            "teacher_tokens_per_s": num_tokens / row["teacher_s"],
+            "trainer_tokens_per_s": num_tokens / train_s,
             "step_s": self.record.wall_s - self.last_wall_s,
             "wall_s": self.record.wall_s,
         }
         self.last_wall_s = self.record.wall_s
         self.record.step(step, row)
-        self.record.samples(step, batch.samples)
+        self.record.samples(step, batch)
         self.progress.step({"step": step, **row})
 
     def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
@@ -334,7 +317,10 @@ async def _attach(config: RunConfig, files: _Files, stack: AsyncExitStack) -> _S
     """Clients of all servers, closed with the stack, and what the servers say of themselves."""
     secrets = Secrets()
     rollout_client = RolloutClient(
-        config.rollout_urls(), key=reveal(secrets.rollout_key), timeout_s=config.rollout_client.request_timeout_s
+        config.rollout_urls(),
+        key=reveal(secrets.rollout_key),
+        timeout_s=config.rollout_client.request_timeout_s,
+        outage_s=config.rollout_client.outage_s,
     )
     urls = teacher_urls(config, files.teacher_names())
     teacher_clients = {name: _teacher_client(config, name, urls[name], secrets) for name in urls}

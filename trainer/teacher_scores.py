@@ -18,7 +18,7 @@ from services.clients.teacher_answers import mismatches
 from services.errors import PeerError
 from services.process.files import append_line
 from services.wire.teacher import TeacherScores
-from trainer.rollouts import Rollout
+from trainer.rollouts import Quarantined, Rollout
 from trainer.teachers import Teacher, Teachers, option_prefix
 
 # Distance of a row's probabilities from one that rounding can explain.
@@ -58,13 +58,7 @@ class ScoredSample:
     teacher_token_logprobs: np.ndarray  # [T]
     support_ids: np.ndarray  # [T, K] int32
     teacher_support_logprobs: np.ndarray  # [T, K]
-    teacher_tail_logprobs: np.ndarray  # [T]
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    rollout: Rollout
-    reason: str
+    teacher_tail_logprob: np.ndarray  # [T]
 
 
 async def score_rollouts(
@@ -132,14 +126,14 @@ def _slice(rollout: Rollout, scores: TeacherScores, index: int, support: Support
         teacher_token_logprobs=scores.token_logprobs[rows],
         support_ids=ids,
         teacher_support_logprobs=logprobs,
-        teacher_tail_logprobs=tails,
+        teacher_tail_logprob=tails,
     )
 
 
 def defect(sample: ScoredSample, support: Support) -> str | None:
     """Why a sample's teacher rows cannot be trained on, or None."""
     length, tokens = len(sample.rollout.completion.token_ids), sample.teacher_token_logprobs
-    ids, logprobs, tails = sample.support_ids, sample.teacher_support_logprobs, sample.teacher_tail_logprobs
+    ids, logprobs, tails = sample.support_ids, sample.teacher_support_logprobs, sample.teacher_tail_logprob
     if len(tokens) != length:
         return f"the teacher scored {len(tokens)} of {length} tokens"
     if ids.shape != logprobs.shape or len(ids) != length or len(tails) != length:
@@ -157,8 +151,10 @@ def defect(sample: ScoredSample, support: Support) -> str | None:
         return f"candidate {ids.max()} is padding of the teacher: the student has {support.vocab_size} tokens"
     mass = np.exp(logprobs.astype(np.float64)).sum(-1) + np.exp(tails.astype(np.float64))
     furthest = mass[np.abs(mass - 1.0).argmax()] if length else 1.0
-    if abs(furthest - 1.0) > _MASS_TOLERANCE or tokens.max(initial=0.0) > _MASS_TOLERANCE:
-        return f"the teacher's probabilities of one row sum to {max(furthest, float(np.exp(tokens.max(initial=-np.inf)))):.4f}"
+    if abs(furthest - 1.0) > _MASS_TOLERANCE:
+        return f"the teacher's probabilities of one row sum to {furthest:.4f}"
+    if (highest := float(tokens.max(initial=-np.inf))) > _LOGPROB_TOLERANCE:
+        return f"the teacher gave a sampled token the logprob {highest:.4g}, which is no probability"
     return _contradiction(sample, support)
 
 
@@ -170,7 +166,7 @@ def _contradiction(sample: ScoredSample, support: Support) -> str | None:
     inside = same.any(-1)
     among = np.where(same, sample.teacher_support_logprobs, 0.0).sum(-1)
     # A token outside the support is part of the tail, and no likelier than the teacher's likeliest tokens.
-    bound = sample.teacher_tail_logprobs
+    bound = sample.teacher_tail_logprob
     if support.kind == "teacher_topk":
         bound = np.minimum(bound, sample.teacher_support_logprobs.min(-1))
     over = np.where(np.exp(logprobs) - np.exp(bound) > _TAIL_RESOLUTION, logprobs - bound, 0.0)
@@ -214,6 +210,6 @@ class Quarantine:
             append_line(self._path, json.dumps(record).encode())
         if len(quarantined) > self._max_rate * num_samples:
             raise PeerError(
-                f"{len(quarantined)} of {num_samples} samples of a step had unusable teacher rows ({quarantined[0].reason}); "
+                f"{len(quarantined)} of {num_samples} completions of a step were set aside ({quarantined[0].reason}); "
                 f"above pipeline.max_quarantine_rate = {self._max_rate}; see {self._path}"
             )

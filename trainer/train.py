@@ -14,9 +14,11 @@ import time
 from services.config import RunConfig
 from services.errors import DistillServeError
 from services.process.signals import Interruption
+from services.wire.batch import decode_batch, encode_batch
+from trainer.batch import collect
 from trainer.output.report import Summary
 from trainer.rollouts import completion_metrics, generate_rollouts, training_sampling
-from trainer.session import Batch, Session, open_session
+from trainer.session import Session, open_session
 from trainer.teacher_scores import score_rollouts
 
 
@@ -54,25 +56,32 @@ async def produce(run: Session) -> None:
         await run.buffer.slot()
         prompts = run.prompts.take(config.pipeline.prompts_per_step)
         started = time.monotonic()
-        rollouts = await generate_rollouts(
+        rollouts, aborted = await generate_rollouts(
             run.rollout_client, prompts, sampling, config.pipeline.samples_per_prompt, run.support.student_top_k
         )
         generated = time.monotonic()
         samples, quarantined = await score_rollouts(
             run.teachers, rollouts, support=run.support, temperature=config.loss.kd_temperature
         )
-        run.quarantine.add(quarantined, len(rollouts))
-        endings = completion_metrics(rollouts, run.record.token)
-        batch = Batch(samples, endings, generated - started, time.monotonic() - generated, len(quarantined))
+        quarantined = aborted + quarantined
+        run.quarantine.add(quarantined, len(rollouts) + len(aborted))
+        metrics = completion_metrics(rollouts, run.record.token) | {
+            "rollout_s": generated - started,
+            "teacher_s": time.monotonic() - generated,
+            "num_quarantined": len(quarantined),
+        }
+        versions = [run.weights.versions.oldest([sample.rollout.completion]) for sample in samples]
+        batch = encode_batch(collect(samples, versions, metrics))
         run.buffer.put(batch, run.weights.versions.oldest(rollout.completion for rollout in rollouts))
 
 
 async def consume(run: Session) -> None:
     """Drain the buffer: one optimizer step and one weight push per batch."""
     for step in range(1, run.num_steps + 1):
-        batch, staleness = await run.buffer.get()
+        document, staleness = await run.buffer.get()
+        batch = decode_batch(document)
         started = time.monotonic()
-        metrics = await run.to_the_end(run.learner.step, batch.samples)
+        metrics = await run.to_the_end(run.learner.step, batch)
         trained = time.monotonic()
         run.students.step_finished(step)
         pushed = await run.publish(step)

@@ -1,22 +1,21 @@
-"""What the clients of both servers share, over httpx: split timeouts, retries that respect Retry-After, problem documents.
+"""What the clients of both servers share, over httpx: split timeouts, readiness, problem documents.
 
-Retried are 408, 429, 5xx and transport errors that may pass (services/http/connections.py), with jitter; never another
-4xx: the same request would be refused again. Weight control is services/weight_transfer/control.py.
+What is asked again, and for how long, is outage.py's. Weight control is services/weight_transfer/control.py.
 """
 
 import asyncio
 import logging
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import httpx
-import stamina
 from pydantic import TypeAdapter, ValidationError
 
+from services.clients.outage import Answer, Attempts, Outage, OutageBudget
+from services.clients.replicas import Replicas
 from services.config.addresses import checked_urls
 from services.errors import ClientClosedError, InputError, PeerError, ProblemError
 from services.http.connections import (
@@ -33,11 +32,8 @@ from services.http.connections import (
 logger = logging.getLogger(__name__)
 
 Info = TypeVar("Info")
-Answer = TypeVar("Answer")
 
 _POLL_S = 0.25
-# A server that names a longer time is asked again all the same: attempts are bounded, and so should be their waits.
-_LONGEST_RETRY_AFTER_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,9 @@ class ServerClient:
         urls: base URLs of equal servers; work is spread over them.
         key: bearer token, if the servers ask for one.
         timeout_s: how long to wait for an answer to begin, and between its parts.
-        attempts: tries of one request, the first included.
-        transport: replaces the network in tests.
+        outage_s: how long work (scores, completions) is asked again while nobody answers, counted from its first failure.
+        attempts: tries of the other requests, the first included.
+        transport, clock: replace the network and the time in tests.
 
     Raises:
         InputError: a URL or the key cannot be used.
@@ -68,8 +65,12 @@ class ServerClient:
     _KEYLESS_AUTH: httpx.Auth | None = None
     """What a client without a key tries instead."""
     _SERVER = "a distillserve server"
+    _NOBODY = "no server has answered"
+    """How the error after an outage begins."""
     _SECTION = "rollout_client"
     _TIMEOUT_OPTION = "timeout_s"
+    _OUTAGE_OPTION = "of a client in Python: outage_s"
+    """What gives an outage more time where there is no run file."""
     _HAS_BASE_PATH = False
 
     def __init__(
@@ -78,8 +79,10 @@ class ServerClient:
         *,
         key: str | None = None,
         timeout_s: float = 300.0,
+        outage_s: float = 300.0,
         attempts: int = 5,
         transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if isinstance(urls, str) or not urls:
             raise InputError(f"urls = {urls!r} must be a list of at least one URL, e.g. ['http://10.0.0.5:8101']")
@@ -87,8 +90,11 @@ class ServerClient:
             self.urls = checked_urls("urls", urls, base_path=self._HAS_BASE_PATH)
         except ValueError as error:
             raise InputError(str(error)) from None
-        self._attempts = attempts
+        self._outage_s, self._attempts, self._clock = outage_s, attempts, clock
         self._reached = False
+        self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
+        self._alone = {url: Replicas([url], clock=clock) for url in self.urls}
+        """Each server, for what no other can answer in its stead."""
         self._http = async_client(self.urls, timeout_s, key, transport, None if key else self._KEYLESS_AUTH)
 
     async def __aenter__(self) -> Self:
@@ -165,7 +171,7 @@ class ServerClient:
 
     async def _get_info(self, url: str, kind: type[Info]) -> Info:
         try:
-            response = await self._retrying(lambda: self._send("GET", url))
+            response = await self._send("GET", url)
         except ProblemError as error:
             if error.status != 404:
                 raise
@@ -209,45 +215,26 @@ class ServerClient:
         error.retry_after_s = retry_after_s(response)
         raise error
 
-    async def _retrying(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Run `call`, again after errors that may pass.
+    async def _retrying(self, url: str, send: Callable[[str], Awaitable[Answer]]) -> Answer:
+        """Run `send` with the URL of this server, up to `attempts` times while its errors may pass.
 
         Raises:
             PeerError: the last attempt's error.
         """
-        started, tries = time.monotonic(), 0
-        try:
-            async for attempt in stamina.retry_context(
-                on=wait_before_retry, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=10.0
-            ):
-                tries = attempt.num
-                with attempt:
-                    return await call()
-        except httpx.RequestError as error:
-            raise self._unanswered(error, tries, time.monotonic() - started) from error
-        raise AssertionError("unreachable: stamina either returns or raises")
+        outage = Outage(self._alone[url], self._TIMEOUT_OPTION, self._clock)
+        return await outage.ask(send, Attempts(self._attempts, self._TIMEOUT_OPTION))
 
-    def _unanswered(self, error: httpx.RequestError, tries: int, seconds: float) -> PeerError:
-        """What was asked of whom, how often and for how long, and why there is no answer."""
-        request = error._request
-        asked = str(request.url) if request is not None else ", ".join(self.urls)
-        how = f"{request.method if request is not None else 'asked'}, {tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
-        return PeerError(f"{asked} {describe(error, self._TIMEOUT_OPTION)} ({how})")
+    async def _outlasting(self, replicas: Replicas, send: Callable[[str], Awaitable[Answer]]) -> Answer:
+        """Run `send` with the URL of a replica, of others and again through an outage of `outage_s`.
 
-
-def may_pass(error: Exception) -> bool:
-    """Whether the same request may be answered later."""
-    if isinstance(error, ProblemError):
-        return error.status in (408, 429) or error.status >= 500
-    return isinstance(error, httpx.RequestError) and not is_final(error)
-
-
-def wait_before_retry(error: Exception) -> bool | float:
-    """False: do not retry; True: after stamina's own backoff; a number: after that many seconds."""
-    if isinstance(error, ProblemError) and may_pass(error) and error.retry_after_s is not None:
-        # A little jitter, so that clients that were refused together do not return together.
-        return min(error.retry_after_s, _LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
-    return may_pass(error)
+        Raises:
+            PeerError: none answered for `outage_s`; names what became of the last request to each.
+            ProblemError: a replica refused the request for good.
+        """
+        budget = OutageBudget(
+            self._NOBODY, self._outage_s, f"{self._SECTION}.outage_s", self._OUTAGE_OPTION, lambda: self._reached
+        )
+        return await Outage(replicas, self._TIMEOUT_OPTION, self._clock).ask(send, budget)
 
 
 async def all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-from services.clients.base import Answer
+from services.clients.outage import Answer
 from services.clients.teacher import LogprobDtype, OnMismatch, OnRefused, TeacherClient
 from services.clients.teacher_answers import Sequence
 from services.errors import ClientClosedError

@@ -108,7 +108,7 @@ class VllmTeacherClient(TeacherClient):
         return self._infos[url]
 
     async def _describe(self, url: str) -> TeacherInfo:
-        response = await self._retrying(lambda: self._send("GET", f"{url}/v1/models"))
+        response = await self._send("GET", f"{url}/v1/models")
         try:
             model = _Model.model_validate(response.json()["data"][0])
         except (ValueError, LookupError, TypeError, ValidationError) as error:
@@ -133,6 +133,7 @@ class VllmTeacherClient(TeacherClient):
             max_answer_mib=_NO_LIMIT,
             temperature_support="one",
             engine="vllm serve",
+            server="vllm",
             scores_support_ids=False,
             computes_entropies=False,
         )
@@ -140,7 +141,7 @@ class VllmTeacherClient(TeacherClient):
     async def _limits(self, url: str, model: str) -> tuple[int, int]:
         """(vocabulary, largest top-k), which no route tells: the answer, or the refusal, of asking for everything."""
         try:
-            response = await self._retrying(lambda: self._complete(url, model, [[0, 0]], -1))
+            response = await self._complete(url, model, [[0, 0]], -1)
         except ProblemError as error:
             found = _TOO_MANY.search(str(error))
             if found is None:
@@ -163,7 +164,7 @@ class VllmTeacherClient(TeacherClient):
             self._check_same_model(url, scores)
             return url, scores
 
-        return await self._ask_replicas(send)
+        return await self._outlasting(self._replicas, send)
 
 
 def _check_completion(index: int, sequence: dict[str, Any]) -> None:

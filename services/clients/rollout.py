@@ -1,7 +1,7 @@
 """The client of the rollout servers."""
 
-import time
-from collections.abc import Iterator
+import logging
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import httpx
 
 from services.clients.arguments import check_spellable, integer, prompts_of_ids
 from services.clients.base import ServerClient, all_or_first_error
+from services.clients.outage import Attempts, Outage, may_pass
 from services.config.own_key import OwnKeyAuth
 from services.errors import PeerError, ProblemError
 from services.wire.frames import read_frames
@@ -19,6 +20,8 @@ from services.wire.rollout import (
     RolloutSampling,
     decode_completion,
 )
+
+logger = logging.getLogger(__name__)
 
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
 _COMPLETIONS_PER_REQUEST = 4096
@@ -34,23 +37,59 @@ class _Request:
     first_sample: int
     num_samples: int
 
-    def halves(self) -> tuple["_Request", "_Request"] | None:
-        """Two requests for the same completions; None when it is for a single one."""
+    def without(self, received: Collection[tuple[int, int]]) -> list["_Request"]:
+        """Requests for what is not among the (place, sample) `received`; prompts that lack the same samples share one."""
+        lacking: dict[tuple[int, int], list[int]] = {}
+        samples = range(self.first_sample, self.first_sample + self.num_samples)
+        for place in self.places:
+            for run in _runs([sample for sample in samples if (place, sample) not in received]):
+                lacking.setdefault(run, []).append(place)
+        return [_Request(places, first, num) for (first, num), places in lacking.items()]
+
+    def halves(self) -> list["_Request"]:
+        """Two requests for the same completions; none when it is for a single one."""
         if len(self.places) > 1:
             middle = len(self.places) // 2
-            return replace(self, places=self.places[:middle]), replace(self, places=self.places[middle:])
+            return [replace(self, places=self.places[:middle]), replace(self, places=self.places[middle:])]
         if self.num_samples == 1:
-            return None
+            return []
         middle = self.num_samples // 2
         rest = replace(self, first_sample=self.first_sample + middle, num_samples=self.num_samples - middle)
-        return replace(self, num_samples=middle), rest
+        return [replace(self, num_samples=middle), rest]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The work of one call of `generate`."""
+
+    prompts: list[list[int]]
+    sampling: RolloutSampling
+    student_top_k: int
+    run: str | None
+
+    def body(self, request: _Request) -> dict[str, Any]:
+        # The server adds its own sample index to the seed, counted from 0 in every request.
+        seed = None if self.sampling.seed is None else self.sampling.seed + request.first_sample
+        return {
+            "prompts": [self.prompts[place] for place in request.places],
+            "samples_per_prompt": request.num_samples,
+            "sampling": self.sampling.model_dump() | {"seed": seed},
+            "student_top_k": self.student_top_k,
+            "run": self.run,
+        }
 
 
 class RolloutClient(ServerClient):
-    """The rollout servers: completions of the student under the weights they hold."""
+    """The rollout servers: completions of the student under the weights they hold.
+
+    A server that is down, full or slow is asked again for `outage_s`, for what has not arrived of its share. One that was
+    started again answers under the version "default": whose a completion is, its `policy_versions` say, and whoever trains
+    on it must ask.
+    """
 
     _KEYLESS_AUTH = OwnKeyAuth()
     _SERVER = "a distillserve rollout server"
+    _NOBODY = "a rollout server has not answered"
     _SECTION = "rollout_client"
     _TIMEOUT_OPTION = "rollout_client.request_timeout_s (of a client in Python: timeout_s)"
 
@@ -62,7 +101,11 @@ class RolloutClient(ServerClient):
 
     async def info(self) -> list[RolloutInfo]:
         """One answer per server, in the order of the URLs."""
-        infos = await all_or_first_error([self._get_info(f"{url}/v1/rollouts/info", RolloutInfo) for url in self.urls])
+
+        async def ask(url: str) -> RolloutInfo:
+            return await self._get_info(f"{url}/v1/rollouts/info", RolloutInfo)
+
+        infos = await all_or_first_error([self._retrying(url, ask) for url in self.urls])
         for url, info in zip(self.urls, infos, strict=True):
             self._limits[url] = min(_COMPLETIONS_PER_REQUEST, info.max_completions_per_request)
         return infos
@@ -73,7 +116,7 @@ class RolloutClient(ServerClient):
         """Complete any number of prompts, spread evenly over the servers.
 
         A server gets one request after the other: two at once would only wait in its queue until they time out. What it
-        calls too large (413) is cut further.
+        calls too large (413) is cut further, and what arrived before a connection broke is kept.
 
         Args:
             prompts: token ids of each; numpy arrays and torch tensors of integers will do.
@@ -83,45 +126,46 @@ class RolloutClient(ServerClient):
 
         Raises:
             InputError: there is no prompt, one is empty, or ids are no whole numbers; nothing was sent.
-            PeerError: a server failed more often than there are attempts; the others are no longer asked.
+            PeerError: a server did not answer for `outage_s`, or refused; the others are no longer asked.
         """
-        asked = prompts_of_ids(prompts)
+        work = _Work(prompts_of_ids(prompts), sampling, integer("student_top_k", student_top_k, at_least=0), self.run)
         samples = integer("samples_per_prompt", samples_per_prompt, at_least=1)
-        top_k = integer("student_top_k", student_top_k, at_least=0)
         check_spellable("sampling", sampling.model_dump())
-
-        async def complete(url: str, request: _Request) -> list[RolloutCompletion]:
-            try:
-                return await self._complete(url, request, asked, sampling, top_k)
-            except ProblemError as error:
-                halves = request.halves()
-                if error.status != _TOO_LARGE or halves is None:
-                    raise
-                return [completion for half in halves for completion in await complete(url, half)]
+        lengths = [len(prompt) for prompt in work.prompts]
 
         async def share(server: int) -> list[RolloutCompletion]:
-            url, places = self.urls[server], list(range(server, len(asked), len(self.urls)))
-            requests = _cut(places, [len(prompt) for prompt in asked], samples, self._limits[url])
-            return [completion for request in requests for completion in await complete(url, request)]
+            url, places = self.urls[server], list(range(server, len(lengths), len(self.urls)))
+            requests = list(_cut(places, lengths, samples, self._limits[url]))
+            return await self._complete(url, requests, work)
 
         shares = await all_or_first_error([share(server) for server in range(len(self.urls))])
         completions = [completion for part in shares for completion in part]
         return sorted(completions, key=lambda c: (c.prompt_index, c.sample_index))
 
-    async def _complete(
-        self, url: str, request: _Request, prompts: list[list[int]], sampling: RolloutSampling, top_k: int
-    ) -> list[RolloutCompletion]:
-        # The server adds its own sample index to the seed, counted from 0 in every request.
-        seed = None if sampling.seed is None else sampling.seed + request.first_sample
-        body = {
-            "prompts": [prompts[place] for place in request.places],
-            "samples_per_prompt": request.num_samples,
-            "sampling": sampling.model_dump() | {"seed": seed},
-            "student_top_k": top_k,
-            "run": self.run,
-        }
-        frames = await self._retrying(lambda: self._read_completions(url, body))
-        _check_complete(url, frames, len(request.places), request.num_samples)
+    async def _complete(self, url: str, requests: list[_Request], work: _Work) -> list[RolloutCompletion]:
+        """The completions of some requests, one after the other; only what has not arrived is asked again."""
+        received: dict[tuple[int, int], RolloutCompletion] = {}
+        left = requests[::-1]
+        while left:
+            request = left.pop()
+            try:
+                for completion in await self._ask(url, request, work):
+                    received[completion.prompt_index, completion.sample_index] = completion
+                parts = request.without(received)
+            except ProblemError as error:
+                parts = request.halves() if error.status == _TOO_LARGE else []
+                if not parts:
+                    raise
+            left += reversed(parts)
+        return list(received.values())
+
+    async def _ask(self, url: str, request: _Request, work: _Work) -> list[RolloutCompletion]:
+        """What arrives of a request, at least one completion, by their places among the prompts and samples of the call."""
+
+        async def read(base: str) -> list[RolloutCompletion]:
+            return await self._read_completions(base, work.body(request), len(request.places), request.num_samples)
+
+        frames = await self._outlasting(self._alone[url], read)
         return [
             replace(
                 frame,
@@ -141,29 +185,70 @@ class RolloutClient(ServerClient):
         """
         check_spellable("sampling", sampling.model_dump())
         body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump(), "run": self.run}
-        started = time.monotonic()
-        try:
-            completions = await self._read_completions(url, body)
-        except httpx.RequestError as error:
-            raise self._unanswered(error, 1, time.monotonic() - started) from error
-        _check_complete(url, completions, len(prompts), 1)
+        outage = Outage(self._alone[url], self._TIMEOUT_OPTION, self._clock)
+
+        async def read(base: str) -> list[RolloutCompletion]:
+            return await self._read_completions(base, body, len(prompts), 1, may_break=False)
+
+        completions = await outage.ask(read, Attempts(1, self._TIMEOUT_OPTION))
         return sorted(completions, key=lambda c: c.prompt_index)
 
-    async def _read_completions(self, url: str, body: dict[str, Any]) -> list[RolloutCompletion]:
+    async def _read_completions(
+        self, url: str, body: dict[str, Any], prompts: int, samples: int, *, may_break: bool = True
+    ) -> list[RolloutCompletion]:
+        """The completions of a request as they arrive; those before a break where it `may_break` and there are any.
+
+        Raises:
+            PeerError: the server sent others than it was asked for, or broke off by its own word.
+        """
+        completions: list[RolloutCompletion] = []
+        try:
+            async for completion in self._stream(url, body):
+                completions.append(completion)
+        except httpx.RequestError as error:
+            if not (completions and may_break and may_pass(error)):
+                raise
+            _check_asked(url, completions, prompts, samples, is_whole=False)
+            logger.warning(
+                "%s broke off after %d of %d completions; the others are asked again",
+                url,
+                len(completions),
+                prompts * samples,
+            )
+        else:
+            _check_asked(url, completions, prompts, samples, is_whole=True)
+        return completions
+
+    async def _stream(self, url: str, body: dict[str, Any]) -> AsyncIterator[RolloutCompletion]:
         self._check_open()
         async with self._http.stream("POST", f"{url}/v1/rollouts", json=body) as response:
             if not response.is_success:
                 await response.aread()
                 self._raise_for_problem(response)
-            return [decode_completion(document) async for document in read_frames(response.aiter_bytes())]
+            self._reached = True
+            async for document in read_frames(response.aiter_bytes()):
+                yield decode_completion(document)
 
 
-def _check_complete(url: str, completions: list[RolloutCompletion], prompts: int, samples: int) -> None:
-    got = sorted((c.prompt_index, c.sample_index) for c in completions)
-    if got != [(prompt, sample) for prompt in range(prompts) for sample in range(samples)]:
+def _check_asked(url: str, completions: list[RolloutCompletion], prompts: int, samples: int, *, is_whole: bool) -> None:
+    """Refuse completions that nobody asked for, doubled ones and, of a whole answer, too few."""
+    got = {(c.prompt_index, c.sample_index) for c in completions}
+    asked = {(prompt, sample) for prompt in range(prompts) for sample in range(samples)}
+    if len(got) != len(completions) or not got <= asked or (is_whole and got != asked):
         raise PeerError(
-            f"{url} sent {len(got)} completions, not exactly one for each of {prompts} prompts x {samples} samples"
+            f"{url} sent {len(completions)} completions, not exactly one for each of {prompts} prompts x {samples} samples"
         )
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """(first, how many) of each run of consecutive numbers, which rise."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
 
 
 def _cut(places: list[int], lengths: list[int], samples: int, limit: int) -> Iterator[_Request]:

@@ -1,30 +1,26 @@
 """The client of the teacher servers: work cut to size, spread over replicas, asked again through an outage."""
 
 import asyncio
-import random
 import re
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 
 from services.clients.arguments import integer, real, teacher_sequences
-from services.clients.base import Answer, ServerClient, all_or_first_error, may_pass
-from services.clients.replicas import Lease, Replicas
+from services.clients.base import ServerClient, all_or_first_error
 from services.clients.teacher_answers import (
     Sequence,
     check_answer,
-    cut_by_rows,
     empty_scores,
     first_replica_problem,
     join_scores,
     mismatches,
     replica_problem,
 )
+from services.clients.teacher_requests import cut_sequences, fair_share
 from services.errors import InputError, PeerError, ProblemError
-from services.http.connections import NAME_GRACE_S, describe, is_unresolved
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
 
@@ -33,10 +29,7 @@ LogprobDtype = Literal["float32", "float16"]
 
 # Score requests under way at once, for each server: enough to keep it busy, few enough to leave its queue to others.
 _SCORES_IN_FLIGHT = 8
-# Ids and characters of one request: a body of some MiB, of which servers take 64.
-_IDS_PER_REQUEST = 1 << 21
 _TOO_LARGE = 413
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 
 # In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
 _SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)\.?")
@@ -60,6 +53,53 @@ OnRefused = Callable[[int, RefusedSequenceError], None]
 """Told of each refused sequence: its place among those that were asked, and why."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of `score_sequences`."""
+
+    sequences: list[dict[str, Any]]
+    top_k: int
+    temperature: float
+    logprob_dtype: LogprobDtype
+    on_mismatch: OnMismatch
+    on_refused: OnRefused | None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of a request beside its sequences."""
+        settings: dict[str, Any] = {"top_k": self.top_k, "temperature": self.temperature}
+        return settings if self.logprob_dtype == "float32" else {**settings, "logprob_dtype": self.logprob_dtype}
+
+    def body(self, places: list[int]) -> dict[str, Any]:
+        return {"sequences": [self.sequences[place] for place in places], **self.settings()}
+
+    def support_width(self) -> int | None:
+        """M of support_ids; None: not asked for."""
+        support_ids = self.sequences[0].get("support_ids")
+        return None if support_ids is None else len(support_ids[0]) if support_ids else 0
+
+    def check_answer(self, url: str, places: list[int], scores: TeacherScores) -> None:
+        """Refuse an answer to another question.
+
+        Raises:
+            PeerError: names the server and what is wrong.
+        """
+        asked = [self.sequences[place] for place in places]
+        check_answer(url, scores, asked, self.top_k, self.temperature)
+        if self.on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
+            raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
+
+    def refuse(self, place: int, error: ProblemError) -> None:
+        """Tell the caller that a teacher refused the sequence at this place.
+
+        Raises:
+            RefusedSequenceError: it does not want to be told, but to end.
+        """
+        refusal = RefusedSequenceError(error, place)
+        if self.on_refused is None:
+            raise refusal from error
+        self.on_refused(place, refusal)
+
+
 class TeacherClient(ServerClient):
     """The teacher servers, equal replicas: logprobs of given completions.
 
@@ -76,32 +116,21 @@ class TeacherClient(ServerClient):
     """
 
     _SERVER = "a distillserve teacher server"
+    _NOBODY = "no teacher has answered"
     _SECTION = "teacher_client"
     _TIMEOUT_OPTION = (
         "teacher_client.request_timeout_s (of a client in Python: timeout_s; of `distillserve score`: --timeout-s)"
     )
+    _OUTAGE_OPTION = "of a client in Python: outage_s; of `distillserve score`: --outage-s"
     _HAS_BASE_PATH = True
     _MOST_ROWS_PER_REQUEST = 1 << 40
 
-    def __init__(
-        self,
-        urls: list[str],
-        *,
-        key: str | None = None,
-        timeout_s: float = 300.0,
-        outage_s: float = 300.0,
-        attempts: int = 5,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(urls, key=key, timeout_s=timeout_s, attempts=attempts, transport=transport)
-        self._outage_s, self._clock = outage_s, clock
-        self._replicas = Replicas(self.urls, longest_rest_s=outage_s, clock=clock)
-        self._first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+    _first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
+    """Whose the scores are: others must be of the same model."""
 
     async def info(self) -> list[TeacherInfo]:
         """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
-        answers = await all_or_first_error([self._info(url) for url in self.urls])
+        answers = await all_or_first_error([self._retrying(url, self._info) for url in self.urls])
         if first_replica_problem(self.urls, answers) is None:
             self._check_same_model(self.urls[0], answers[0])
         return answers
@@ -111,8 +140,11 @@ class TeacherClient(ServerClient):
 
     async def vocabulary(self) -> dict[str, int]:
         """The first teacher's token-to-id map, for saying how two tokenizers differ."""
-        response = await self._retrying(lambda: self._send("GET", f"{self.urls[0]}/v1/teacher/vocabulary"))
-        return response.json()
+
+        async def ask(url: str) -> dict[str, int]:
+            return (await self._send("GET", f"{url}/v1/teacher/vocabulary")).json()
+
+        return await self._retrying(self.urls[0], ask)
 
     async def score(
         self,
@@ -191,69 +223,69 @@ class TeacherClient(ServerClient):
         Raises:
             As `score`.
         """
-        asked = teacher_sequences(sequences)
-        settings: dict[str, Any] = {
-            "top_k": integer("top_k", top_k, at_least=1),
-            "temperature": real("temperature", temperature),
-        }
-        if logprob_dtype != "float32":
-            settings["logprob_dtype"] = logprob_dtype
-        self._check_askable(asked, settings)
+        call = _Call(
+            teacher_sequences(sequences),
+            integer("top_k", top_k, at_least=1),
+            real("temperature", temperature),
+            logprob_dtype,
+            on_mismatch,
+            on_refused,
+        )
+        self._check_askable(call.sequences, call.settings())
+        most_rows = fair_share(call.sequences, len(self.urls))
+        if max_rows_per_request is not None:
+            most_rows = integer("max_rows_per_request", max_rows_per_request, at_least=1)
+        requests = cut_sequences(call.sequences, min(most_rows, self._MOST_ROWS_PER_REQUEST))
         room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
-
-        async def one(places: list[int]) -> list[tuple[list[int], TeacherScores]]:
-            """The answers to the sequences at these places, without what is refused."""
-            while places:
-                part = [asked[place] for place in places]
-                try:
-                    async with room:
-                        url, scores = await self._score_somewhere({"sequences": part, **settings})
-                except ProblemError as error:
-                    if len(part) > 1 and self._may_be_cut(error):
-                        middle = len(places) // 2
-                        return [answer for half in (places[:middle], places[middle:]) for answer in await one(half)]
-                    if (index := self._refused_index(error, len(part))) is None:
-                        raise
-                    refusal = RefusedSequenceError(error, places[index])
-                    if on_refused is None:
-                        raise refusal from error
-                    on_refused(places[index], refusal)
-                    places = [*places[:index], *places[index + 1 :]]
-                else:
-                    check_answer(url, scores, part, settings["top_k"], settings["temperature"])
-                    if on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in part])):
-                        raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
-                    return [(places, scores)]
-            return []
-
-        answers = await all_or_first_error([one(places) for places in self._cut(asked, max_rows_per_request)])
+        answers = await all_or_first_error([self._score_places(call, places, room) for places in requests])
         parts = [part for answer in answers for part in answer]
-        if parts:
-            return join_scores(parts, len(asked))
-        _, source = self._first_answer or ("", await self._ask_replicas(self._info))
-        support_ids = asked[0].get("support_ids")
+        return join_scores(parts, len(call.sequences)) if parts else await self._no_scores(call)
+
+    async def _score_places(
+        self, call: _Call, places: list[int], room: asyncio.Semaphore
+    ) -> list[tuple[list[int], TeacherScores]]:
+        """Answers to the sequences at these places, and at which each is, in their order; without what is refused."""
+        answers: list[tuple[list[int], TeacherScores]] = []
+        left = [places]
+        while left:
+            part = left.pop()
+            try:
+                async with room:
+                    url, scores = await self._score_somewhere(call.body(part))
+            except ProblemError as error:
+                left += reversed(self._left_after_refusal(call, part, error))
+            else:
+                call.check_answer(url, part, scores)
+                answers.append((part, scores))
+        return answers
+
+    def _left_after_refusal(self, call: _Call, places: list[int], error: ProblemError) -> list[list[int]]:
+        """What is to be asked instead of a request that was refused: its halves, or the others when one was at fault.
+
+        Raises:
+            ProblemError: the request was refused as a whole.
+            RefusedSequenceError: one was at fault, and there is no `on_refused` to tell.
+        """
+        if len(places) > 1 and self._may_be_cut(error):
+            middle = len(places) // 2
+            return [places[:middle], places[middle:]]
+        if (index := self._refused_index(error, len(places))) is None:
+            raise error
+        call.refuse(places[index], error)
+        others = [*places[:index], *places[index + 1 :]]
+        return [others] if others else []
+
+    async def _no_scores(self, call: _Call) -> TeacherScores:
+        """The answer when every sequence was refused."""
+        _, source = self._first_answer or ("", await self._outlasting(self._replicas, self._info))
         return empty_scores(
             source,
-            settings["temperature"],
-            settings["top_k"],
-            num_sequences=len(asked),
-            support_width=None if support_ids is None else len(support_ids[0]) if support_ids else 0,
-            logprob_dtype=np.dtype(logprob_dtype),
+            call.temperature,
+            call.top_k,
+            num_sequences=len(call.sequences),
+            support_width=call.support_width(),
+            logprob_dtype=np.dtype(call.logprob_dtype),
         )
-
-    def _cut(self, asked: list[dict[str, Any]], max_rows: int | None) -> list[list[int]]:
-        """Places of the sequences of each request."""
-        num_rows = [_estimated_rows(sequence) for sequence in asked]
-        limit = -(-sum(num_rows) // len(self.urls))
-        if max_rows is not None:
-            limit = integer("max_rows_per_request", max_rows, at_least=1)
-        parts = cut_by_rows(num_rows, min(limit, self._MOST_ROWS_PER_REQUEST))
-        num_ids = [_num_ids(sequence) for sequence in asked]
-        return [
-            list(range(part.start + piece.start, part.start + piece.stop))
-            for part in parts
-            for piece in cut_by_rows(num_ids[part], _IDS_PER_REQUEST)
-        ]
 
     def _check_askable(self, sequences: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Refuse what servers of this kind do not do."""
@@ -282,7 +314,7 @@ class TeacherClient(ServerClient):
             self._check_same_model(base, scores)
             return url, scores
 
-        return await self._ask_replicas(send)
+        return await self._outlasting(self._replicas, send)
 
     def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
         """Refuse an answer of another model than the first one, also when a server was replaced in between.
@@ -294,105 +326,8 @@ class TeacherClient(ServerClient):
         if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
             raise PeerError(f"the teachers {problem}")
 
-    async def _ask_replicas(self, send: Callable[[str], Awaitable[Answer]]) -> Answer:
-        """Run `send` with the URL of a replica, of another one at once when that fails, and of all again after a wait.
-
-        Raises:
-            PeerError: none answered for `outage_s`; names what became of the last request to each.
-            ProblemError: a replica refused the request for good.
-        """
-        problems: dict[str, str] = {}
-        unresolved: dict[str, bool] = {}
-        tried: set[str] = set()
-        began: float | None = None
-        num_waits = 0
-        while True:
-            with self._replicas.lease(tried) as lease:
-                try:
-                    answer = await send(lease.url)
-                    self._replicas.answered(lease)
-                    return answer
-                except (httpx.RequestError, PeerError) as error:
-                    problems[lease.url] = self._judge(lease, error)
-                    unresolved[lease.url] = is_unresolved(error)
-            tried.add(lease.url)
-            now = self._clock()
-            began = now if began is None else began
-            if self._replicas.has_untried(tried):
-                continue
-            patience_s = self._patience_s(all(unresolved.values()))
-            left_s = began + patience_s - now
-            if left_s <= 0:
-                said = "; ".join(f"{url} {problem}" for url, problem in problems.items())
-                raise PeerError(f"no teacher has answered for {patience_s:g} s (teacher_client.outage_s): {said}")
-            await asyncio.sleep(min(max(_backoff_s(num_waits), self._rest_s()), left_s))
-            num_waits += 1
-            tried.clear()
-
-    def _patience_s(self, none_resolves: bool) -> float:
-        """How long to go on asking. Names that were never right are no outage, those of a server that is being moved are."""
-        return min(self._outage_s, NAME_GRACE_S) if none_resolves and not self._reached else self._outage_s
-
-    def _rest_s(self) -> float:
-        """How long every replica wants to be left alone, a little longer, so that those refused together part."""
-        return self._replicas.rest_s() * random.uniform(1.0, 1.25)
-
-    def _judge(self, lease: Lease, error: httpx.RequestError | PeerError) -> str:
-        """Tell `Replicas` what an error says of a replica, and put it into words; one that will not pass is raised.
-
-        Raises:
-            PeerError: it will not pass.
-        """
-        if not may_pass(error):
-            self._replicas.answered(lease)
-            if isinstance(error, PeerError):
-                raise error
-            raise PeerError(f"{lease.url} {describe(error, self._TIMEOUT_OPTION)}") from error
-        if isinstance(error, httpx.RequestError):
-            said = describe(error, self._TIMEOUT_OPTION)
-            self._replicas.failed(lease, said)
-            return said
-        assert isinstance(error, ProblemError)  # no other PeerError passes
-        detail = error.problem.get("detail") or error.problem.get("title")
-        said = f"answered {error.status}" + (f" ({detail})" if detail else "")
-        if error.retry_after_s is not None:
-            self._replicas.rest(lease, error.retry_after_s)
-        elif error.status >= 500:
-            self._replicas.failed(lease, said)
-        else:
-            self._replicas.answered(lease)
-        return said
-
-
-def _estimated_rows(sequence: dict[str, Any]) -> int:
-    if (token_ids := sequence.get("token_ids")) is not None:
-        return max(1, len(token_ids) - (sequence.get("prompt_length") or 0))
-    return max(1, _num_characters(sequence.get("completion")) or _num_characters((_messages(sequence) or [None])[-1]))
-
-
-def _num_ids(sequence: dict[str, Any]) -> int:
-    """Ids that are sent of a sequence, support_ids among them; of a text its characters."""
-    ids = len(sequence.get("token_ids") or []) + sum(map(len, sequence.get("support_ids") or []))
-    texts = (sequence.get("prompt"), sequence.get("completion"), *_messages(sequence))
-    return ids + sum(map(_num_characters, texts))
-
-
-def _messages(sequence: dict[str, Any]) -> list[Any]:
-    messages = sequence.get("messages")
-    return messages if isinstance(messages, list) else []
-
-
-def _num_characters(part: Any) -> int:
-    """Of a text, or of a message."""
-    text = part.get("content") if isinstance(part, dict) else part
-    return len(text) if isinstance(text, str) else 0
-
 
 def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
     if sequence.get("token_ids") is None:
         return None
     return sequence["token_ids"], sequence.get("prompt_length") or 0
-
-
-def _backoff_s(num_waits: int) -> float:
-    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_waits, 16) + random.uniform(0.0, 1.0))

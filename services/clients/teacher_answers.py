@@ -10,7 +10,7 @@ from services.errors import PeerError
 from services.wire.teacher import MODEL_DIGITS, TeacherInfo, TeacherScores
 
 Sequence = tuple[list[int], int]
-"""Token ids of prompt and completion, and the prompt's length."""
+"""(token ids of prompt and completion, number of them that are the prompt's), e.g. ([52, 55, 43, 56], 3)."""
 
 
 Origin = TeacherInfo | TeacherScores
@@ -31,7 +31,7 @@ def replica_problem(first: tuple[str, Origin], other: tuple[str, Origin]) -> str
     )
     if ours.fingerprint[:MODEL_DIGITS] == theirs.fingerprint[:MODEL_DIGITS]:
         return f"do not compute their one model in the same way (engine, dtype or options): {both}"
-    if isinstance(ours, TeacherInfo) and ours.engine == "vllm serve":
+    if isinstance(ours, TeacherInfo) and ours.server == "vllm":
         both += "; a plain vLLM server tells no more than a name: start replicas with the same --served-model-name"
     return f"do not serve the same model: {both}"
 
@@ -43,19 +43,8 @@ def first_replica_problem(urls: list[str], infos: list[TeacherInfo]) -> str | No
     return None if found is None else f"the teachers at {', '.join(urls)} {found}"
 
 
-def cut_by_rows(num_rows: list[int], limit: int) -> list[slice]:
-    """Consecutive slices of sequences with at most `limit` rows each; a longer sequence stands alone."""
-    slices, start, rows = [], 0, 0
-    for index, count in enumerate(num_rows):
-        if index > start and rows + count > limit:
-            slices.append(slice(start, index))
-            start, rows = index, 0
-        rows += count
-    return [*slices, slice(start, len(num_rows))]
-
-
 def check_answer(url: str, scores: TeacherScores, asked: list[dict[str, Any]], top_k: int, temperature: float) -> None:
-    """Refuse an answer that contradicts itself or answers another request; its sequences are `mismatches`' business.
+    """Refuse an answer of other settings or shapes than were asked for; `mismatches` compares its tokens.
 
     Raises:
         PeerError: names the server and what is wrong.

@@ -16,6 +16,9 @@ class ClientSection(Section):
     """How long the trainer and `up` wait for such a server to become ready, seconds."""
     request_timeout_s: float = Field(300.0, gt=0)
     """How long the trainer waits for the answer to one request, seconds."""
+    outage_s: float = Field(300.0, gt=0)
+    """How long the trainer goes on asking while such a server does not answer, nor a replica of it, seconds; then the run
+    stops."""
 
     def server_urls(self, server: ServerSection) -> list[str]:
         """The URLs to attach to, each in its one spelling.

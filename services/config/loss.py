@@ -74,7 +74,7 @@ class LossConfig(Section):
 
     @property
     def has_policy_gradient(self) -> bool:
-        """Whether the teacher's rewards make advantages at all: not when only what follows counts, by nothing."""
+        """Whether the teacher's rewards make advantages that are not all zero: with gamma = 0 and exclusive rewards-to-go they are."""
         return self.uses_rkl_advantage and not (self.gamma == 0 and self.is_exclusive)
 
     @property

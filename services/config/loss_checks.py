@@ -63,7 +63,8 @@ def check_student_support(config: "RunConfig") -> None:
 def refuse_ignored_loss_options(config: "RunConfig") -> None:
     """An option that another one makes meaningless is a mistake.
 
-    Two are spared: rkl_advantage itself, which the defaults silence, and top_k, which metrics and costs follow anyway.
+    Two are spared: rkl_advantage, which is on by default and has no effect at the default gamma = 0, and top_k, on which
+    metrics and costs depend in any case.
     """
     loss = config.loss
     rules: list[tuple[bool, str, list[str]]] = [

@@ -26,7 +26,7 @@ class PipelineConfig(Section):
     max_staleness: int = Field(0, ge=0, le=0)
     """Steps a sample's policy may lag behind the trainer's; 0 is strictly on-policy, the one value this version has."""
     max_quarantine_rate: float = Field(0.05, ge=0, lt=1)
-    """Share of a step's samples that may be set aside for bad teacher rows before the run stops."""
+    """Share of a step's completions that may be set aside before the run stops: aborted ones, bad teacher rows."""
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -39,10 +39,10 @@ _TAKEN: dict[Role, Mapping[str, frozenset[str]]] = {
     },
 }
 _MOVED = {
-    "rollout": ("urls", "startup_timeout_s", "request_timeout_s"),
+    "rollout": ("urls", "startup_timeout_s", "request_timeout_s", "outage_s"),
     "teacher": (
-        *("urls", "startup_timeout_s", "request_timeout_s"),
-        *("protocol", "named", "accept_different", "outage_s"),
+        *("urls", "startup_timeout_s", "request_timeout_s", "outage_s"),
+        *("protocol", "named", "accept_different"),
     ),
 }
 NEW_NAMES = {f"{role}.{name}": f"{role}_client.{name}" for role, names in _MOVED.items() for name in names}

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from pydantic import Field
-
 from services.config.client import ClientSection
 
 
@@ -18,5 +16,3 @@ class TeacherClientConfig(ClientSection):
     protocol and times."""
     accept_different: list[Literal["eos", "chat_template"]] = []
     """Differences to the student that are meant: its end tokens, its rendered chat template."""
-    outage_s: float = Field(300.0, gt=0)
-    """How long the trainer goes on asking while no teacher answers, seconds; then the run stops."""

@@ -95,6 +95,14 @@ def is_final(error: httpx.RequestError) -> bool:
     return not isinstance(error, httpx.TimeoutException | httpx.NetworkError)
 
 
+def request_of(error: httpx.RequestError) -> httpx.Request | None:
+    """What was asked; None where the error came from outside a client, as in tests."""
+    try:
+        return error.request
+    except RuntimeError:  # httpx's word for none
+        return None
+
+
 def is_unresolved(error: Exception) -> bool:
     """Whether there is no such name, as far as the resolver knows now."""
     cause = _first_cause(error)
@@ -163,7 +171,8 @@ def describe(error: httpx.RequestError, timeout_option: str) -> str:
     Args:
         timeout_option: what to raise when the server is alive but slow.
     """
-    waits = error.request.extensions.get("timeout", {}) if error._request is not None else {}
+    request = request_of(error)
+    waits = {} if request is None else request.extensions.get("timeout", {})
     kind = type(error).__name__
 
     def seconds(phase: str) -> str:

@@ -7,6 +7,6 @@ _LEAST_TAIL = 1e-6
 
 
 def log_mass_left(logprobs: np.ndarray) -> np.ndarray:
-    """[...] log of one minus the mass of `logprobs` [..., K], at least the log of what rounding leaves meaningful."""
+    """[...] log of one minus the mass of `logprobs` [..., K]; never below log(1e-6), under which it would be rounding."""
     mass = np.exp(logprobs.astype(np.float64)).sum(-1)
     return np.log(np.maximum(1.0 - mass, _LEAST_TAIL))

@@ -94,6 +94,8 @@ class TeacherInfo(WireModel):
     """Whether entropies are numbers; else they are NaN, in JSON null."""
     chat_template_hash: str | None = None
     """Of the chat template's source and the special tokens that it may use; null: unknown, or none."""
+    server: Literal["distillserve", "vllm"] = "distillserve"
+    """What answers, as teacher_client.protocol says it; "vllm": a plain `vllm serve`, of which this is what can be found out."""
 
 
 SCORE_COLUMNS = (

@@ -10,8 +10,8 @@ from services.clients import TeacherClient
 from services.config import RunConfig
 from tests.integration.processes import KEY, server
 from tests.models import save_model
-from tests.unit.trainer.attach.test_preflight import EOS, Servers, rollout_info
-from tests.unit.trainer.test_teacher_faults import ROLLOUTS
+from tests.servers import EOS, Servers, rollout_info
+from tests.unit.trainer.teachers_choices import ROLLOUTS
 from trainer.attach import preflight
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import score_rollouts
@@ -46,4 +46,4 @@ async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(models: 
         rows = slice(scores.row_offsets[index], scores.row_offsets[index + 1])
         np.testing.assert_allclose(sample.teacher_token_logprobs, scores.token_logprobs[rows], atol=1e-5)
         np.testing.assert_allclose(sample.teacher_support_logprobs, scores.topk_logprobs[rows], atol=1e-5)
-        np.testing.assert_allclose(sample.teacher_tail_logprobs, scores.tail_logprobs[rows], atol=1e-5)
+        np.testing.assert_allclose(sample.teacher_tail_logprob, scores.tail_logprobs[rows], atol=1e-5)

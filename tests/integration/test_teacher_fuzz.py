@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from services.teacher.api.openapi import REQUEST_EXAMPLES
+from services.teacher.api.examples import REQUEST_EXAMPLES
 from tests.integration.processes import Server
 from tests.integration.raw_http import connection, head, read_answer
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.integration.endless_run import arguments, num_steps, started, wait_until_trained
 from tests.integration.processes import Server, command, server, wait_until
-from tests.integration.test_ways_out import arguments, num_steps, started, wait_until_trained
 from tests.models import save_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]

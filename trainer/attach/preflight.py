@@ -241,7 +241,7 @@ def check_support(support: Support, teacher: TeacherInfo) -> None:
         )
     if support.kind == "teacher_topk":
         if support.size > teacher.max_top_k:
-            raise _too_many(support, "teacher.max_top_k", teacher.max_top_k, teacher.engine)
+            raise _too_many(support, "teacher.max_top_k", teacher.max_top_k, teacher.server)
         return
     if not teacher.scores_support_ids:
         raise StartupError(
@@ -255,8 +255,8 @@ def check_support(support: Support, teacher: TeacherInfo) -> None:
         )
 
 
-def _too_many(support: Support, name: str, limit: int, engine: str = "") -> StartupError:
-    fix = " (of a plain vLLM server: --max-logprobs)" if engine == "vllm serve" else ""
+def _too_many(support: Support, name: str, limit: int, server: str = "distillserve") -> StartupError:
+    fix = " (of a plain vLLM server: --max-logprobs)" if server == "vllm" else ""
     return StartupError(
         f"the loss needs {support.size} tokens per position, {name} = {limit}; raise it at the server{fix}"
     )

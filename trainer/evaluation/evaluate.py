@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient
-from services.clients.teacher_answers import cut_by_rows
+from services.clients.teacher_requests import cut_by_rows
 from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.rollout import RolloutSampling
 from services.wire.teacher import BYTES_PER_CANDIDATE
+from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
 from trainer.learner import Learner
@@ -84,7 +85,7 @@ class Evaluator:
         Raises:
             PeerError: a server failed or answers under another version, or no completion could be scored.
         """
-        sampled = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
+        sampled, aborted = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
         measured = await self._reverse_kl(learner, sampled)
         exact_match = await self._student_exact_match(policy_version)
         if self._teacher_exact_match is None:  # it does not change
@@ -97,7 +98,7 @@ class Evaluator:
             reverse_kl_stderr=measured.stderr,
             num_prompts=len(self._prompts),
             num_kl_tokens=measured.num_tokens,
-            num_quarantined=len(sampled) - len(measured.parts),
+            num_quarantined=aborted + len(sampled) - len(measured.parts),
         )
 
     async def _reverse_kl(self, learner: Learner, rollouts: list[Rollout]) -> "ReverseKL":
@@ -108,17 +109,22 @@ class Evaluator:
             samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
             reason = reason or (quarantined[0].reason if quarantined else "")
             # Beside the event loop: servers that do not hear of a run for long take it for gone.
-            measured.parts += await asyncio.to_thread(learner.reverse_kl, samples)
+            measured.parts += await asyncio.to_thread(learner.reverse_kl, collect(samples))
         if not measured.parts:
             raise PeerError(f"no completion could be scored, the first one because {reason}")
         return measured
 
-    async def _complete(self, prompts: list[Prompt], *, temperature: float, policy_version: int) -> list[Rollout]:
+    async def _complete(
+        self, prompts: list[Prompt], *, temperature: float, policy_version: int
+    ) -> tuple[list[Rollout], int]:
+        """Completions, and how many prompts have none that is usable."""
         length = self._config.evaluation_max_new_tokens()
         sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
-        rollouts = await generate_rollouts(self._rollouts, prompts, sampling)
+        rollouts, quarantined = await generate_rollouts(self._rollouts, prompts, sampling)
+        if not rollouts:
+            raise PeerError(f"no prompt could be completed, the first one because {quarantined[0].reason}")
         self._versions.check((r.completion for r in rollouts), policy_version)
-        return rollouts
+        return rollouts, len(quarantined)
 
     def _support(self, vocab: int) -> Support:
         """As many of the teacher's tokens as are asked for and every teacher returns; all of them in a small vocabulary."""
@@ -132,9 +138,9 @@ class Evaluator:
     async def _student_exact_match(self, policy_version: int) -> float | None:
         if not self._graded:
             return None
-        rollouts = await self._complete(self._graded, temperature=0.0, policy_version=policy_version)
+        rollouts, _ = await self._complete(self._graded, temperature=0.0, policy_version=policy_version)
         rule = self._rule()
-        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(rollouts)
+        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(self._graded)
 
     async def _measure_teacher(self) -> float | None:
         if not self._graded:

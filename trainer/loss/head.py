@@ -80,7 +80,8 @@ class _TileIds(NamedTuple):
     """Token ids of a chunk as columns of a tile, in a form that gather and scatter accept.
 
     An id outside the tile (a pad, or a token of another tile) becomes a second copy of a token of the same row, so that
-    writing the same value twice is harmless; a row without any points at column 0 and must write back what was there.
+    writing the same value twice is harmless. A row of which no id is in the tile points at column 0, and must write back
+    what was there.
     """
 
     columns: Tensor  # [C, K] in 0..T-1

@@ -23,8 +23,8 @@ from services.errors import ConfigError, OutputError, StartupError
 from services.launch.summary_table import summary_table
 from services.process.files import append_line, cannot_write, write_by_rename
 from services.process.streams import writing_stdout
+from services.wire.batch import TrainingBatch
 from trainer.evaluation.evaluate import Evaluation
-from trainer.teacher_scores import ScoredSample
 
 logger = logging.getLogger(__name__)
 
@@ -141,24 +141,24 @@ class RunRecord:
         """As `step`, the names with "eval_" before them."""
         self.step(step, {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None})
 
-    def samples(self, step: int, samples: list[ScoredSample]) -> None:
+    def samples(self, step: int, batch: TrainingBatch) -> None:
         """A few completions of this step, token by token, at the first and every `samples_every_steps` steps."""
         if step != 1 and step % self._config.output.samples_every_steps:
             return
-        for sample in samples[: self._config.output.samples_per_record]:
-            self._append("samples.jsonl", {"step": step, **self._describe(sample)})
+        for index in range(min(self._config.output.samples_per_record, len(batch))):
+            self._append("samples.jsonl", {"step": step, **self._describe(batch, index)})
 
-    def _describe(self, sample: ScoredSample) -> dict[str, Any]:
-        prompt, completion = sample.rollout.prompt, sample.rollout.completion
-        tokens = self._tokenizer.convert_ids_to_tokens(completion.token_ids.tolist())
+    def _describe(self, batch: TrainingBatch, index: int) -> dict[str, Any]:
+        tokens = batch.completion(index)
+        token_ids = batch.token_ids[tokens]
         return {
-            "row": prompt.row,
-            "prompt": prompt.text,
-            "completion": self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-            "finish_reason": completion.finish_reason,
-            "tokens": tokens,
-            "student_logprobs": [round(float(x), 5) for x in completion.rollout_logprobs],
-            "teacher_logprobs": [round(float(x), 5) for x in sample.teacher_token_logprobs],
+            "row": int(batch.rows[index]),
+            "prompt": batch.texts[index],
+            "completion": self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            "finish_reason": "length" if batch.truncated[index] else "stop",
+            "tokens": self._tokenizer.convert_ids_to_tokens(token_ids.tolist()),
+            "student_logprobs": [round(float(x), 5) for x in batch.rollout_logprobs[tokens]],
+            "teacher_logprobs": [round(float(x), 5) for x in batch.teacher_token_logprobs[tokens]],
         }
 
     def finish(self, summary: Summary) -> None:

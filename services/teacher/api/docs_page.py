@@ -22,7 +22,7 @@ def render(document: dict[str, Any]) -> str:
     """The page of an OpenAPI document of ours."""
     info = document["info"]
     operations = [
-        _operation(document, method, path, operation)
+        _operation(method, path, operation)
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
@@ -38,7 +38,7 @@ def render(document: dict[str, Any]) -> str:
     )
 
 
-def _operation(document: dict[str, Any], method: str, path: str, operation: dict[str, Any]) -> str:
+def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     key = "needs the key, where the server has one" if "security" in operation else "needs no key"
     parts = [f"<h2><code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}</h2>"]
     parts.append(f"<p>{_text(operation.get('description', ''))} It {key}.</p>")
@@ -51,13 +51,11 @@ def _operation(document: dict[str, Any], method: str, path: str, operation: dict
     for example in body.get("examples", {}).values():
         lines = f"curl -s $TEACHER{path}{header} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(example['value'])}'"
         parts.append(f"<p>{escape(example['summary'])}:</p><pre>{escape(lines)}</pre>")
-    rows = [_answer(document, status, answer) for status, answer in operation["responses"].items()]
+    rows = [_answer(status, answer) for status, answer in operation["responses"].items()]
     return "".join(parts) + _table(("answer", "", ""), rows)
 
 
-def _answer(document: dict[str, Any], status: str, answer: dict[str, Any]) -> tuple[str, str, str]:
-    if "$ref" in answer:
-        answer = document["components"]["responses"][answer["$ref"].rsplit("/", 1)[-1]]
+def _answer(status: str, answer: dict[str, Any]) -> tuple[str, str, str]:
     kinds = [f"{escape(media)}: {_type(content['schema'])}" for media, content in answer.get("content", {}).items()]
     return escape(status), escape(answer["description"]), "<br>".join(kinds)
 

@@ -2,22 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from services.config import LossConfig, RunConfig
 from services.models.padding import cut_by_padded_tokens
-from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.models import LONGROPE_SWITCH, save_model
-from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
-from trainer.data.prompts import Prompt
+from tests.unit.trainer.samples import BATCH, SAMPLES, sample
+from trainer.batch import MicroBatch, collect, loss_inputs, pack, pack_texts
 from trainer.loss.minillm import LossTotals, minillm_loss
-from trainer.rollouts import Rollout
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
-
-VOCAB, TOP_K = 261, 4
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -26,41 +21,12 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load_student(RunConfig(student={"model": folder}).student)
 
 
-def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "stop") -> ScoredSample:
-    random = np.random.default_rng(seed)
-    logprobs = np.log(random.dirichlet(np.ones(TOP_K + 1), length)).astype(np.float32)
-    completion = RolloutCompletion(
-        prompt_index=0,
-        sample_index=0,
-        token_ids=random.integers(0, VOCAB, length).astype(np.int32),
-        rollout_logprobs=random.normal(-3, 0.1, length).astype(np.float32),
-        finish_reason=finish_reason,  # type: ignore[arg-type]
-        policy_versions=[VersionSpan("0", 0, length)],
-    )
-    support_ids = np.stack([random.permutation(VOCAB)[:TOP_K] for _ in range(length)]).astype(np.int32)
-    same = support_ids == completion.token_ids[:, None]
-    outside = logprobs.min(-1) - random.exponential(1.0, length)  # a part of the tail, below the candidates
-    prompt = Prompt(seed, random.integers(0, VOCAB, prompt_length).tolist(), "")
-    return ScoredSample(
-        Rollout(prompt, completion),
-        teacher_token_logprobs=np.where(same.any(-1), np.where(same, logprobs[:, :TOP_K], 0).sum(-1), outside).astype(
-            np.float32
-        ),
-        support_ids=support_ids,
-        teacher_support_logprobs=logprobs[:, :TOP_K],
-        teacher_tail_logprobs=logprobs[:, TOP_K],
-    )
-
-
-SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5), (1, 1), (7, 2), (2, 9), (4, 4)])]
-
-
 def forward(student: Student, batch: MicroBatch):  # type: ignore[no-untyped-def]
     return student(batch.input_ids, batch.positions, batch.token_ids, batch.support_ids)
 
 
 def test_every_completion_token_is_scored_by_the_state_before_it(student: Student) -> None:
-    for batch in pack(SAMPLES, LossConfig(), tokens_per_micro_batch=30):
+    for batch in pack(BATCH, LossConfig(), tokens_per_micro_batch=30):
         output = forward(student, batch)
         for index, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
             ids = batch.token_ids[start:end].tolist()
@@ -82,7 +48,7 @@ def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, st
     def step(samples: list[ScoredSample], limit: int) -> tuple[float, torch.Tensor]:
         student.zero_grad()
         total = 0.0
-        batches = pack(samples, config, limit)
+        batches = pack(collect(samples), config, limit)
         totals = LossTotals.sum([LossTotals.of(b.loss_mask, b.cu_seqlens, 16) for b in batches])
         for batch in batches:
             loss = minillm_loss(loss_inputs(batch, forward(student, batch)), config, totals)[0]
@@ -108,7 +74,7 @@ def test_padded_size_stays_below_the_limit_and_nothing_is_lost() -> None:
 
 @pytest.mark.parametrize("limit", [1, 12, 22, 1000])
 def test_micro_batches_stay_within_their_tokens_or_hold_one_sample(limit: int) -> None:
-    batches = pack(SAMPLES, LossConfig(), limit)  # sequences of 8, 2, 9, 11 and 8 tokens
+    batches = pack(BATCH, LossConfig(), limit)  # sequences of 8, 2, 9, 11 and 8 tokens
     assert [list(b.input_ids.shape) for b in batches] == {
         1: [[1, 11], [1, 9], [1, 8], [1, 8], [1, 2]],
         12: [[1, 11], [1, 9], [1, 8], [1, 8], [1, 2]],
@@ -119,7 +85,9 @@ def test_micro_batches_stay_within_their_tokens_or_hold_one_sample(limit: int) -
 
 
 def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
-    (batch,) = pack([sample(0, 3, 2), sample(1, 1, 3)], LossConfig(), 1000)  # rows of 5 and 4 tokens, padded to 5
+    (batch,) = pack(
+        collect([sample(0, 3, 2), sample(1, 1, 3)]), LossConfig(), 1000
+    )  # rows of 5 and 4 tokens, padded to 5
     assert batch.positions.tolist() == [2, 3, 5, 6, 7]
     assert batch.cu_seqlens.tolist() == [0, 2, 5]
 
@@ -127,14 +95,14 @@ def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
 @pytest.mark.parametrize(("truncated", "expected"), [("train", [0, 1]), ("mask", [1]), ("drop", [1])])
 def test_truncated_completions_are_trained_on_or_not(truncated: str, expected: list[int]) -> None:
     samples = [sample(0, 2, 3, "length"), sample(1, 2, 2, "stop")]
-    (batch,) = pack(samples, LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
+    (batch,) = pack(collect(samples), LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
     completions = [samples[index].rollout.completion.token_ids.tolist() for index in expected]
     assert sorted(part.tolist() for part in batch.token_ids.tensor_split(batch.cu_seqlens[1:-1])) == sorted(completions)
     assert batch.loss_mask.all()
 
 
 def test_dropping_everything_leaves_no_batch() -> None:
-    assert pack([sample(0, 2, 3, "length")], LossConfig(truncated="drop"), 1000) == []
+    assert pack(collect([sample(0, 2, 3, "length")]), LossConfig(truncated="drop"), 1000) == []
 
 
 def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> None:
@@ -142,7 +110,7 @@ def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> 
     student = load_student(RunConfig(student={"model": save_model(tmp_path, "phi3")}).student)
     samples = [sample(i, 2, length) for i, length in enumerate([2, 30, 6, 7, 1, 20])]
     assert student.rope_switch == LONGROPE_SWITCH == len(samples[2].rollout.sequence)
-    batches = pack(samples, LossConfig(), 10_000, student.rope_switch)
+    batches = pack(collect(samples), LossConfig(), 10_000, student.rope_switch)
     assert [len(batch.input_ids) for batch in batches] == [3, 3]
     for batch in batches:
         logprobs = forward(student, batch).token_logprobs

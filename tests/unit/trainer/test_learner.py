@@ -8,29 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from services.config import RunConfig
 from services.errors import DistillServeError
 from tests.models import save_model
-from tests.unit.trainer.test_batch import SAMPLES
-from trainer.batch import loss_inputs, pack, pack_texts
+from tests.unit.trainer.samples import BATCH, SAMPLES
+from tests.unit.trainer.sgd_learners import WINDOWS, learner_of
+from trainer.batch import collect, loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
 from trainer.learner import Learner
 from trainer.loss.minillm import LossTotals, minillm_loss
-from trainer.parallel import compute_dtype_of
 from trainer.student import load_student
 
-WINDOWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}
-
-
-def learner_of(folder: str, learning_rate: float = 0.1, texts: bool = False, **sections: dict[str, Any]) -> Learner:
-    """With plain SGD, so that updates can be followed by hand."""
-    config = RunConfig(**sections | {"student": {"model": folder} | sections.get("student", {})})
-    student = load_student(config.student, compute_dtype=compute_dtype_of(config, torch.device("cpu")))
-    learner = Learner(config, student, 10, RowStream(WINDOWS, seed=0, shuffle=False) if texts else None)
-    learner.optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate)
-    learner.schedule = torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 1.0)
-    return learner
 
 
 def weights(learner: Learner) -> torch.Tensor:
@@ -42,8 +30,8 @@ def test_micro_batches_do_not_change_the_update(tiny_model_folder) -> None:  # t
         learner_of(tiny_model_folder("qwen3"), pipeline={"tokens_per_micro_batch": limit, "updates_per_batch": 2})
         for limit in (10_000, 12)
     ]
-    metrics = [run.step(SAMPLES) for run in runs]
-    assert len(pack(SAMPLES, runs[1].config.loss, 12)) > 2
+    metrics = [run.step(BATCH) for run in runs]
+    assert len(pack(BATCH, runs[1].config.loss, 12)) > 2
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
 
@@ -56,14 +44,14 @@ def test_a_longrope_student_learns_the_same_from_any_micro_batches(tmp_path: Pat
     ]
     for run in runs:
         run.texts = RowStream([list(range(20)), *WINDOWS], seed=0, shuffle=False)
-    metrics = [run.step(SAMPLES) for run in runs]
+    metrics = [run.step(BATCH) for run in runs]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=1e-5)
 
 
 def by_hand(run: Any, num_updates: int) -> None:
     """What `step` should do with SAMPLES in one micro-batch, updates against the first one's policy."""
-    (batch,) = pack(SAMPLES, run.config.loss, 10_000)
+    (batch,) = pack(BATCH, run.config.loss, 10_000)
     totals, old = LossTotals.of(batch.loss_mask, batch.cu_seqlens, run.config.sampling.max_new_tokens), None
     for _ in range(num_updates):
         output = run.student(
@@ -91,7 +79,7 @@ def by_hand(run: Any, num_updates: int) -> None:
 )
 def test_an_update_is_the_loss_by_hand(sections: dict[str, Any], tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
     run, expected = (learner_of(tiny_model_folder("qwen3"), **sections) for _ in range(2))
-    run.step(SAMPLES)
+    run.step(BATCH)
     by_hand(expected, run.config.pipeline.updates_per_batch)
     torch.testing.assert_close(weights(run), weights(expected), rtol=0, atol=1e-6)
 
@@ -99,8 +87,8 @@ def test_an_update_is_the_loss_by_hand(sections: dict[str, Any], tiny_model_fold
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_schedule_moves_once_a_batch(updates: int, tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
     run = learner_of(tiny_model_folder("qwen3"), pipeline={"updates_per_batch": updates})
-    run.step(SAMPLES)
-    run.step([])
+    run.step(BATCH)
+    run.step(collect([]))
     assert run.schedule.last_epoch == 2
 
 
@@ -109,7 +97,7 @@ def test_metrics_are_the_first_updates_and_clipping_the_lasts(tiny_model_folder)
     often = learner_of(
         tiny_model_folder("qwen3"), learning_rate=1.0, loss={"gamma": 1.0}, pipeline={"updates_per_batch": 4}
     )
-    first, all_four = once.step(SAMPLES), often.step(SAMPLES)
+    first, all_four = once.step(BATCH), often.step(BATCH)
     assert first.pop("policy_ratio_clipped_fraction") == 0.0
     assert all_four.pop("policy_ratio_clipped_fraction") > 0.0
     assert all_four == pytest.approx(first, rel=1e-5)
@@ -148,8 +136,8 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
     cross_entropy.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    metrics = run.step(SAMPLES)
-    without.step(SAMPLES)
+    metrics = run.step(BATCH)
+    without.step(BATCH)
     assert len(pack_texts(WINDOWS, 4)) == 3
     assert metrics["lm_loss"] == pytest.approx(float(cross_entropy.detach()), rel=1e-5)
     torch.testing.assert_close(weights(run) - weights(without), -0.5 * gradient, rtol=0, atol=1e-5)
@@ -162,7 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tiny_model_folde
     with torch.no_grad():
         next(run.student.parameters())[0, 0] = math.nan
     with pytest.raises(DistillServeError, match="gradient norm is nan"):
-        run.step(SAMPLES)
+        run.step(BATCH)
     assert torch.equal(weights(run)[1:], start[1:])
 
 
@@ -173,13 +161,13 @@ def test_a_batch_without_trained_tokens_changes_nothing(tiny_model_folder) -> No
         replace(s, rollout=replace(s.rollout, completion=replace(s.rollout.completion, finish_reason="length")))
         for s in SAMPLES
     ]
-    assert run.step(cut) == {"num_valid_tokens": 0.0}
+    assert run.step(collect(cut)) == {"num_valid_tokens": 0.0}
     assert torch.equal(weights(run), start)
 
 
 def test_texts_are_learned_even_from_a_batch_without_trained_tokens(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
     run = learner_of(tiny_model_folder("qwen3"), texts=True, loss={"alpha_lm": 0.5}, data={"lm_path": "t.jsonl"})
     start = weights(run)
-    metrics = run.step([])
+    metrics = run.step(collect([]))
     assert metrics["lm_loss"] > 0 and metrics["loss"] == metrics["num_valid_tokens"] == 0.0
     assert not torch.equal(weights(run), start) and run.texts.position > 0

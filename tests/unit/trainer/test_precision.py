@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from services.config import RunConfig
-from tests.unit.trainer.test_batch import SAMPLES
-from tests.unit.trainer.test_learner import learner_of
+from tests.unit.trainer.samples import BATCH, SAMPLES
+from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
 from trainer.batch import pack
 from trainer.evaluation import evaluate
@@ -52,7 +52,7 @@ def product_dtypes(model: Any) -> set[torch.dtype]:
 
 def logprobs(student: Any, dtype: torch.dtype | None) -> Tensor:
     student.compute_dtype = dtype
-    (batch,) = pack(SAMPLES, RunConfig().loss, 10_000)
+    (batch,) = pack(BATCH, RunConfig().loss, 10_000)
     ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
     output: Any = student(*ids)
     return output.token_logprobs
@@ -96,7 +96,7 @@ async def test_training_canary_and_evaluation_compute_alike(
 ) -> None:
     learner = learner_of(tiny_model_folder("qwen3"), student=HALF)
     seen = product_dtypes(learner.student)
-    learner.step(SAMPLES)
+    learner.step(BATCH)
     assert seen == {torch.bfloat16}
     seen.clear()
 

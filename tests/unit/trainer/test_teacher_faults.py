@@ -10,31 +10,16 @@ import pytest
 
 from services.clients import TeacherClient
 from services.errors import PeerError
-from services.wire.rollout import RolloutCompletion, VersionSpan
 from services.wire.teacher import TeacherScores
-from tests.scripted_teacher import VOCAB, ScriptedTeacher, logprobs_of
+from tests.scripted_teacher import VOCAB, ScriptedTeacher
 from tests.unit.trainer.attached import alone
-from trainer.data.prompts import Prompt
-from trainer.rollouts import Rollout
+from tests.unit.trainer.teachers_choices import LENGTH, ROLLOUTS
 from trainer.teacher_scores import Quarantine, Support, score_rollouts
 
 SUPPORT = Support("teacher_topk", 8, VOCAB)
 BAD = 7  # the rollout whose rows are spoilt
-LENGTH = 6
 
 
-def rollout(index: int) -> Rollout:
-    """A student not far from its teacher: each token is the teacher's second choice."""
-    ids = [1, 2, index]
-    for _ in range(LENGTH):
-        ids.append(int(np.argsort(logprobs_of([*ids, 0], len(ids), 1.0)[0])[-2]))
-    spans = [VersionSpan("0", 0, LENGTH)]
-    token_ids = np.array(ids[3:], np.int32)
-    completion = RolloutCompletion(index, 0, token_ids, np.zeros(LENGTH, np.float32), "stop", spans)
-    return Rollout(Prompt(index + 1, ids[:3], ""), completion)
-
-
-ROLLOUTS = [rollout(index) for index in range(20)]
 ROWS = slice(BAD * LENGTH, (BAD + 1) * LENGTH)
 
 
@@ -101,7 +86,7 @@ async def test_a_spoilt_sample_is_set_aside_and_the_others_are_kept(
     Quarantine(tmp_path / "quarantine.jsonl", max_rate=0.05).add(quarantined, len(ROLLOUTS))
     (row,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
     assert row["row"] == BAD + 1 and reason in row["reason"]
-    with pytest.raises(PeerError, match=r"1 of 20 samples.*above pipeline\.max_quarantine_rate = 0\.04"):
+    with pytest.raises(PeerError, match=r"1 of 20 completions.*above pipeline\.max_quarantine_rate = 0\.04"):
         Quarantine(tmp_path / "quarantine.jsonl", max_rate=0.04).add(quarantined, len(ROLLOUTS))
 
 

@@ -13,7 +13,7 @@ from services.errors import PeerError
 from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher, logprobs_of
 from tests.unit.trainer.attached import alone
-from tests.unit.trainer.test_batch import TOP_K, VOCAB, sample
+from tests.unit.trainer.samples import TOP_K, VOCAB, sample
 from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
 
 SUPPORT = Support("teacher_topk", TOP_K, VOCAB)
@@ -66,12 +66,12 @@ def test_rows_that_are_not_of_one_distribution_are_named() -> None:
         (with_value("teacher_token_logprobs", -np.inf), "not finite"),
         (with_value("teacher_support_logprobs", np.nan), "no finite logprob"),
         (with_value("teacher_support_logprobs", np.inf), "no finite logprob"),
-        (with_value("teacher_tail_logprobs", np.nan), "no finite logprob"),
-        (with_value("teacher_tail_logprobs", -np.inf), "no finite logprob"),
+        (with_value("teacher_tail_logprob", np.nan), "no finite logprob"),
+        (with_value("teacher_tail_logprob", -np.inf), "no finite logprob"),
         (with_value("support_ids", int(sample(0, 2, 3).support_ids[0, 1])), "twice in one row"),
         (with_value("teacher_support_logprobs", 0.0), "sum to"),
         (with_value("teacher_support_logprobs", -50.0), "sum to 0."),
-        (with_value("teacher_token_logprobs", 5.0), "sum to 148.4"),
+        (with_value("teacher_token_logprobs", 5.0), "the logprob 5, which is no probability"),
         (with_value("support_ids", -1), "candidate -1 is no token"),
         (changed(support_ids=sample(0, 2, 3).support_ids[:2]), "shapes (2, 4), (3, 4) and (3,) for 3 tokens"),
         (
@@ -97,7 +97,7 @@ def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
         return changed(
             teacher_token_logprobs=np.full(3, -5.0),
             teacher_support_logprobs=np.log(np.full((3, 4), 0.2)),
-            teacher_tail_logprobs=np.log(np.full(3, 0.2 + over)),
+            teacher_tail_logprob=np.log(np.full(3, 0.2 + over)),
         )
 
     assert defect(row(0.0009), SUPPORT) is None
@@ -106,7 +106,7 @@ def test_rounding_may_carry_a_row_slightly_over_unit_mass() -> None:
 
 def test_an_empty_tail_is_a_defect_for_the_students_support_too() -> None:
     support = Support("student_topk", TOP_K, VOCAB)
-    assert "no finite logprob" in (defect(with_value("teacher_tail_logprobs", -np.inf), support) or "")
+    assert "no finite logprob" in (defect(with_value("teacher_tail_logprob", -np.inf), support) or "")
 
 
 def test_a_teacher_that_holds_a_sampled_token_for_unlikely_but_possible_is_fine() -> None:
@@ -123,7 +123,7 @@ class Teacher:
         self.asked = (sequences, options)
         tokens, ids, support, tail = (
             np.concatenate([getattr(s, name) for s in self.samples])
-            for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs")
+            for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprob")
         )
         offsets = np.cumsum([0, *(len(s.teacher_token_logprobs) for s in self.samples)])
         scored = np.concatenate([s.rollout.completion.token_ids for s in self.samples])
@@ -146,7 +146,7 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
     assert sequences[2][0] == [*other.rollout.prompt.token_ids, *other.rollout.completion.token_ids]
     assert [s.rollout for s in samples] == [good.rollout, other.rollout]
     for found, expected in zip(samples, (good, other), strict=True):
-        for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprobs"):
+        for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprob"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
     assert [(q.rollout, "not finite" in q.reason) for q in quarantined] == [(teacher.samples[1].rollout, True)]
 
@@ -201,7 +201,7 @@ def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
         rollout=replace(rollout, completion=replace(rollout.completion, token_ids=np.array([3, 0, 1], np.int32))),
         teacher_token_logprobs=logprobs[:, 0],
         teacher_support_logprobs=logprobs,
-        teacher_tail_logprobs=np.full(3, -np.inf),
+        teacher_tail_logprob=np.full(3, -np.inf),
         support_ids=np.tile(np.arange(4), (3, 1)),
     )
     assert defect(empty, Support("teacher_topk", 4, 4)) is None
@@ -255,7 +255,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
     for found, rollout, share in zip(samples, rollouts, shares, strict=True):
         assert found.support_ids.tolist() == rollout.completion.student_topk_ids.tolist()
         assert found.teacher_support_logprobs.tolist() == share[:, :2].tolist()
-        assert found.teacher_tail_logprobs.tolist() == share[:, 2].tolist()
+        assert found.teacher_tail_logprob.tolist() == share[:, 2].tolist()
 
 
 async def test_a_rollout_without_the_top_k_that_was_asked_for_is_an_error() -> None:
@@ -277,7 +277,7 @@ def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_of_them_stop_the_run(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", max_rate=0.1)
-    with pytest.raises(PeerError, match=r"1 of 4 samples.*because.*max_quarantine_rate = 0\.1"):
+    with pytest.raises(PeerError, match=r"1 of 4 completions.*because.*max_quarantine_rate = 0\.1"):
         quarantine.add([Quarantined(sample(7, 2, 3).rollout, "because")], 4)
     assert (tmp_path / "q.jsonl").read_text().count("\n") == 1
 
@@ -293,6 +293,6 @@ def test_a_tail_that_is_one_minus_the_rest_may_be_rounded() -> None:
         teacher_token_logprobs=np.full(3, np.log(2e-5), np.float32),
         support_ids=original.support_ids,
         teacher_support_logprobs=np.log(np.full((3, TOP_K), 0.25, np.float32)),
-        teacher_tail_logprobs=tail,
+        teacher_tail_logprob=tail,
     )
     assert defect(rounded, SUPPORT) is None

@@ -17,7 +17,7 @@ from services.errors import ConfigError, PeerError, ProblemError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
 from tests.unit.trainer.attached import attached
-from tests.unit.trainer.test_teacher_faults import LENGTH, ROLLOUTS
+from tests.unit.trainer.teachers_choices import LENGTH, ROLLOUTS
 from trainer.data.prompts import Prompt
 from trainer.rollouts import Rollout
 from trainer.teacher_scores import Support, score_rollouts
@@ -105,7 +105,7 @@ async def test_every_rollout_gets_the_rows_of_its_own_teacher(names: list[str | 
         close = {"rtol": 0.0, "atol": 1e-5}
         np.testing.assert_allclose(sample.teacher_token_logprobs, dense[np.arange(LENGTH), tokens], **close)
         np.testing.assert_allclose(sample.teacher_support_logprobs, logprobs, **close)
-        np.testing.assert_allclose(np.exp(sample.teacher_tail_logprobs), 1 - np.exp(logprobs).sum(1), **close)
+        np.testing.assert_allclose(np.exp(sample.teacher_tail_logprob), 1 - np.exp(logprobs).sum(1), **close)
 
 
 async def test_each_teacher_is_asked_once_and_only_about_its_own() -> None:
@@ -161,7 +161,7 @@ async def test_an_outage_of_one_teacher_ends_the_step_and_names_it() -> None:
 
     message = (
         r"^teacher_client\.named\.code: no teacher has answered for 60 s \(teacher_client.outage_s\): "
-        r"http://code:1 cannot be reached: ConnectError refused$"
+        r"http://code:1 cannot be reached: ConnectError refused; to wait longer, raise teacher_client.outage_s"
     )
     with pytest.raises(PeerError, match=message):
         await score_rollouts(teachers(code=down), of_teachers(NAMES), support=SUPPORTS[0], temperature=1.0)

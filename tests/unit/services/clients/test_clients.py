@@ -14,7 +14,7 @@ import pytest
 from services.clients import RolloutClient, TeacherClient
 from services.clients import base as server_client
 from services.clients import rollout as rollout_client
-from services.clients.teacher_answers import cut_by_rows
+from services.clients.teacher_requests import cut_by_rows
 from services.errors import PeerError, ProblemError
 from services.wire.frames import END_OF_STREAM
 from services.wire.rollout import (
@@ -146,9 +146,10 @@ async def test_without_a_usable_retry_after_waits_grow_up_to_ten_seconds(
         assert low <= wait <= min(10.0, low + 1.0)
 
 
-async def test_a_negative_retry_after_means_at_once(waits: list[float]) -> None:
-    await teacher(Script(httpx.Response(429, headers={"Retry-After": "-3"}), ok())).vocabulary()
-    assert waits == [0.0]
+@pytest.mark.parametrize("seconds", ["-3", "0"])
+async def test_a_retry_after_that_is_over_shortens_no_wait(seconds: str, waits: list[float]) -> None:
+    await teacher(Script(httpx.Response(429, headers={"Retry-After": seconds}), ok())).vocabulary()
+    assert len(waits) == 1 and 0.2 <= waits[0] <= 1.2
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>Bad gateway</html>", b"[1]", b'"text"', b"\xff"])

@@ -63,6 +63,7 @@ async def test_info_is_what_the_server_lets_one_find_out(allowed: int, limit: in
     (info,) = await client(Vllm(allowed)).info()
     assert (info.model, info.padded_vocab_size, info.max_top_k, info.max_model_len) == ("big", VOCAB, limit, 32)
     assert (info.temperature_support, info.scores_support_ids, info.computes_entropies) == ("one", False, False)
+    assert info.server == "vllm"
     assert info.tokenizer_fingerprint is None
 
 
@@ -159,6 +160,28 @@ async def test_texts_and_half_precision_are_not_asked(sequence: Any, options: An
     with pytest.raises(PeerError, match=f"{message} cannot be asked of http://server-0"):
         await client(server).score_sequences([sequence], top_k=1, **options)
     assert server.asked == []
+
+
+@pytest.mark.parametrize("texts", [[("a", "b")], [("", "")], [("a", "b"), ("c", "d")]])
+async def test_texts_are_refused_with_their_place_and_nothing_is_asked(texts: list[tuple[str, str]]) -> None:
+    server = Vllm()
+    with pytest.raises(PeerError, match=r"^sequences\.\d, a text, cannot be asked of http://server-0"):
+        await client(server).score_text(texts, top_k=1)
+    assert server.asked == []
+
+
+async def test_an_outage_before_the_first_answer_is_sat_out_like_any_other(waits: list[float]) -> None:
+    """The server's limits are asked for first, by a request that is waited for no less than the scores themselves."""
+    server = Vllm()
+    answers = iter([503] * 9)
+
+    def starting(request: httpx.Request) -> httpx.Response:
+        status = next(answers, None)
+        return server(request) if status is None else httpx.Response(status)
+
+    asking = VllmTeacherClient(["http://a"], transport=httpx.MockTransport(starting), attempts=1)
+    assert (await asking.score([([0, 1], 1)], top_k=1)).token_ids.tolist() == [1]
+    assert len(waits) == 9
 
 
 async def test_a_top_k_above_the_servers_limit_is_refused_in_its_words() -> None:

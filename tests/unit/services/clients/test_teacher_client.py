@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services.clients import TeacherClient
+from services.clients import TeacherClient, teacher_requests
 from services.clients import teacher as teacher_client
 from services.clients.teacher import RefusedSequenceError
 from services.clients.teacher_answers import mismatches, without_sequences
@@ -296,7 +296,7 @@ async def test_a_problem_of_the_whole_request_is_no_refused_sequence() -> None:
 
 
 async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_client, "_IDS_PER_REQUEST", 10)
+    monkeypatch.setattr(teacher_requests, "_IDS_PER_REQUEST", 10)
     sizes: list[int] = []
 
     def handler(request: httpx.Request) -> httpx.Response:

@@ -123,8 +123,8 @@ def test_a_moved_option_is_refused_with_its_new_name(
 
 
 def test_the_moved_options_are_those_of_the_clients() -> None:
-    both = {"urls", "startup_timeout_s", "request_timeout_s"}
-    of_teachers = both | {"protocol", "named", "accept_different", "outage_s"}
+    both = {"urls", "startup_timeout_s", "request_timeout_s", "outage_s"}
+    of_teachers = both | {"protocol", "named", "accept_different"}
     expected = {f"rollout.{name}" for name in both} | {f"teacher.{name}" for name in of_teachers}
     assert set(NEW_NAMES) == expected
     assert {tuple(new.split(".")) for new in NEW_NAMES.values()} <= set(options())

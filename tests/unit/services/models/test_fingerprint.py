@@ -252,5 +252,5 @@ def test_what_differs_between_servers_is_said_truly() -> None:
     )
     scores = scores_for({"sequences": [{"token_ids": [1, 2], "prompt_length": 1}], "top_k": 1, "temperature": 1.0})
     assert (replica_problem(("u", one), ("u", scores)) or "").startswith("do not serve the same model: scripted (0123")
-    plain = [i.model_copy(update={"engine": "vllm serve"}) for i in (one, other)]
+    plain = [i.model_copy(update={"server": "vllm"}) for i in (one, other)]
     assert "start replicas with the same --served-model-name" in (first_replica_problem(["u", "v"], plain) or "")

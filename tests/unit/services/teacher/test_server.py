@@ -14,12 +14,12 @@ from services.clients import TeacherClient
 from services.config import TeacherConfig
 from services.errors import PROBLEM_MEDIA_TYPE, RequestError
 from services.http.guard import OPEN_PATHS
+from services.teacher.api.encoding import as_dtype, as_json
 from services.teacher.api.requests import encode_request
-from services.teacher.server import _as_dtype, as_json
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import SCORE_COLUMNS, TeacherRequest, TeacherScores, decode_scores
+from tests.servers import teacher_info
 from tests.teacher_app import GOOD, score, serving
-from tests.unit.trainer.attach.test_preflight import teacher_info
 from trainer.tiny.pair import build_tokenizer
 
 KEY = "the-key"
@@ -204,7 +204,7 @@ def test_a_flood_of_mistakes_makes_few_error_objects(sequences: list[dict[str, A
 def test_float16_keeps_what_is_possible_possible() -> None:
     rows, ids = np.array([-1.5, -1e5, -np.inf], np.float32), np.zeros((3, 1), np.int32)
     scores = TeacherScores("m", "f", 1.0, 1, np.array([0, 3]), ids[:, 0], rows, ids, rows[:, None], rows, rows)
-    half = _as_dtype(scores, "float16")
+    half = as_dtype(scores, "float16")
     assert half.token_logprobs.dtype == half.topk_logprobs.dtype == half.tail_logprobs.dtype == np.float16
     assert half.token_logprobs.tolist() == [-1.5, -65504.0, -np.inf]
     assert half.entropies.dtype == np.float32 and half.topk_ids.dtype == np.int32 and half.support_logprobs is None

@@ -4,6 +4,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from services.weight_transfer.receiver import WeightReceiver
-from services.weight_transfer.sender import WeightSender
+from services.weight_transfer.sender import WeightSender, check_arrival
 
 VOCABULARY, PADDED, WIDTH, NUM_LAYERS = 6, 8, 4, 3
 CPU = torch.device("cpu")
@@ -222,3 +224,27 @@ class Stalled:
 
     def abort(self) -> None:
         self._left.set()
+
+
+Report = dict[str, object]
+
+
+def push(sender: WeightSender, workers: list[WeightReceiver], source: Source) -> list[Report]:
+    """Everything up to the comparison, and the comparison; the workers' reports."""
+    update = sender.update(source)
+    for worker in workers:
+        worker.start_weight_update()
+    with ThreadPoolExecutor(len(workers)) as executor:
+        received = [executor.submit(worker.receive_weights, update) for worker in workers]
+        checksums = sender.send(source)
+        for arrived in received:
+            arrived.result()
+    reports = [{"problem": None, **asdict(worker.receipt)} for worker in workers]
+    check_arrival(update, checksums, [reports], ["http://a"])
+    return reports
+
+
+def assert_holds(worker: WeightReceiver, weights: Parameters) -> None:
+    held = worker.model.holds()
+    assert held.keys() == weights.keys()
+    assert [name for name in held if not torch.equal(held[name], weights[name])] == []

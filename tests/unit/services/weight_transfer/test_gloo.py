@@ -20,8 +20,7 @@ from services.weight_transfer.rendezvous import await_workers, host_store, join_
 from services.weight_transfer.sender import check_arrival
 from tests.loopbacks import available_loopbacks
 from tests.unit.services.weight_transfer.gloo_worker import broadcast_once_and_stop
-from tests.unit.services.weight_transfer.pushes import Source, random_weights, receiver, sender
-from tests.unit.services.weight_transfer.test_push import assert_holds
+from tests.unit.services.weight_transfer.pushes import Source, assert_holds, random_weights, receiver, sender
 
 CPU = torch.device("cpu")
 LARGE = 32 << 20

@@ -3,47 +3,25 @@
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from services.errors import WeightSyncError
 from services.weight_transfer.channel import Update
-from services.weight_transfer.receiver import WeightReceiver
-from services.weight_transfer.sender import WeightSender, check_arrival
+from services.weight_transfer.sender import check_arrival
 from tests.unit.services.weight_transfer.pushes import (
     NUM_LAYERS,
     Parameters,
+    Report,
     Source,
     Stalled,
     a_small_step,
+    assert_holds,
     connected,
+    push,
     random_weights,
 )
-
-Report = dict[str, object]
-
-
-def push(sender: WeightSender, workers: list[WeightReceiver], source: Source) -> list[Report]:
-    """Everything up to the comparison, and the comparison; the workers' reports."""
-    update = sender.update(source)
-    for worker in workers:
-        worker.start_weight_update()
-    with ThreadPoolExecutor(len(workers)) as executor:
-        received = [executor.submit(worker.receive_weights, update) for worker in workers]
-        checksums = sender.send(source)
-        for arrived in received:
-            arrived.result()
-    reports = [{"problem": None, **asdict(worker.receipt)} for worker in workers]
-    check_arrival(update, checksums, [reports], ["http://a"])
-    return reports
-
-
-def assert_holds(worker: WeightReceiver, weights: Parameters) -> None:
-    held = worker.model.holds()
-    assert held.keys() == weights.keys()
-    assert [name for name in held if not torch.equal(held[name], weights[name])] == []
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 200, 10_000])

@@ -24,11 +24,12 @@ from tests.unit.services.weight_transfer.pushes import (
     Model,
     Source,
     Wire,
+    assert_holds,
     connected,
+    push,
     random_weights,
     receiver,
 )
-from tests.unit.services.weight_transfer.test_push import assert_holds, push
 
 
 class Worker(WeightUpdates):

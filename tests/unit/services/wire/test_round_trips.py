@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError
 
 from services.errors import PeerError
+from services.wire.batch import TrainingBatch, decode_batch, encode_batch
 from services.wire.document import decode_document, encode_document
 from services.wire.frames import END_OF_STREAM, HEARTBEAT, read_frames
 from services.wire.rollout import (
@@ -299,3 +300,49 @@ async def test_heartbeats_are_no_documents() -> None:
         assert await frames_of(*pieces, END_OF_STREAM) == [b"a", b"b"]
     with pytest.raises(PeerError, match="broke off"):
         await frames_of(stream)
+
+
+def training_batch(**columns: Any) -> TrainingBatch:
+    """Two completions of 2 and 1 tokens after prompts of 1 and 2, with candidates."""
+    given: dict[str, Any] = {
+        "rows": np.array([7, 7]),
+        "groups": np.array([0, 1]),
+        "prompt_lengths": np.array([1, 2]),
+        "completion_lengths": np.array([2, 1]),
+        "truncated": np.array([False, True]),
+        "policy_versions": np.array([3, 4]),
+        "prompt_ids": np.array([10, 20, 21], np.int32),
+        "token_ids": np.array([11, 12, 22], np.int32),
+        "rollout_logprobs": np.array([-1.0, -2.0, -3.0], np.float32),
+        "teacher_token_logprobs": np.array([-4.0, -5.0, -6.0], np.float32),
+        "support_ids": np.array([[1, 2], [3, 4], [5, 6]], np.int32),
+        "teacher_support_logprobs": np.full((3, 2), -1.5, np.float32),
+        "teacher_tail_logprob": np.array([-7.0, -np.inf, -9.0], np.float32),
+        "texts": ["a", "你好"],
+        "metrics": {"rollout_s": 0.25},
+    }
+    return TrainingBatch(**given | columns)
+
+
+def test_a_batch_survives_and_its_sequences_are_where_they_were() -> None:
+    sent = training_batch()
+    got = decode_batch(encode_batch(sent))
+    assert_same(sent, got)
+    assert [got.prompt(index).tolist() for index in range(len(got))] == [[10], [20, 21]]
+    assert [got.token_ids[got.completion(index)].tolist() for index in range(len(got))] == [[11, 12], [22]]
+    assert got.truncated.dtype == np.bool_
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"rollout_logprobs": np.zeros(2, np.float32)}, "holds 2 rollout_logprobs for 3"),
+        ({"groups": np.zeros(3, np.int64)}, "holds 3 groups for 2"),
+        ({"prompt_lengths": np.array([1, 1])}, "holds 3 prompt_ids, its prompt_lengths come to 2"),
+        ({"completion_lengths": np.array([2, 2])}, "holds 3 token_ids, its completion_lengths come to 4"),
+        ({"support_ids": None}, "support_ids are missing"),
+    ],
+)
+def test_a_batch_whose_columns_do_not_fit_is_refused(columns: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PeerError, match=reason):
+        decode_batch(encode_batch(training_batch(**columns)))

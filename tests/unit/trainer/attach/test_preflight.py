@@ -10,69 +10,14 @@ from services.clients import RolloutClient, TeacherClient
 from services.config import LossConfig, RunConfig, TeacherConfig
 from services.errors import PeerError, StartupError
 from services.models.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
-from services.wire.rollout import RolloutInfo
 from services.wire.teacher import TeacherInfo
+from tests.servers import EOS, Servers, rollout_info, teacher_info
 from tests.unit.trainer.attached import attached
 from trainer.attach import preflight
 from trainer.teachers import Teachers
 from trainer.tiny.pair import build_tokenizer
 
-EOS = [256]
 KD_AT_2 = {"kd_temperature": 2}
-
-
-def teacher_info(tokenizer, **changes) -> TeacherInfo:  # type: ignore[no-untyped-def]
-    fields = {
-        "protocol": 1,
-        "model": "the-teacher",
-        "fingerprint": "f",
-        "vocab_size": len(tokenizer),
-        "padded_vocab_size": len(tokenizer),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "eos_token_ids": EOS,
-        "chat_template_probe": chat_template_probe(tokenizer),
-        "dtype": "float32",
-        "max_model_len": 128,
-        "max_top_k": len(tokenizer),
-        "max_tokens_per_request": 1,
-        "max_sequences_per_request": 1,
-        "max_answer_mib": 1,
-        "temperature_support": "any",
-    }
-    return TeacherInfo(**{**fields, **changes})
-
-
-def rollout_info(**changes) -> RolloutInfo:  # type: ignore[no-untyped-def]
-    fields = {
-        "protocol": 1,
-        "model": "the-student",
-        "boot_id": "b",
-        "policy_version": "default",
-        "dtype": "float32",
-        "max_model_len": 64,
-        "vocab_size": 261,
-        "max_logprobs": 64,
-        "world_size": 1,
-        "weight_transfer_backend": "gloo",
-    }
-    return RolloutInfo(**{**fields, **changes})
-
-
-class Servers:
-    """Stands for either client."""
-
-    def __init__(self, *infos: object, vocabulary: dict[str, int] | None = None) -> None:
-        self.infos, self._vocabulary = list(infos), vocabulary
-        self.urls = [f"http://server-{index}" for index in range(len(infos))]
-
-    async def wait_ready(self, timeout_s: float, on_wait: object) -> None:
-        pass
-
-    async def info(self) -> list[object]:
-        return self.infos
-
-    async def vocabulary(self) -> dict[str, int] | None:
-        return self._vocabulary
 
 
 def teachers(info: TeacherInfo, **named: TeacherInfo) -> Teachers:
@@ -334,6 +279,7 @@ def test_a_support_that_one_teacher_does_not_score_is_refused_with_its_name(
         ({"support": "student_topk"}, 300, {}, "ids up to 300, the teacher scores those below 261"),
         ({"top_k": 20}, 261, {"max_top_k": 19}, "needs 20 tokens per position, teacher.max_top_k = 19"),
         ({"single_step_estimator": "full"}, 261, {"max_top_k": 19}, "needs 261 tokens per position"),
+        ({"top_k": 20}, 261, {"max_top_k": 19, "server": "vllm"}, r"server \(of a plain vLLM server: --max-logprobs\)"),
         (
             {"support": "student_topk", "top_k": 20},
             261,

@@ -1,26 +1,23 @@
 """The yardstick itself: reverse KL from a few logprobs, against the whole distributions; whose weights were measured."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.clients import TeacherClient
 from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
 from tests.models import save_model
 from tests.pushing import learner_of
-from tests.teacher_app import serving
+from tests.unit.trainer.attached import teacher_of
 from tests.unit.trainer.generating import Generator
+from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluator, ReverseKL
@@ -35,23 +32,13 @@ VOCAB = 1000
 PROMPTS = [Prompt(row, [row + 1, 7, 8 + row], "") for row in range(24)]
 
 
-@asynccontextmanager
-async def teacher_of(folder: str, name: str | None = None, **options: Any) -> AsyncIterator[Teacher]:
-    """A real teacher in this process."""
-    async with serving(folder, **options) as app:
-        client = TeacherClient(["http://teacher"], transport=httpx.ASGITransport(app.guard))
-        (info,) = await client.info()
-        yield Teacher(name, client, info)
-        await client.close()
-
-
 async def sampled(
     learner: Learner, teacher: Teacher, top_k: int, *, seed: int = 0, length: int = 12
 ) -> list[ScoredSample]:
     """Scored completions, sampled at temperature 1."""
     model = learner.student.model
     generator = Generator(model, [3], seed=seed)
-    rollouts = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
+    rollouts, _ = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
     support = Support("teacher_topk", top_k, len(model.lm_head.weight))
     samples, quarantined = await score_rollouts(Teachers([teacher]), rollouts, support=support, temperature=1.0)
     assert not quarantined
@@ -76,7 +63,7 @@ def mean_reverse_kl(
 ) -> tuple[float, float | None]:
     pipeline = learner.config.pipeline.model_copy(update={"tokens_per_micro_batch": tokens_per_micro_batch})
     learner.config = learner.config.model_copy(update={"pipeline": pipeline})
-    measured = ReverseKL(learner.reverse_kl(samples))
+    measured = ReverseKL(learner.reverse_kl(collect(samples)))
     return measured.mean, measured.stderr
 
 
@@ -215,7 +202,7 @@ async def test_each_completion_is_measured_against_its_own_teacher(folder: str, 
             learner, 0
         )
         # The same completions: the generator's draws are in the order of the prompts.
-        rollouts = await generate_rollouts(
+        rollouts, _ = await generate_rollouts(
             Generator(learner.student.model, [256]), named, RolloutSampling(max_new_tokens=6)
         )  # type: ignore[arg-type]
         of_maths = [r for r in rollouts if r.prompt.teacher == "maths"]

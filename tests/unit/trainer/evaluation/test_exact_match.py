@@ -17,8 +17,9 @@ from services.config import RunConfig
 from services.errors import DataError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
+from tests.pushing import learner_of
 from tests.tokenizers import FAMILIES
-from tests.unit.trainer.evaluation.test_evaluate import student_of, teacher_of
+from tests.unit.trainer.attached import teacher_of
 from tests.unit.trainer.generating import Generator
 from trainer.data.prompts import Prompt, PromptRows, read_prompts
 from trainer.evaluation.evaluate import Evaluator
@@ -116,14 +117,14 @@ async def test_a_model_compared_with_itself_shows_the_same_on_both_sides(family:
     end = end_of(tokenizer)
     config = RunConfig(data={"eval_path": "e"}, evaluation={"max_new_tokens": 40})
     prompts = read_prompts(rows_file(tmp_path), config.data, tokenizer).used()
-    student = student_of(folder)
+    learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
         assert teacher.info.eos_token_ids == sorted({end, *({tokenizer.eos_token_id} - {None})})
         versions = PolicyVersions("mine")
         versions.set_live(PolicyLabel(0, 1, "mine"))
-        rollouts: Any = Generator(student, [end])
+        rollouts: Any = Generator(learner.student.model, [end])
         evaluator = Evaluator(config, prompts, tokenizer, rollouts, Teachers([teacher]), [end], versions)
-        measured = await evaluator.evaluate(student, 0)
+        measured = await evaluator.evaluate(learner, 0)
         alone = [await count_teacher_matches(teacher, [prompt], rule(tokenizer, end)) for prompt in prompts]
     assert measured.exact_match == measured.teacher_exact_match
     # By hand: all but the last four answers are what it says, as far as the tokenizer can say it.

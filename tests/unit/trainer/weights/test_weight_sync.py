@@ -20,7 +20,7 @@ from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpa
 from services.wire.weights import CanaryScores
 from tests.models import save_model
 from tests.pushing import Pushing, learner_of
-from tests.unit.trainer.attach.test_preflight import rollout_info
+from tests.servers import rollout_info
 from trainer.data.prompts import Prompt
 from trainer.weights import weight_sync
 from trainer.weights.weight_sync import WeightSync

@@ -9,7 +9,7 @@ import pytest
 
 from services.config import TeacherConfig
 from services.teacher.api.docs_page import render
-from services.teacher.api.openapi import REQUEST_EXAMPLES
+from services.teacher.api.examples import REQUEST_EXAMPLES
 from services.teacher.server import create_app
 
 

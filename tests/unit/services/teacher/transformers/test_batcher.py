@@ -11,7 +11,7 @@ from services.errors import RequestError
 from services.http.metrics import TeacherMetrics
 from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 from services.teacher.transformers.batcher import Batcher
-from tests.unit.trainer.attach.test_preflight import teacher_info
+from tests.servers import teacher_info
 from trainer.tiny.pair import build_tokenizer
 
 INFO = teacher_info(build_tokenizer())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.teacher.api.answer import PacedResponse
+from services.teacher.api.paced_response import PacedResponse
 from tests.teacher_app import serving
 
 

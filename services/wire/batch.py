@@ -1,0 +1,105 @@
+"""What the pipeline hands to the learner for one step, and what is recorded: one safetensors document.
+
+The learner may be in another process, or on another rank; whoever reads a recorded batch trains on the same numbers.
+"""
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from services.errors import PeerError
+from services.wire.document import decode_document, encode_document
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Scored completions of one step: B of them, in all P prompt tokens and N completion tokens, K candidates a position.
+
+    Attributes:
+        groups: place of the prompt in the step; the samples of one prompt share it, those of a row that comes twice do not.
+        policy_versions: of the oldest token of each completion.
+        texts: of the prompts, for people.
+        metrics: of how the batch came about.
+    """
+
+    rows: np.ndarray  # [B] int64, of the data file
+    groups: np.ndarray  # [B] int64
+    prompt_lengths: np.ndarray  # [B] int64
+    completion_lengths: np.ndarray  # [B] int64, at least 1
+    truncated: np.ndarray  # [B] bool, whether the completion hit max_new_tokens
+    policy_versions: np.ndarray  # [B] int64
+    prompt_ids: np.ndarray  # [P] int32
+    token_ids: np.ndarray  # [N] int32, sampled tokens
+    rollout_logprobs: np.ndarray  # [N] float32, of token_ids under the policy that sampled
+    teacher_token_logprobs: np.ndarray  # [N]
+    support_ids: np.ndarray  # [N, K] int32
+    teacher_support_logprobs: np.ndarray  # [N, K]
+    teacher_tail_logprob: np.ndarray  # [N] log of the mass outside the support
+    texts: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def _prompt_ends(self) -> np.ndarray:
+        return np.cumsum(self.prompt_lengths)
+
+    @cached_property
+    def _completion_ends(self) -> np.ndarray:
+        return np.cumsum(self.completion_lengths)
+
+    def prompt(self, index: int) -> np.ndarray:
+        """Token ids of one prompt."""
+        end = int(self._prompt_ends[index])
+        return self.prompt_ids[end - int(self.prompt_lengths[index]) : end]
+
+    def completion(self, index: int) -> slice:
+        """Where among the N completion tokens those of one completion are."""
+        end = int(self._completion_ends[index])
+        return slice(end - int(self.completion_lengths[index]), end)
+
+
+_ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in ("texts", "metrics"))
+_OF_TOKENS = (
+    "rollout_logprobs",
+    "teacher_token_logprobs",
+    "support_ids",
+    "teacher_support_logprobs",
+    "teacher_tail_logprob",
+)
+_OF_SEQUENCES = ("groups", "prompt_lengths", "completion_lengths", "truncated", "policy_versions")
+
+
+def encode_batch(batch: TrainingBatch) -> bytes:
+    """The batch as a document."""
+    arrays: dict[str, np.ndarray | None] = {name: getattr(batch, name) for name in _ARRAYS}
+    return encode_document(arrays, {"texts": batch.texts, "metrics": batch.metrics})
+
+
+def decode_batch(document: bytes) -> TrainingBatch:
+    """Inverse of `encode_batch`.
+
+    Raises:
+        PeerError: it is no batch, or its columns differ in length.
+    """
+    arrays, metadata = decode_document(document)
+    columns: dict[str, Any] = {**arrays, **metadata}
+    if missing := [name for name in _ARRAYS if name not in arrays]:
+        raise PeerError(f"the document is not a batch: {', '.join(missing)} are missing")
+    try:
+        batch = TrainingBatch(**columns)
+    except TypeError as error:
+        raise PeerError(f"the document is not a batch: {error}") from error
+    for length, names in ((len(batch.rows), _OF_SEQUENCES), (len(batch.token_ids), _OF_TOKENS)):
+        for name in names:
+            if len(arrays[name]) != length:
+                raise PeerError(f"the batch holds {len(arrays[name])} {name} for {length}")
+    for lengths, name in (("prompt_lengths", "prompt_ids"), ("completion_lengths", "token_ids")):
+        if arrays[lengths].sum() != len(arrays[name]):
+            raise PeerError(
+                f"the batch holds {len(arrays[name])} {name}, its {lengths} come to {arrays[lengths].sum()}"
+            )
+    return batch
