@@ -80,7 +80,7 @@ class Replicas:
 
     @contextmanager
     def lease(self, tried: Collection[str] = ()) -> Iterator[Lease]:
-        """A place for one request; report what became of it with `answered`, `rest` or `failed`.
+        """The lease of one request; report what became of it with `answered`, `rest` or `failed`.
 
         Args:
             tried: URLs to avoid while another can be asked.

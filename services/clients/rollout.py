@@ -32,25 +32,28 @@ _TOO_LARGE = 413
 class _Request:
     """Samples `first_sample` up to `first_sample + num_samples` of some of the prompts of a call."""
 
-    places: list[int]
+    prompt_indices: list[int]
     """Of its prompts among those of the call."""
     first_sample: int
     num_samples: int
 
     def without(self, received: Collection[tuple[int, int]]) -> list["_Request"]:
-        """Requests for what is not among the (place, sample) `received`; prompts that lack the same samples share one."""
+        """Requests for what is not among the (prompt_index, sample) `received`; prompts that lack the same samples share one."""
         lacking: dict[tuple[int, int], list[int]] = {}
         samples = range(self.first_sample, self.first_sample + self.num_samples)
-        for place in self.places:
-            for run in _runs([sample for sample in samples if (place, sample) not in received]):
-                lacking.setdefault(run, []).append(place)
-        return [_Request(places, first, num) for (first, num), places in lacking.items()]
+        for prompt_index in self.prompt_indices:
+            for run in _runs([sample for sample in samples if (prompt_index, sample) not in received]):
+                lacking.setdefault(run, []).append(prompt_index)
+        return [_Request(prompt_indices, first, num) for (first, num), prompt_indices in lacking.items()]
 
     def halves(self) -> list["_Request"]:
         """Two requests for the same completions; none when it is for a single one."""
-        if len(self.places) > 1:
-            middle = len(self.places) // 2
-            return [replace(self, places=self.places[:middle]), replace(self, places=self.places[middle:])]
+        if len(self.prompt_indices) > 1:
+            middle = len(self.prompt_indices) // 2
+            return [
+                replace(self, prompt_indices=self.prompt_indices[:middle]),
+                replace(self, prompt_indices=self.prompt_indices[middle:]),
+            ]
         if self.num_samples == 1:
             return []
         middle = self.num_samples // 2
@@ -71,7 +74,7 @@ class _Work:
         # The server adds its own sample index to the seed, counted from 0 in every request.
         seed = None if self.sampling.seed is None else self.sampling.seed + request.first_sample
         return {
-            "prompts": [self.prompts[place] for place in request.places],
+            "prompts": [self.prompts[prompt_index] for prompt_index in request.prompt_indices],
             "samples_per_prompt": request.num_samples,
             "sampling": self.sampling.model_dump() | {"seed": seed},
             "student_top_k": self.student_top_k,
@@ -134,8 +137,8 @@ class RolloutClient(ServerClient):
         lengths = [len(prompt) for prompt in work.prompts]
 
         async def share(server: int) -> list[RolloutCompletion]:
-            url, places = self.urls[server], list(range(server, len(lengths), len(self.urls)))
-            requests = list(_cut(places, lengths, samples, self._limits[url]))
+            url, prompt_indices = self.urls[server], list(range(server, len(lengths), len(self.urls)))
+            requests = list(_cut(prompt_indices, lengths, samples, self._limits[url]))
             return await self._complete(url, requests, work)
 
         shares = await all_or_first_error([share(server) for server in range(len(self.urls))])
@@ -160,16 +163,18 @@ class RolloutClient(ServerClient):
         return list(received.values())
 
     async def _ask(self, url: str, request: _Request, work: _Work) -> list[RolloutCompletion]:
-        """What arrives of a request, at least one completion, by their places among the prompts and samples of the call."""
+        """What arrives of a request, at least one completion, numbered among the prompts and samples of the call."""
 
         async def read(base: str) -> list[RolloutCompletion]:
-            return await self._read_completions(base, work.body(request), len(request.places), request.num_samples)
+            return await self._read_completions(
+                base, work.body(request), len(request.prompt_indices), request.num_samples
+            )
 
         frames = await self._outlasting(self._alone[url], read)
         return [
             replace(
                 frame,
-                prompt_index=request.places[frame.prompt_index],
+                prompt_index=request.prompt_indices[frame.prompt_index],
                 sample_index=request.first_sample + frame.sample_index,
             )
             for frame in frames
@@ -251,7 +256,7 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _cut(places: list[int], lengths: list[int], samples: int, limit: int) -> Iterator[_Request]:
+def _cut(prompt_indices: list[int], lengths: list[int], samples: int, limit: int) -> Iterator[_Request]:
     """Requests of at most `limit` completions and a bounded number of ids; a longer prompt stands alone.
 
     Args:
@@ -259,16 +264,16 @@ def _cut(places: list[int], lengths: list[int], samples: int, limit: int) -> Ite
     """
     taken: list[int] = []
     num_ids = 0
-    for place in places:
-        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[place] > MAX_IDS_PER_REQUEST):
+    for prompt_index in prompt_indices:
+        if taken and ((len(taken) + 1) * samples > limit or num_ids + lengths[prompt_index] > MAX_IDS_PER_REQUEST):
             yield from _cut_samples(taken, samples, limit)
             taken, num_ids = [], 0
-        taken.append(place)
-        num_ids += lengths[place]
+        taken.append(prompt_index)
+        num_ids += lengths[prompt_index]
     if taken:
         yield from _cut_samples(taken, samples, limit)
 
 
-def _cut_samples(places: list[int], samples: int, limit: int) -> Iterator[_Request]:
+def _cut_samples(prompt_indices: list[int], samples: int, limit: int) -> Iterator[_Request]:
     for first in range(0, samples, limit):  # more than one for a single prompt with more samples than `limit`
-        yield _Request(places, first, min(limit, samples - first))
+        yield _Request(prompt_indices, first, min(limit, samples - first))

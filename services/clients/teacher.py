@@ -31,7 +31,7 @@ LogprobDtype = Literal["float32", "float16"]
 _SCORES_IN_FLIGHT = 8
 _TOO_LARGE = 413
 
-# In a problem document, the place of a sequence in its request, which is not its place among those of the caller.
+# In a problem document, the index of a sequence in its request, which is not its index among those of the caller.
 _SEQUENCE_FIELD = re.compile(r"sequences\.(\d+)\.?")
 
 
@@ -39,8 +39,8 @@ class RefusedSequenceError(ProblemError):
     """A teacher refused one of the sequences.
 
     Attributes:
-        index: its place among those that were asked.
-        reason: the teacher's words, without the place that it had in a request.
+        index: of the sequence among those that were asked.
+        reason: the teacher's words, without the index that it had in a request.
     """
 
     def __init__(self, error: ProblemError, index: int) -> None:
@@ -50,7 +50,7 @@ class RefusedSequenceError(ProblemError):
 
 
 OnRefused = Callable[[int, RefusedSequenceError], None]
-"""Told of each refused sequence: its place among those that were asked, and why."""
+"""Told of each refused sequence: its index among those that were asked, and why."""
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,35 @@ class _Call:
         settings: dict[str, Any] = {"top_k": self.top_k, "temperature": self.temperature}
         return settings if self.logprob_dtype == "float32" else {**settings, "logprob_dtype": self.logprob_dtype}
 
-    def body(self, places: list[int]) -> dict[str, Any]:
-        return {"sequences": [self.sequences[place] for place in places], **self.settings()}
+    def body(self, indices: list[int]) -> dict[str, Any]:
+        return {"sequences": [self.sequences[index] for index in indices], **self.settings()}
 
     def support_width(self) -> int | None:
         """M of support_ids; None: not asked for."""
         support_ids = self.sequences[0].get("support_ids")
         return None if support_ids is None else len(support_ids[0]) if support_ids else 0
 
-    def check_answer(self, url: str, places: list[int], scores: TeacherScores) -> None:
+    def check_answer(self, url: str, indices: list[int], scores: TeacherScores) -> None:
         """Refuse an answer to another question.
 
         Raises:
             PeerError: names the server and what is wrong.
         """
-        asked = [self.sequences[place] for place in places]
+        asked = [self.sequences[index] for index in indices]
         check_answer(url, scores, asked, self.top_k, self.temperature)
         if self.on_mismatch == "raise" and (found := mismatches(scores, [_as_token_ids(s) for s in asked])):
-            raise PeerError(f"{url}: sequence {places[min(found)]}: {found[min(found)]}")
+            raise PeerError(f"{url}: sequence {indices[min(found)]}: {found[min(found)]}")
 
-    def refuse(self, place: int, error: ProblemError) -> None:
-        """Tell the caller that a teacher refused the sequence at this place.
+    def refuse(self, index: int, error: ProblemError) -> None:
+        """Tell the caller that a teacher refused the sequence of this index.
 
         Raises:
             RefusedSequenceError: it does not want to be told, but to end.
         """
-        refusal = RefusedSequenceError(error, place)
+        refusal = RefusedSequenceError(error, index)
         if self.on_refused is None:
             raise refusal from error
-        self.on_refused(place, refusal)
+        self.on_refused(index, refusal)
 
 
 class TeacherClient(ServerClient):
@@ -237,16 +237,16 @@ class TeacherClient(ServerClient):
             most_rows = integer("max_rows_per_request", max_rows_per_request, at_least=1)
         requests = cut_sequences(call.sequences, min(most_rows, self._MOST_ROWS_PER_REQUEST))
         room = asyncio.Semaphore(_SCORES_IN_FLIGHT * len(self.urls))
-        answers = await all_or_first_error([self._score_places(call, places, room) for places in requests])
+        answers = await all_or_first_error([self._score_part(call, indices, room) for indices in requests])
         parts = [part for answer in answers for part in answer]
         return join_scores(parts, len(call.sequences)) if parts else await self._no_scores(call)
 
-    async def _score_places(
-        self, call: _Call, places: list[int], room: asyncio.Semaphore
+    async def _score_part(
+        self, call: _Call, indices: list[int], room: asyncio.Semaphore
     ) -> list[tuple[list[int], TeacherScores]]:
-        """Answers to the sequences at these places, and at which each is, in their order; without what is refused."""
+        """(indices, scores) of the requests into which the sequences of these indices were cut, rising; without the refused."""
         answers: list[tuple[list[int], TeacherScores]] = []
-        left = [places]
+        left = [indices]
         while left:
             part = left.pop()
             try:
@@ -259,20 +259,20 @@ class TeacherClient(ServerClient):
                 answers.append((part, scores))
         return answers
 
-    def _left_after_refusal(self, call: _Call, places: list[int], error: ProblemError) -> list[list[int]]:
+    def _left_after_refusal(self, call: _Call, indices: list[int], error: ProblemError) -> list[list[int]]:
         """What is to be asked instead of a request that was refused: its halves, or the others when one was at fault.
 
         Raises:
             ProblemError: the request was refused as a whole.
             RefusedSequenceError: one was at fault, and there is no `on_refused` to tell.
         """
-        if len(places) > 1 and self._may_be_cut(error):
-            middle = len(places) // 2
-            return [places[:middle], places[middle:]]
-        if (index := self._refused_index(error, len(places))) is None:
+        if len(indices) > 1 and self._may_be_cut(error):
+            middle = len(indices) // 2
+            return [indices[:middle], indices[middle:]]
+        if (refused := self._refused_index(error, len(indices))) is None:
             raise error
-        call.refuse(places[index], error)
-        others = [*places[:index], *places[index + 1 :]]
+        call.refuse(indices[refused], error)
+        others = [*indices[:refused], *indices[refused + 1 :]]
         return [others] if others else []
 
     async def _no_scores(self, call: _Call) -> TeacherScores:

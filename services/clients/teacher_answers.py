@@ -98,21 +98,21 @@ def join_scores(parts: list[tuple[list[int], TeacherScores]], num_sequences: int
     """One answer from the answers to parts of the work, which come from one model.
 
     Args:
-        parts: the places of the sequences of each, rising from part to part; places that none of them has get no rows.
+        parts: the indices of the sequences of each, rising from part to part; indices that none of them has get no rows.
     """
     first = parts[0][1]
     lengths = np.zeros(num_sequences, np.int64)
-    for places, part in parts:
-        lengths[places] = np.diff(part.row_offsets)
+    for indices, part in parts:
+        lengths[indices] = np.diff(part.row_offsets)
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for _, part in parts]) for name in first.columns()
     }
     return replace(first, row_offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)
 
 
-def without_sequences(scores: TeacherScores, places: Iterable[int]) -> TeacherScores:
-    """Scores of the other sequences; those at `places` have no rows."""
-    return replace(scores, row_offsets=np.delete(scores.row_offsets, [place + 1 for place in places]))
+def without_sequences(scores: TeacherScores, indices: Iterable[int]) -> TeacherScores:
+    """Scores of the other sequences; those at `indices` have no rows."""
+    return replace(scores, row_offsets=np.delete(scores.row_offsets, [index + 1 for index in indices]))
 
 
 def empty_scores(

@@ -7,7 +7,7 @@ _IDS_PER_REQUEST = 1 << 21
 
 
 def cut_sequences(sequences: list[dict[str, Any]], max_rows: int) -> list[list[int]]:
-    """Places of the sequences of each request, rising.
+    """Indices of the sequences of each request, rising.
 
     Args:
         max_rows: completion tokens of a request, about; a longer sequence stands alone.

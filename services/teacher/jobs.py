@@ -102,7 +102,11 @@ class ScoreJob:
         return None if support is None else len(support[0])
 
     def begin(self) -> bool:
-        """Make room for the answer, once, before sequences are scored side by side; whether it was this time."""
+        """Make room for the answer before its sequences are scored side by side.
+
+        Returns:
+            True the first time: the job has waited until now.
+        """
         if self._columns is not None:
             return False
         self._columns = Columns.empty(int(self.offsets[-1]), self.top_k, self.support_width)
@@ -119,7 +123,7 @@ class ScoreJob:
         return [ScoreItem(self, index) for index in range(len(self.sequences))]
 
     def finish(self, num_sequences: int) -> bool:
-        """Count sequences whose rows are filled; whether these were the last."""
+        """Count sequences that are done; True when none is left."""
         self._remaining -= num_sequences
         return self._remaining == 0
 

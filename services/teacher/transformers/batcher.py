@@ -165,7 +165,7 @@ class Batcher:
                 self._metrics.wait_seconds.observe(now - self._submitted[job])
 
     def _forget(self, item: ScoreItem) -> bool:
-        """Take a sequence out of the books; whether its job has no more."""
+        """Count a sequence as done, scored or dropped; True when it was the last one of its job."""
         with self._arrived:
             self._queued_tokens -= len(item.sequence.token_ids)
             is_last = item.job.finish(1)
@@ -210,14 +210,18 @@ class Batcher:
         try:
             self.engine.forward(ScoreJob([EncodedSequence([0, 0], 1)], top_k=1, temperature=1.0).items())
         except Exception as error:  # a dead CUDA context, for one, never comes back in this process
-            self._give_up(error, but=failed)
+            self._give_up(error, failed)
 
-    def _give_up(self, error: Exception, but: ScoreJob | None = None) -> None:
-        """Nothing will be scored any more: whoever waits is told at once, except for a job that has its own error."""
+    def _give_up(self, error: Exception, failed: ScoreJob | None = None) -> None:
+        """Score nothing any more, and tell whoever waits.
+
+        Args:
+            failed: the job in which the engine broke; its caller is told by that error itself.
+        """
         self._on_failure(error)
         with self._arrived:
             self._closed = True
             self._window, self._waiting = [], deque()
-            waiting = self._submitted.keys() - {but}
+            waiting = self._submitted.keys() - {failed}
         for job in waiting:
             job.refuse(engine_failed(error))

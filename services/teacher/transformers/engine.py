@@ -116,7 +116,7 @@ class TransformersEngine:
         )
 
     def score(self, sequences: list[EncodedSequence], *, top_k: int, temperature: float) -> TeacherScores:
-        """Score one request by itself.
+        """Score one request by itself, without a queue: for programs, and for what a server's answers are compared with.
 
         Args:
             sequences: already checked against this engine's limits.

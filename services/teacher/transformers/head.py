@@ -124,7 +124,7 @@ def _reduce_group(
         assert columns.support_logprobs is not None and columns.support_tail_logprobs is not None
         columns.support_logprobs[rows] = logprobs(support).cpu().numpy()
         columns.support_tail_logprobs[rows] = log_mass_outside(support).cpu().numpy()
-    columns.entropies[rows] = (log_total - _mean(relative, masses) / total).cpu().numpy()
+    columns.entropies[rows] = (log_total - _mass_weighted_sum(relative, masses) / total).cpu().numpy()
 
 
 def _top_k_ids(relative: torch.Tensor, log_total: torch.Tensor, k: int) -> torch.Tensor:
@@ -153,11 +153,14 @@ def _log_sum_outside(relative: torch.Tensor, masses: torch.Tensor, ids: torch.Te
     return logs
 
 
-def _mean(relative: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
-    """[G] sum of mass times log mass; tokens that are impossible add nothing. Overwrites `relative`."""
-    means = relative.mul_(masses).sum(-1)
+def _mass_weighted_sum(relative: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
+    """[G] sum over the vocabulary of exp(x) * x, x the [G, V] relative logits, which are destroyed, and masses exp(x).
+
+    Impossible tokens (x = -inf) add nothing. Divided by the sum of the masses it is the mean of x.
+    """
+    sums = relative.mul_(masses).sum(-1)
     # 0 * -inf; seldom, for a model has to rule a token out altogether.
-    impossible = torch.isnan(means)
+    impossible = torch.isnan(sums)
     if bool(impossible.any()):
-        means[impossible] = torch.special.xlogy(masses[impossible], masses[impossible]).sum(-1)
-    return means
+        sums[impossible] = torch.special.xlogy(masses[impossible], masses[impossible]).sum(-1)
+    return sums

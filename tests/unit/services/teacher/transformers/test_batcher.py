@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ INFO = teacher_info(build_tokenizer())
 
 
 class Recorder:
-    """Every row's logprob is the last token of its sequence; keeps the lengths of each forward pass."""
+    """Every row's logprob is the last token of its sequence (`job`); keeps the lengths of each forward pass."""
 
     def __init__(self, parallel_forwards: int = 1) -> None:
         self.info, self.parallel_forwards = INFO, parallel_forwards
@@ -38,7 +39,13 @@ class Recorder:
 
 
 def job(*lengths: int, mark: int = 0) -> ScoreJob:
-    return ScoreJob([EncodedSequence([0] * (n - 1) + [mark], 1) for n in lengths], top_k=1, temperature=1.0)
+    """Sequences that end in 100 times the mark plus their place in the job."""
+    sequences = [EncodedSequence([0] * (n - 1) + [100 * mark + place], 1) for place, n in enumerate(lengths)]
+    return ScoreJob(sequences, top_k=1, temperature=1.0)
+
+
+def mark_of(item: ScoreItem) -> int:
+    return item.sequence.token_ids[-1] // 100
 
 
 @contextmanager
@@ -61,9 +68,14 @@ def hold_with(batcher: Batcher, engine: Recorder, first: ScoreJob) -> None:
 
 
 def marks(done: ScoreJob) -> list[float]:
+    """The mark in the rows of each sequence, all of which must be its own."""
     scores = done.done.result(5)
-    ends = scores.row_offsets[1:] - 1
-    return scores.token_logprobs[ends].tolist()
+    found = []
+    for place, (start, end) in enumerate(pairwise(scores.row_offsets)):
+        rows = [divmod(value, 100) for value in scores.token_logprobs[start:end].tolist()]
+        assert end - start == len(done.sequences[place].token_ids) - 1 and set(rows) == {(rows[0][0], place)}
+        found.append(rows[0][0])
+    return found
 
 
 def test_what_waits_goes_together_sorted_by_length_and_finds_its_way_back() -> None:
@@ -102,7 +114,7 @@ def test_a_job_larger_than_a_pass_takes_several_and_one_longer_than_a_pass_goes_
 
 def test_a_request_does_not_fail_for_its_company() -> None:
     with batching() as (batcher, engine, failures, _):
-        engine.fails = lambda items: any(item.sequence.token_ids[-1] == 13 for item in items)
+        engine.fails = lambda items: any(mark_of(item) == 13 for item in items)
         hold_with(batcher, engine, job(5))
         good, bad, other = job(4, 4, mark=1), job(4, mark=13), job(4, mark=2)
         for each in (good, bad, other):
@@ -179,7 +191,8 @@ def test_closing_finishes_what_was_accepted() -> None:
         batcher.submit(each)
     engine.free.set()
     batcher.close()
-    assert [each.done.result(0).token_logprobs[-1] for each in jobs] == [0, 1, 2, 3, 4]
+    assert all(each.done.done() for each in jobs)
+    assert [marks(each) for each in jobs] == [[0], [1], [2], [3], [4]]
 
 
 def test_the_backlog_is_an_estimate_in_seconds() -> None:
@@ -232,7 +245,7 @@ def test_little_work_is_not_cut_for_an_idle_thread() -> None:
 def test_a_failure_in_one_forward_pass_spares_the_one_beside_it() -> None:
     with batching(limit=300, parallel_forwards=2) as (batcher, engine, failures, _):
         bad, good = job(300, mark=7), job(300, mark=3)
-        engine.fails = lambda items: items[0].sequence.token_ids[-1] == 7
+        engine.fails = lambda items: mark_of(items[0]) == 7
         batcher.submit(bad)
         batcher.submit(good)
         engine.free.set()
