@@ -39,7 +39,7 @@ train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student 
 		--data.path "$(PAIR)/train.jsonl" --data.eval_path "$(PAIR)/eval.jsonl" $(ARGS)
 
 test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m tests $(ARGS)
 
 test-long: $(STAMP)  ## the tests that take many minutes
 	@$(BIN)/python -m pytest -m long $(ARGS)
