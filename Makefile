@@ -14,7 +14,7 @@ BACKEND ?=
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-containers check bench lock clean up down logs images
+.PHONY: help setup train test test-long test-containers mutants check bench lock clean up down logs images
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -39,13 +39,16 @@ train: $(STAMP)  ## the main job: distil the tiny teacher into the tiny student 
 		--data.path "$(PAIR)/train.jsonl" --data.eval_path "$(PAIR)/eval.jsonl" $(ARGS)
 
 test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m tests $(ARGS)
 
 test-long: $(STAMP)  ## the tests that take many minutes
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-containers: $(STAMP)  ## the CPU stack in real containers, from a new clone; needs Docker
 	@$(BIN)/python -m pytest -m containers $(ARGS)
+
+mutants: $(STAMP)  ## change the code in a copy, a place at a time, and count what tests notice (ARGS="batch --minutes 10")
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import boundaries
 	@$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from tests.integration.raw_http import connection, head, read_answer
 pytestmark = pytest.mark.integration
 
 SEED = 8101
-NUM_BODIES = 10_000
+NUM_BODIES, NUM_FIRST = 10_000, 1_000
 NUM_CONNECTIONS = 4
 MAX_GROWTH_MIB = 32
 SEEDS: list[Any] = [example["value"] for example in REQUEST_EXAMPLES.values()]
@@ -159,18 +159,19 @@ def attack_all(server: Server, count: int) -> Counter[int]:
         return sum((result.result() for result in results), Counter())
 
 
-def test_ten_thousand_damaged_requests(teacher_server: Server) -> None:
+@pytest.mark.parametrize("num_bodies", [NUM_BODIES // 5, pytest.param(NUM_BODIES, marks=pytest.mark.long)])
+def test_thousands_of_damaged_requests(num_bodies: int, teacher_server: Server) -> None:
     with teacher_server.client() as client:
         headers = {"content-type": "application/json"}
         expected = client.post("/v1/teacher/logprobs", content=GOOD, headers=headers).json()
-        attack_all(teacher_server, NUM_BODIES // 10)  # what is loaded and allocated once
+        attack_all(teacher_server, NUM_FIRST)  # what is loaded and allocated once
         before = teacher_server.memory_mib()
-        statuses = attack_all(teacher_server, NUM_BODIES)
+        statuses = attack_all(teacher_server, num_bodies)
         grown = teacher_server.memory_mib() - before
         print(f"answers: {dict(sorted(statuses.items()))}; memory: {before:.0f} MiB, {grown:+.1f}")
         assert client.post("/v1/teacher/logprobs", content=GOOD, headers=headers).json() == expected
-    assert sum(statuses.values()) == NUM_BODIES
+    assert sum(statuses.values()) == num_bodies
     # The damage is of all kinds: what is still valid is scored, what is no JSON and no request is told apart.
-    assert min(statuses[200], statuses[400], statuses[422]) > NUM_BODIES // 100
+    assert min(statuses[200], statuses[400], statuses[422]) > num_bodies // 100
     assert grown < MAX_GROWTH_MIB, f"SEED = {SEED}"
     assert teacher_server.metric("pending_requests") == 0

@@ -91,8 +91,10 @@ def without_proxies(teacher_server: Server, monkeypatch: pytest.MonkeyPatch) -> 
     ("path", "mode", "examples"),
     [
         *((path, GenerationMode.POSITIVE, 10) for path in READABLE),
-        (SCORE_PATH, GenerationMode.POSITIVE, 300),
-        (SCORE_PATH, GenerationMode.NEGATIVE, 300),
+        (SCORE_PATH, GenerationMode.POSITIVE, 60),
+        (SCORE_PATH, GenerationMode.NEGATIVE, 60),
+        pytest.param(SCORE_PATH, GenerationMode.POSITIVE, 300, marks=pytest.mark.long),
+        pytest.param(SCORE_PATH, GenerationMode.NEGATIVE, 300, marks=pytest.mark.long),
     ],
 )
 def test_generated_requests_are_answered_as_documented(

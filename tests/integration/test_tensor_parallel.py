@@ -13,7 +13,7 @@ from tests.integration.attach import attached, push_and_compare, status
 from tests.integration.processes import Server, environment, server, wait_until
 from tests.pushing import learner_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 async def attach_and_push(url: str, model_folder: str, num_pushes: int) -> None:

@@ -124,3 +124,15 @@ def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> 
     windows = [s.rollout.sequence for s in samples]
     assert sorted(len(batch.input_ids) for batch in pack_texts(windows, 10_000, student.rope_switch)) == [3, 3]
     assert [len(batch.input_ids) for batch in pack_texts(windows, 10_000)] == [6]
+
+
+def test_every_token_of_a_window_but_the_first_is_predicted() -> None:
+    (batch,) = pack_texts([[5, 6, 7], [8, 9]], 100)
+    assert [row[:length] for row, length in zip(batch.input_ids.tolist(), (3, 2), strict=True)] == [[5, 6, 7], [8, 9]]
+    assert batch.positions.tolist() == [0, 1, 3] and batch.token_ids.tolist() == [6, 7, 9]
+
+
+def test_all_columns_of_a_batch_go_to_the_device() -> None:
+    for batch in (*pack(SAMPLES, LossConfig(), 1000), *pack_texts([[5, 6]], 100)):
+        moved = vars(batch.to(torch.device("meta")))
+        assert moved.keys() == vars(batch).keys() and {tensor.device.type for tensor in moved.values()} == {"meta"}

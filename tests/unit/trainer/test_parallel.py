@@ -20,7 +20,7 @@ from trainer.parallel import spread
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
 
-NUM_RANKS = 2
+NUM_RANKS, HOW = 2, ("fsdp2", "ddp")
 CONFIG = RunConfig().loss
 
 
@@ -48,40 +48,57 @@ def gradients(student: Student) -> dict[str, Tensor]:
     return found
 
 
-def on_one_rank(rank: int, how: str, folder: str, into: str) -> None:
+def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{into}/rendezvous", rank=rank, world_size=NUM_RANKS)
-    student = load(folder)
-    module = spread(student, init_device_mesh("cpu", (NUM_RANKS,)), how)  # type: ignore[arg-type]
-    if how == "fsdp2":
-        held = sum(p.to_local().numel() for p in student.parameters() if isinstance(p, DTensor))
-        assert held <= 0.6 * sum(p.numel() for p in student.parameters())
-    loss = loss_of(module, SAMPLES[rank::NUM_RANKS])
-    (NUM_RANKS * loss).backward()  # gradients become means over ranks, and the loss is a sum
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    found = gradients(student)
-    if rank == 0:
-        torch.save({"loss": total, "gradients": found}, f"{into}/found")
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    for architecture, folder in folders.items():
+        for how in HOW:
+            student = load(folder)
+            module = spread(student, mesh, how)  # type: ignore[arg-type]
+            if how == "fsdp2":
+                held = sum(p.to_local().numel() for p in student.parameters() if isinstance(p, DTensor))
+                assert held <= 0.6 * sum(p.numel() for p in student.parameters())
+            loss = loss_of(module, SAMPLES[rank::NUM_RANKS])
+            (NUM_RANKS * loss).backward()  # gradients become means over ranks, and the loss is a sum
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            found = gradients(student)
+            if rank == 0:
+                torch.save({"loss": total, "gradients": found}, f"{into}/{architecture}-{how}")
     dist.barrier()
     # Torch's own end after FSDP sometimes aborts ("terminate called without an active exception").
     os._exit(0)
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "ddp"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied embeddings, and not
-def test_two_ranks_have_the_loss_and_the_gradient_of_one(architecture: str, how: str, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", architecture)
-    expected = load(folder)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_model(root / name, name) for name in ("qwen3", "llama")}  # tied embeddings, and not
+
+
+@pytest.fixture(scope="module")
+def found(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks, which take seconds to start, have left the loss and the gradients of each combination."""
+    into = tmp_path_factory.mktemp("ranks")
+    mp.spawn(on_one_rank, (folders, str(into)), NUM_RANKS)
+    return into
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_two_ranks_have_the_loss_and_the_gradient_of_one(
+    architecture: str, how: str, folders: dict[str, str], found: Path
+) -> None:
+    expected = load(folders[architecture])
     tied = expected.model.get_input_embeddings().weight is expected.model.get_output_embeddings().weight
     assert tied == (architecture == "qwen3")
     loss = loss_of(expected, SAMPLES)
     loss.backward()
-    mp.spawn(on_one_rank, (how, folder, str(tmp_path)), NUM_RANKS)
-    found = torch.load(tmp_path / "found", weights_only=True)
-    torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-6, atol=1e-6)
+    of_ranks = torch.load(found / f"{architecture}-{how}", weights_only=True)
+    torch.testing.assert_close(of_ranks["loss"], loss.detach(), rtol=1e-6, atol=1e-6)
     wanted = gradients(expected)
-    assert found["gradients"].keys() == wanted.keys()
+    assert of_ranks["gradients"].keys() == wanted.keys()
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        assert (found["gradients"][name] - gradient).abs().max() <= 1e-6 * largest, name
+        assert (of_ranks["gradients"][name] - gradient).abs().max() <= 1e-6 * largest, name

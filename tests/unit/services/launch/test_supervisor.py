@@ -454,13 +454,17 @@ def test_a_folder_in_which_another_run_works_is_refused_and_the_other_unharmed(
 ) -> None:
     process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
     wait_until_training(process, tmp_path)
-    before = (tmp_path / "out" / "logs" / "trainer.log").read_text()
+    log = tmp_path / "out" / "logs" / "trainer.log"
+    for _ in _until(30.0):  # what it said is written down by another thread
+        if log.read_text():
+            break
+    before = log.read_text()
     second = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
     with pytest.raises(
         StartupError, match=rf"output\.dir = .* is in use by `distillserve up` \(process {process.pid} "
     ):
         up(second, Roles(tmp_path / "second"))
-    assert process.poll() is None and (tmp_path / "out" / "logs" / "trainer.log").read_text() == before
+    assert process.poll() is None and log.read_text() == before
     assert len(list((tmp_path / "out").glob(".run.*.json"))) == 1
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143

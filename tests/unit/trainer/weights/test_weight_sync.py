@@ -319,6 +319,7 @@ async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: A
     await asyncio.wait({pushing})
 
 
+@pytest.mark.alone
 async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> None:
     servers = Servers(["never answers"])
     trainer = attach(servers)
