@@ -37,14 +37,14 @@ async def test_completions_may_take_longer_than_the_client_waits_for_an_answer(m
     """What it waits for is silence."""
     monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
     engine = SlowEngine(seconds=1.5)
-    async with serving(engine) as server, RolloutClient([server.url], timeout_s=0.5, attempts=1) as client:
+    async with serving(engine) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         got = await client.generate([[5], [6]], SAMPLING, samples_per_prompt=2)
     assert [c.token_ids.tolist() for c in got] == [[5], [5], [6], [6]] and engine.aborted == set()
 
 
 async def test_the_gate_may_be_closed_for_longer_than_the_client_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
-    async with serving(SlowEngine()) as server, RolloutClient([server.url], timeout_s=0.5, attempts=1) as client:
+    async with serving(SlowEngine()) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         await server.state.admission.close(1.0)
         asking = asyncio.create_task(client.generate([[5]], SAMPLING))
         await asyncio.sleep(1.0)
@@ -59,7 +59,7 @@ async def test_an_engine_that_fails_is_told_in_the_stream() -> None:
             raise ValueError("no engine")
             yield
 
-    async with serving(Broken()) as server, RolloutClient([server.url], attempts=1) as client:
+    async with serving(Broken()) as server, RolloutClient([server.url], outage_s=0.0) as client:
         with pytest.raises(Exception, match="ValueError: no engine"):
             await client.generate([[5]], SAMPLING)
         await until(lambda: server.state.places.taken == 0)
@@ -163,7 +163,7 @@ async def test_large_bodies_keep_nobody_waiting() -> None:
 
 async def test_a_request_over_a_limit_is_told_so() -> None:
     async with serving(SlowEngine(), max_completions_per_request=1) as server:
-        client = RolloutClient([server.url], attempts=1)
+        client = RolloutClient([server.url])
         with pytest.raises(ProblemError, match="above max_completions_per_request = 1"):
             await client.generate_on(server.url, [[5], [6]], SAMPLING)
         await client.close()
