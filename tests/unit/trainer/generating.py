@@ -26,7 +26,8 @@ class Generator:
     @torch.no_grad()
     def _complete(self, prompts: list[list[int]], sampling: RolloutSampling) -> list[list[int]]:
         """Completions of equally long prompts; each step is one forward pass over all of them."""
-        ids = torch.tensor(prompts)
+        ids, has_ended = torch.tensor(prompts), torch.zeros(len(prompts), 1, dtype=torch.bool)
+        ends = torch.tensor(sorted(self._ends))
         for _ in range(sampling.max_new_tokens):
             logits = self._model(ids).logits[:, -1].double()
             if sampling.temperature == 0:
@@ -35,6 +36,9 @@ class Generator:
                 probabilities = (logits / sampling.temperature).softmax(-1)
                 new = torch.multinomial(probabilities, 1, generator=self._random)
             ids = torch.cat([ids, new], 1)
+            has_ended |= torch.isin(new, ends)
+            if has_ended.all():
+                break
         return [self._up_to_end(row) for row in ids[:, len(prompts[0]) :].tolist()]
 
     def _up_to_end(self, ids: list[int]) -> list[int]:
