@@ -133,6 +133,6 @@ def test_every_token_of_a_window_but_the_first_is_predicted() -> None:
 
 
 def test_all_columns_of_a_batch_go_to_the_device() -> None:
-    for batch in (*pack(SAMPLES, LossConfig(), 1000), *pack_texts([[5, 6]], 100)):
+    for batch in (*pack(BATCH, LossConfig(), 1000), *pack_texts([[5, 6]], 100)):
         moved = vars(batch.to(torch.device("meta")))
         assert moved.keys() == vars(batch).keys() and {tensor.device.type for tensor in moved.values()} == {"meta"}
