@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from services.clients import RolloutClient, TeacherClient
-from services.clients import base as server_client
 from services.clients import rollout as rollout_client
 from services.clients.teacher_requests import cut_by_rows
 from services.errors import PeerError, ProblemError
@@ -168,21 +167,6 @@ async def test_the_key_travels_in_the_header(key: str | None, expected: str | No
 
 
 # ------------------------------------------------------------------------------------------- readiness
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A clock that sleeping advances."""
-    fake = SimpleNamespace(now=100.0)
-    really_sleep = asyncio.sleep
-
-    async def sleep(delay: float) -> None:
-        fake.now += delay
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(server_client, "time", SimpleNamespace(monotonic=lambda: fake.now))
-    yield fake
 
 
 async def test_wait_ready_polls_until_every_server_is_ready(clock: SimpleNamespace) -> None:

@@ -1,6 +1,5 @@
 """A rollout server that is away for a while: how long it is waited for, and that only what is missing is asked again."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -19,21 +18,6 @@ from trainer.weights.policy_versions import PolicyVersions
 
 A, B = "http://a:1", "http://b:2"
 SAMPLING = RolloutSampling(max_new_tokens=4, seed=7)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that sleeping advances, and what was slept."""
-    fake = SimpleNamespace(now=100.0, waits=[])
-    really_sleep = asyncio.sleep
-
-    async def sleep(delay: float) -> None:
-        fake.now += delay
-        fake.waits.append(delay)
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    return fake
 
 
 def client(

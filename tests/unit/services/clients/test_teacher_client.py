@@ -311,21 +311,6 @@ async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------------------------------- outages
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that sleeping advances, and what was slept."""
-    fake = SimpleNamespace(now=100.0, waits=[])
-    really_sleep = asyncio.sleep
-
-    async def sleep(delay: float) -> None:
-        fake.now += delay
-        fake.waits.append(delay)
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    return fake
-
-
 def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: float) -> TeacherClient:
     transport = httpx.MockTransport(handler)
     return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)  # type: ignore[arg-type]

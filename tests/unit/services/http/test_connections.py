@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
-from services.clients import base as server_client
 from services.clients.plain_vllm import VllmTeacherClient
 from services.errors import ConfigError, PeerError, WeightSyncError
 from services.http.connections import CLIENT_IDLE_S, NAME_GRACE_S, SERVER_IDLE_S, async_client
@@ -295,39 +295,19 @@ def undecided(_: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("later") from socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """That of readiness and outages, which sleeping advances."""
-    fake, really_sleep = Clock(), asyncio.sleep
-
-    async def sleep(seconds: float) -> None:
-        fake.now += seconds
-        await really_sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(server_client, "time", fake)
-    return fake
-
-
 @pytest.mark.parametrize(("handler", "patience_s"), [(unresolved, NAME_GRACE_S), (undecided, 600.0)])
 async def test_a_name_that_does_not_resolve_is_not_waited_for_as_long_as_a_model(
-    handler: Callable[[httpx.Request], httpx.Response], patience_s: float, clock: Clock
+    handler: Callable[[httpx.Request], httpx.Response], patience_s: float, clock: SimpleNamespace
 ) -> None:
     """A container's name is known once it starts; a resolver that cannot tell may later."""
+    clock.now = 0.0
     client = RolloutClient(["http://a"], transport=httpx.MockTransport(handler))
     with pytest.raises(PeerError, match=f"http://a is not ready after {patience_s:.0f} s: it cannot be reached"):
         await client.wait_ready(600.0)
     assert patience_s < clock.now < patience_s + 1
 
 
-async def test_a_name_that_was_never_right_is_no_outage(clock: Clock) -> None:
+async def test_a_name_that_was_never_right_is_no_outage(clock: SimpleNamespace) -> None:
     options = {"outage_s": 300.0, "clock": clock.monotonic}
     client = TeacherClient(["http://a"], transport=httpx.MockTransport(unresolved), **options)  # type: ignore[arg-type]
     with pytest.raises(
@@ -336,7 +316,7 @@ async def test_a_name_that_was_never_right_is_no_outage(clock: Clock) -> None:
         await client.score([([1, 2], 1)], top_k=1)
 
 
-async def test_a_name_that_is_lost_is_an_outage(clock: Clock) -> None:
+async def test_a_name_that_is_lost_is_an_outage(clock: SimpleNamespace) -> None:
     """A server that is moved to another machine has none for a while."""
 
     def handler(request: httpx.Request) -> httpx.Response:
