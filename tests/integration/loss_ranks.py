@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from services.config import LossConfig
+from tests.ranks import leave
 from tests.unit.trainer.policies import random_batch, take
 from trainer.loss.minillm import LossInputs, LossTotals, minillm_loss
 
@@ -51,8 +52,9 @@ def main() -> None:
     found = {name: gradient(model, SEQUENCES_OF_RANK[dist.get_rank()], name) for name in AGGREGATIONS}
     if dist.get_rank() == 0:
         torch.save(found, Path(sys.argv[1]) / "gradients.pt")
-    dist.destroy_process_group()
+    dist.barrier()  # whoever leaves first must not take a reduction from the other
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def save(folder: Path, architecture: str, seed: int) -> str:
 
 
 def run_workers(size: int, old: str, new: str, folder: Path) -> list[dict[str, Any]]:
-    environment = {**os.environ, **vllm_defaults("float32"), "OMP_NUM_THREADS": "1"}
+    identity = f"distillserve-test-{uuid.uuid4().hex}"
+    environment = {**os.environ, **vllm_defaults("float32"), "OMP_NUM_THREADS": "1", "VLLM_DIST_IDENT": identity}
     module = "tests.integration.weight_worker"
     workers = [
         subprocess.Popen([sys.executable, "-m", module, str(rank), str(size), old, new, str(folder)], env=environment)
@@ -47,6 +49,8 @@ def run_workers(size: int, old: str, new: str, folder: Path) -> list[dict[str, A
         for worker in workers:
             worker.kill()
             worker.wait()
+        for left in Path("/dev/shm").glob(f"{identity}*"):  # vLLM's, which a worker that is killed leaves behind
+            left.unlink()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 

@@ -1,7 +1,6 @@
 """What each worker of tests/integration/test_weight_receiver.py runs: vLLM's own model, without an engine around it."""
 
 import json
-import os
 import sys
 from collections.abc import Collection
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 from services.weight_transfer.buckets import cut_into_buckets, describe, unpack
 from services.weight_transfer.receiver import WeightReceiver
 from services.weight_transfer.worker import WeightUpdates
+from tests.ranks import leave
 
 CPU = torch.device("cpu")
 
@@ -123,8 +123,5 @@ def main(rank: int, size: int, old: str, new: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_DIST_IDENT"] = Path(sys.argv[5]).name
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5]))
-    os._exit(
-        0
-    )  # torch's own end of a process with groups sometimes aborts: "terminate called without an active exception"
+    leave()

@@ -1,6 +1,5 @@
 """The student as FSDP2's root and under DDP, on two processes, against one process that sees everything."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from services.config import RunConfig
 from tests.models import save_model
+from tests.ranks import leave
 from tests.unit.trainer.samples import SAMPLES
 from trainer.batch import collect, loss_inputs, pack
 from trainer.loss.minillm import LossTotals, minillm_loss
@@ -67,8 +67,7 @@ def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
             if rank == 0:
                 torch.save({"loss": total, "gradients": found}, f"{into}/{architecture}-{how}")
     dist.barrier()
-    # Torch's own end after FSDP sometimes aborts ("terminate called without an active exception").
-    os._exit(0)
+    leave()
 
 
 @pytest.fixture(scope="module")
