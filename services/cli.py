@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -23,7 +22,7 @@ from services.config.roles import Role
 from services.errors import ERROR_PREFIX, ConfigError, DistillServeError
 from services.gpus.cards import check_granted, keep_segments_expandable, make_visible
 from services.logs import set_up_logging
-from services.process.signals import Interrupted, handling, raise_interrupted, run_until_signalled
+from services.process.signals import Interrupted, handling, raise_interrupted
 from services.process.streams import give_up_unwritten, say, set_up_streams, writing_stdout
 
 _EXAMPLES = {
@@ -201,7 +200,7 @@ def _teacher(config: RunConfig) -> int:
 def _train(config: RunConfig) -> int:
     from trainer.train import train
 
-    run_until_signalled(partial(train, config))
+    train(config)
     return 0
 
 

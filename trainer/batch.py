@@ -13,9 +13,9 @@ import torch
 from services.config import LossConfig
 from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
 from services.wire.batch import TrainingBatch
+from trainer.groups import PromptGroup
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import LossInputs
-from trainer.teacher_scores import ScoredSample
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,23 @@ def pack_sequences(prompts: list[list[int]], completions: list[list[int]]) -> Te
     return TextBatch(input_ids, positions, torch.tensor([token for completion in completions for token in completion]))
 
 
-def collect(
-    samples: list[ScoredSample], versions: list[int] | None = None, metrics: dict[str, float] | None = None
-) -> TrainingBatch:
-    """The samples of one step as columns.
+def collect(groups: list[PromptGroup], metrics: dict[str, float] | None = None) -> TrainingBatch:
+    """The scored samples of one step as columns.
 
     Args:
-        versions: of the oldest token of each sample; None: not known, and not asked for.
         metrics: of how they came about.
     """
-    completions, prompts = [s.rollout.completion for s in samples], [s.rollout.prompt for s in samples]
+    places = [group.place for group in groups for _ in group.samples]
+    samples = [sample for group in groups for sample in group.samples]
+    rollouts = [sample.rollout for sample in samples]
+    completions, prompts = [r.completion for r in rollouts], [r.prompt for r in rollouts]
     return TrainingBatch(
         rows=np.array([prompt.row for prompt in prompts], np.int64),
-        groups=np.array([completion.prompt_index for completion in completions], np.int64),
+        groups=np.array(places, np.int64),
         prompt_lengths=np.array([len(prompt.token_ids) for prompt in prompts], np.int64),
         completion_lengths=np.array([len(completion.token_ids) for completion in completions], np.int64),
         truncated=np.array([completion.truncated for completion in completions], np.bool_),
-        policy_versions=np.array(versions or [0] * len(samples), np.int64),
+        policy_versions=np.array([r.policy_version for r in rollouts], np.int64),
         prompt_ids=np.array([token for prompt in prompts for token in prompt.token_ids], np.int32),
         token_ids=_joined([c.token_ids for c in completions], np.int32),
         rollout_logprobs=_joined([c.rollout_logprobs for c in completions]),

@@ -1,11 +1,11 @@
 """What learns: one batch, one or more optimizer steps; and what is asked of the student besides.
 
-Synchronous, in one thread at a time; whatever is collective over ranks happens in the order of the calls.
+Synchronous, in the main thread; whatever is collective over ranks happens in the order of the calls.
 """
 
 import math
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,24 +38,25 @@ class Learner:
         student: on the device where it trains.
         num_steps: of the run, for the schedule.
         texts: windows of data.lm_path, whose cross-entropy is learned as well.
+        check: called where a step may be given up, which it is when this raises.
 
     Attributes:
         finished_step: the step whose updates the student holds.
     """
 
     def __init__(
-        self, config: RunConfig, student: Student, num_steps: int, texts: RowStream[list[int]] | None = None
+        self,
+        config: RunConfig,
+        student: Student,
+        num_steps: int,
+        texts: RowStream[list[int]] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.student, self.texts = config, student, texts
+        self.config, self.student, self.texts, self._check = config, student, texts, check
         self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
-        self._stopping = threading.Event()
         self._sources: dict[torch.dtype, CheckpointSource] = {}
-
-    def stop(self) -> None:
-        """A step that is under way in another thread is not finished: it ends with an error."""
-        self._stopping.set()
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -65,15 +66,16 @@ class Learner:
         Returns:
             metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
             sampled; of clipping, that of the last update. "loss" is without the texts' part, which is alpha_lm times
-            "lm_loss". Only the counts when there is nothing to train on.
+            "lm_loss". Only the counts when there is nothing to train on. "train_s" is the time of the call in seconds.
 
         Raises:
-            DistillServeError: the gradient is not finite, or `stop` was called; the weights are those of the step before.
+            DistillServeError: the gradient is not finite; the weights are those of the step before.
         """
+        started = time.monotonic()
         with self._all_updates_or_none():
             metrics = self._update(batch)
         self.finished_step += 1
-        return metrics
+        return metrics | {"train_s": time.monotonic() - started}
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
@@ -125,7 +127,7 @@ class Learner:
         """
         collected, logprobs, total_loss = [], [], 0.0
         for index, micro_batch in enumerate(micro_batches):
-            self._check_not_stopped()
+            self._check()
             batch = micro_batch.to(self.student.device)
             output = self._forward(batch, batch.support_ids, self.config.loss.kd_temperature)
             inputs = loss_inputs(batch, output, None if old is None else old[index])
@@ -144,7 +146,7 @@ class Learner:
         num_tokens = sum(len(batch.token_ids) for batch in batches)
         total = 0.0
         for text_batch in batches:
-            self._check_not_stopped()
+            self._check()
             batch = text_batch.to(self.student.device)
             nothing = batch.token_ids.new_empty((len(batch.token_ids), 0))
             loss = language_model_loss(self._forward(batch, nothing).token_logprobs, num_tokens)
@@ -152,17 +154,13 @@ class Learner:
             total += float(loss.detach())
         return {"lm_loss": total}
 
-    def _check_not_stopped(self) -> None:
-        if self._stopping.is_set():
-            raise DistillServeError("the step was given up because the run is being stopped")
-
     def _apply(self) -> float:
         """Clip and step; returns the gradient's norm."""
         largest = self.config.optimizer.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest))
         if not math.isfinite(norm):
             raise DistillServeError(f"the gradient norm is {norm}; lower optimizer.learning_rate or look at the data")
-        self._check_not_stopped()
+        self._check()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

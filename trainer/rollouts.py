@@ -1,13 +1,12 @@
 """Prompts to completions: what the rollout servers are asked, and what of their answers is trained on.
 
 consumes   Prompt
-produces   Rollout: a completion with the logprobs of the policy that sampled it; or a quarantined one with a reason
+produces   PromptGroup: completions with the logprobs of the policy that sampled them; or quarantined ones with a reason
 waits for  the rollout servers; a server that is paused for a weight push answers after its resume
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,28 +14,11 @@ from services.clients import RolloutClient
 from services.config import SamplingConfig
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from trainer.data.prompts import Prompt
+from trainer.groups import PromptGroup, Quarantined, Rollout
+from trainer.weights.policy_versions import PolicyVersions
 
 # What rounding can put a logprob above 0.
 _LOGPROB_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Rollout:
-    prompt: Prompt
-    completion: RolloutCompletion
-
-    @property
-    def sequence(self) -> list[int]:
-        """Token ids of prompt and completion."""
-        return [*self.prompt.token_ids, *self.completion.token_ids.tolist()]
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """A completion that is set aside: what is known of it cannot be trained on."""
-
-    rollout: Rollout
-    reason: str
 
 
 def training_sampling(config: SamplingConfig) -> RolloutSampling:
@@ -49,27 +31,52 @@ def training_sampling(config: SamplingConfig) -> RolloutSampling:
     )
 
 
-async def generate_rollouts(
+async def generate_groups(
     client: RolloutClient,
     prompts: list[Prompt],
     sampling: RolloutSampling,
+    versions: PolicyVersions,
     samples_per_prompt: int = 1,
     student_top_k: int = 0,
-) -> tuple[list[Rollout], list[Quarantined]]:
-    """Complete every prompt; both lists are ordered by prompt, then sample.
+    on_group: Callable[[PromptGroup], None] = lambda group: None,
+) -> list[PromptGroup]:
+    """Complete every prompt.
 
     Args:
+        versions: those that this run has pushed.
         student_top_k: also return the student's k likeliest tokens at every position.
+        on_group: called with each group as soon as its last sample has arrived.
+
+    Returns:
+        One group a prompt, in their order.
 
     Raises:
-        PeerError: a server failed.
+        PeerError: a server failed, or sampled under a version that is none of the run's.
     """
-    completions = await client.generate([p.token_ids for p in prompts], sampling, samples_per_prompt, student_top_k)
-    rollouts = [Rollout(prompts[c.prompt_index], c) for c in completions]
-    reasons = [reason_to_set_aside(completion) for completion in completions]
-    found = list(zip(rollouts, reasons, strict=True))
-    good = [rollout for rollout, reason in found if reason is None]
-    return good, [Quarantined(rollout, f"the rollout server {reason}") for rollout, reason in found if reason]
+    arrived: dict[int, list[RolloutCompletion]] = {place: [] for place in range(len(prompts))}
+    groups: dict[int, PromptGroup] = {}
+
+    def arrive(completion: RolloutCompletion) -> None:
+        place = completion.prompt_index
+        arrived[place].append(completion)
+        if len(arrived[place]) == samples_per_prompt:
+            completions = sorted(arrived.pop(place), key=lambda c: c.sample_index)
+            groups[place] = _group(place, prompts[place], completions, versions)
+            on_group(groups[place])
+
+    ids = [prompt.token_ids for prompt in prompts]
+    await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive)
+    return [groups[place] for place in range(len(prompts))]
+
+
+def _group(place: int, prompt: Prompt, completions: list[RolloutCompletion], versions: PolicyVersions) -> PromptGroup:
+    group = PromptGroup(place, prompt, [])
+    for completion in completions:
+        if reason := reason_to_set_aside(completion):
+            group.quarantined.append(Quarantined(prompt, completion, f"the rollout server {reason}"))
+        else:
+            group.rollouts.append(Rollout(prompt, completion, versions.oldest([completion])))
+    return group
 
 
 def completion_metrics(rollouts: list[Rollout], spell: Callable[[int], str]) -> dict[str, float]:
@@ -78,7 +85,7 @@ def completion_metrics(rollouts: list[Rollout], spell: Callable[[int], str]) -> 
     Args:
         spell: a token as text, for the names of the shares.
     """
-    completions, count = [r.completion for r in rollouts], len(rollouts)
+    completions, count = [r.completion for r in rollouts], max(1, len(rollouts))
     ends = Counter(int(c.token_ids[-1]) for c in completions if not c.truncated)
     return {
         "completion_tokens": sum(len(c.token_ids) for c in completions) / count,

@@ -10,6 +10,7 @@ rollout, training and push take turns.
 """
 
 import asyncio
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 from services.errors import PeerError
@@ -17,37 +18,46 @@ from services.errors import PeerError
 Batch = TypeVar("Batch")
 
 
+def staleness(policy_versions: Collection[int], version: int) -> int:
+    """How many steps the oldest completion of a batch is behind the weights that a step starts from; 0 for none at all.
+
+    Args:
+        policy_versions: of the oldest token of each completion.
+        version: of the weights.
+    """
+    return int(version - min(policy_versions, default=version))
+
+
 class StalenessBuffer(Generic[Batch]):
     def __init__(self, max_staleness: int) -> None:
         self._max_staleness = max_staleness
-        self._slots = asyncio.Semaphore(max_staleness + 1)
-        self._queue: asyncio.Queue[tuple[int, Batch]] = asyncio.Queue()
-        self.version = 0
-        """Version of the weights that are live."""
+        self._slots = asyncio.Semaphore(max_staleness)
+        self._queue: asyncio.Queue[tuple[Collection[int], Batch]] = asyncio.Queue()
+        self._version = -1  # of the weights that are live; a run pushes version 0 first
 
     async def slot(self) -> None:
         """Wait until a batch may be started."""
         await self._slots.acquire()
 
-    def put(self, batch: Batch, policy_version: int) -> None:
-        """Hand over a batch whose oldest token was sampled under `policy_version`."""
-        self._queue.put_nowait((policy_version, batch))
+    def put(self, batch: Batch, policy_versions: Collection[int]) -> None:
+        """Hand over a batch whose completions are of these versions, each that of its oldest token."""
+        self._queue.put_nowait((policy_versions, batch))
 
-    async def get(self) -> tuple[Batch, int]:
-        """The next batch and its staleness in steps, checked once more at consumption.
+    async def get(self) -> Batch:
+        """The next batch, its age checked once more at consumption.
 
         Raises:
             PeerError: a server has sampled under weights that were no longer, or not yet, live.
         """
-        policy_version, batch = await self._queue.get()
-        staleness = self.version - policy_version
-        if not 0 <= staleness <= self._max_staleness:
-            raise PeerError(
-                f"a rollout server sampled under version {policy_version} for a step that starts from version {self.version}"
-            )
-        return batch, staleness
+        policy_versions, batch = await self._queue.get()
+        for sampled in set(policy_versions):
+            if not 0 <= self._version - sampled <= self._max_staleness:
+                raise PeerError(
+                    f"a rollout server sampled under version {sampled} for a step that starts from version {self._version}"
+                )
+        return batch
 
     def weights_live(self, version: int) -> None:
         """Newer weights serve: one more batch may be started."""
-        self.version = version
+        self._version = version
         self._slots.release()

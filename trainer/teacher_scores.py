@@ -1,7 +1,7 @@
 """Completions to scored samples: the teacher's logprobs, checked before they can become a number in a loss.
 
 consumes   Rollout
-produces   ScoredSample, or a quarantined rollout with a reason
+produces   ScoredSample, or a quarantined completion with a reason
 waits for  the servers of all teachers that are asked; they answer when their queue allows
 """
 
@@ -18,7 +18,7 @@ from services.clients.teacher_answers import mismatches
 from services.errors import PeerError
 from services.process.files import append_line
 from services.wire.teacher import TeacherScores
-from trainer.rollouts import Quarantined, Rollout
+from trainer.groups import Quarantined, Rollout, ScoredSample
 from trainer.teachers import Teacher, Teachers, option_prefix
 
 # Distance of a row's probabilities from one that rounding can explain.
@@ -50,23 +50,12 @@ class Support:
         return self.size if self.kind == "student_topk" else 0
 
 
-@dataclass(frozen=True)
-class ScoredSample:
-    """A rollout and the teacher's view of its T sampled tokens."""
-
-    rollout: Rollout
-    teacher_token_logprobs: np.ndarray  # [T]
-    support_ids: np.ndarray  # [T, K] int32
-    teacher_support_logprobs: np.ndarray  # [T, K]
-    teacher_tail_logprob: np.ndarray  # [T]
-
-
 async def score_rollouts(
     teachers: Teachers, rollouts: list[Rollout], *, support: Support, temperature: float
-) -> tuple[list[ScoredSample], list[Quarantined]]:
+) -> list[ScoredSample | Quarantined]:
     """Ask each rollout's teacher for the logprobs of the sampled token and of the support at every completion position.
 
-    All teachers are asked at once; both lists are in the order of the rollouts.
+    All teachers are asked at once; the answer is in the order of the rollouts.
     """
 
     async def judge(teacher: Teacher, places: list[int]) -> list[tuple[int, ScoredSample | Quarantined]]:
@@ -75,9 +64,7 @@ async def score_rollouts(
 
     parts = await all_or_first_error([judge(*part) for part in teachers.split(r.prompt for r in rollouts)])
     judged = dict(pair for part in parts for pair in part)
-    in_order = [judged[place] for place in range(len(rollouts))]
-    samples = [item for item in in_order if isinstance(item, ScoredSample)]
-    return samples, [item for item in in_order if isinstance(item, Quarantined)]
+    return [judged[place] for place in range(len(rollouts))]
 
 
 async def _judge(
@@ -102,7 +89,11 @@ async def _judge(
     for index, rollout in enumerate(rollouts):
         sample = _slice(rollout, scores, index, support)
         reason = refused.get(index) or other_rows.get(index) or defect(sample, support)
-        judged.append(Quarantined(rollout, option_prefix(teacher.name) + reason) if reason else sample)
+        if reason:
+            reason = option_prefix(teacher.name) + reason
+            judged.append(Quarantined(rollout.prompt, rollout.completion, reason))
+        else:
+            judged.append(sample)
     return judged
 
 
@@ -205,8 +196,8 @@ class Quarantine:
             return
         self.count += len(quarantined)
         for item in quarantined:
-            completion = item.rollout.completion.token_ids.tolist()
-            record = {"row": item.rollout.prompt.row, "reason": item.reason, "completion": completion}
+            completion = item.completion.token_ids.tolist()
+            record = {"row": item.prompt.row, "reason": item.reason, "completion": completion}
             append_line(self._path, json.dumps(record).encode())
         if len(quarantined) > self._max_rate * num_samples:
             raise PeerError(

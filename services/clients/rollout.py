@@ -1,7 +1,7 @@
 """The client of the rollout servers."""
 
 import logging
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Of one request: enough to keep the queue of an engine full, few enough to be asked again when a connection breaks.
 _COMPLETIONS_PER_REQUEST = 4096
 _TOO_LARGE = 413
+
+_OnCompletion = Callable[[RolloutCompletion], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ class RolloutClient(ServerClient):
         return infos
 
     async def generate(
-        self, prompts: list[list[int]], sampling: RolloutSampling, samples_per_prompt: int = 1, student_top_k: int = 0
+        self,
+        prompts: list[list[int]],
+        sampling: RolloutSampling,
+        samples_per_prompt: int = 1,
+        student_top_k: int = 0,
+        on_completion: _OnCompletion = lambda completion: None,
     ) -> list[RolloutCompletion]:
         """Complete any number of prompts, spread evenly over the servers.
 
@@ -123,6 +130,7 @@ class RolloutClient(ServerClient):
 
         Args:
             prompts: token ids of each; numpy arrays and torch tensors of integers will do.
+            on_completion: called with each as it arrives, in the event loop; what it raises ends the call.
 
         Returns:
             Completions ordered by prompt_index, then sample_index, both those of this call.
@@ -139,20 +147,22 @@ class RolloutClient(ServerClient):
         async def share(server: int) -> list[RolloutCompletion]:
             url, prompt_indices = self.urls[server], list(range(server, len(lengths), len(self.urls)))
             requests = list(_cut(prompt_indices, lengths, samples, self._limits[url]))
-            return await self._complete(url, requests, work)
+            return await self._complete(url, requests, work, on_completion)
 
         shares = await all_or_first_error([share(server) for server in range(len(self.urls))])
         completions = [completion for part in shares for completion in part]
         return sorted(completions, key=lambda c: (c.prompt_index, c.sample_index))
 
-    async def _complete(self, url: str, requests: list[_Request], work: _Work) -> list[RolloutCompletion]:
+    async def _complete(
+        self, url: str, requests: list[_Request], work: _Work, on_completion: _OnCompletion
+    ) -> list[RolloutCompletion]:
         """The completions of some requests, one after the other; only what has not arrived is asked again."""
         received: dict[tuple[int, int], RolloutCompletion] = {}
         left = requests[::-1]
         while left:
             request = left.pop()
             try:
-                for completion in await self._ask(url, request, work):
+                for completion in await self._ask(url, request, work, on_completion):
                     received[completion.prompt_index, completion.sample_index] = completion
                 parts = request.without(received)
             except ProblemError as error:
@@ -162,23 +172,28 @@ class RolloutClient(ServerClient):
             left += reversed(parts)
         return list(received.values())
 
-    async def _ask(self, url: str, request: _Request, work: _Work) -> list[RolloutCompletion]:
+    async def _ask(
+        self, url: str, request: _Request, work: _Work, on_completion: _OnCompletion
+    ) -> list[RolloutCompletion]:
         """What arrives of a request, at least one completion, numbered among the prompts and samples of the call."""
+        arrived: list[RolloutCompletion] = []
 
-        async def read(base: str) -> list[RolloutCompletion]:
-            return await self._read_completions(
-                base, work.body(request), len(request.prompt_indices), request.num_samples
+        def arrive(completion: RolloutCompletion) -> None:
+            arrived.append(
+                replace(
+                    completion,
+                    prompt_index=request.prompt_indices[completion.prompt_index],
+                    sample_index=request.first_sample + completion.sample_index,
+                )
             )
+            on_completion(arrived[-1])
 
-        frames = await self._outlasting(self._alone[url], read)
-        return [
-            replace(
-                frame,
-                prompt_index=request.prompt_indices[frame.prompt_index],
-                sample_index=request.first_sample + frame.sample_index,
-            )
-            for frame in frames
-        ]
+        async def read(base: str) -> None:
+            body, num_prompts = work.body(request), len(request.prompt_indices)
+            await self._read_completions(base, body, num_prompts, request.num_samples, arrive)
+
+        await self._outlasting(self._alone[url], read)
+        return arrived
 
     async def generate_on(
         self, url: str, prompts: list[list[int]], sampling: RolloutSampling
@@ -191,38 +206,46 @@ class RolloutClient(ServerClient):
         check_spellable("sampling", sampling.model_dump())
         body = {"prompts": prompts_of_ids(prompts), "sampling": sampling.model_dump(), "run": self.run}
         outage = Outage(self._alone[url], self._TIMEOUT_OPTION, self._clock)
+        completions: list[RolloutCompletion] = []
 
-        async def read(base: str) -> list[RolloutCompletion]:
-            return await self._read_completions(base, body, len(prompts), 1, may_break=False)
+        async def read(base: str) -> None:
+            await self._read_completions(base, body, len(prompts), 1, completions.append, may_break=False)
 
-        completions = await outage.ask(read, Attempts(1, self._TIMEOUT_OPTION))
+        await outage.ask(read, Attempts(1, self._TIMEOUT_OPTION))
         return sorted(completions, key=lambda c: c.prompt_index)
 
     async def _read_completions(
-        self, url: str, body: dict[str, Any], prompts: int, samples: int, *, may_break: bool = True
-    ) -> list[RolloutCompletion]:
+        self,
+        url: str,
+        body: dict[str, Any],
+        prompts: int,
+        samples: int,
+        on_completion: _OnCompletion,
+        *,
+        may_break: bool = True,
+    ) -> None:
         """The completions of a request as they arrive; those before a break where it `may_break` and there are any.
 
         Raises:
             PeerError: the server sent others than it was asked for, or broke off by its own word.
         """
-        completions: list[RolloutCompletion] = []
+        lacking = {(prompt, sample) for prompt in range(prompts) for sample in range(samples)}
         try:
             async for completion in self._stream(url, body):
-                completions.append(completion)
+                where = completion.prompt_index, completion.sample_index
+                if where not in lacking:
+                    raise PeerError(f"{url} sent sample {where[1]} of prompt {where[0]} twice, or unasked")
+                lacking.remove(where)
+                on_completion(completion)
         except httpx.RequestError as error:
-            if not (completions and may_break and may_pass(error)):
+            num_arrived = prompts * samples - len(lacking)
+            if not (num_arrived and may_break and may_pass(error)):
                 raise
-            _check_asked(url, completions, prompts, samples, is_whole=False)
-            logger.warning(
-                "%s broke off after %d of %d completions; the others are asked again",
-                url,
-                len(completions),
-                prompts * samples,
-            )
+            text = "%s broke off after %d of %d completions; the others are asked again"
+            logger.warning(text, url, num_arrived, prompts * samples)
         else:
-            _check_asked(url, completions, prompts, samples, is_whole=True)
-        return completions
+            if lacking:
+                raise PeerError(f"{url} sent {prompts * samples - len(lacking)} of {prompts * samples} completions")
 
     async def _stream(self, url: str, body: dict[str, Any]) -> AsyncIterator[RolloutCompletion]:
         self._check_open()
@@ -233,16 +256,6 @@ class RolloutClient(ServerClient):
             self._reached = True
             async for document in read_frames(response.aiter_bytes()):
                 yield decode_completion(document)
-
-
-def _check_asked(url: str, completions: list[RolloutCompletion], prompts: int, samples: int, *, is_whole: bool) -> None:
-    """Refuse completions that nobody asked for, doubled ones and, of a whole answer, too few."""
-    got = {(c.prompt_index, c.sample_index) for c in completions}
-    asked = {(prompt, sample) for prompt in range(prompts) for sample in range(samples)}
-    if len(got) != len(completions) or not got <= asked or (is_whole and got != asked):
-        raise PeerError(
-            f"{url} sent {len(completions)} completions, not exactly one for each of {prompts} prompts x {samples} samples"
-        )
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

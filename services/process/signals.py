@@ -3,14 +3,13 @@
 The kernel drops a signal that the first process of a container has no handler for, so there is one from the start.
 """
 
-import asyncio
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-Result = TypeVar("Result")
 Handler = Callable[[int, FrameType | None], Any]
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,38 +43,66 @@ def handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
 
 
 class Interruption:
-    """What a signal does to the work of `run_until_signalled`: it ends it at once or, after `defer`, cancels it, so that it
-    can bring what it has begun to an end. A second Ctrl-C does not wait for that. Other signals come twice without
-    anybody being in a hurry: a terminal that closes, a service manager that signals a whole group."""
+    """What a signal does to the main thread: raises `Interrupted` at once or, after `defer`, at the next `check` and in the
+    next block of `raising`, so that nothing is torn elsewhere.
+
+    Only a second Ctrl-C does not wait for what is done in order after that. Other signals come twice without anybody
+    being in a hurry: a terminal that closes, a service manager that signals a whole group.
+    """
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._number: int | None = None
+        self._num_raising = 1
+        self._is_ending = False
 
     def defer(self) -> None:
-        """From now on the first signal cancels the calling task."""
-        self._task = asyncio.current_task()
+        """From now on a signal waits for `check` or `raising`."""
+        self._num_raising = 0
+
+    def end(self) -> None:
+        """From now on no first signal is raised any more: what is left is done in order."""
+        self._is_ending = True
+
+    def check(self) -> None:
+        """A place where the work may end.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        if self._number is not None and not self._is_ending:
+            self._is_ending = True
+            raise Interrupted(self._number)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """A block that may end anywhere, for it only waits or measures; a signal that has come before is raised now.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        self._num_raising += 1
+        try:
+            self.check()
+            yield
+        finally:
+            self._num_raising -= 1
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        is_hurry = self.number is not None and number == signal.SIGINT
-        if self._task is None or self._task.done() or is_hurry:
+        """The handler of the signals."""
+        if self._number is None:
+            self._number = number
+            if self._num_raising:
+                self.check()
+        elif self._is_ending and number == signal.SIGINT:
             raise Interrupted(number)
-        if self.number is None:
-            self.number = number
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
-def run_until_signalled(main: Callable[[Interruption], Coroutine[Any, Any, Result]]) -> Result:
-    """`asyncio.run` whose work SIGINT, SIGTERM and SIGHUP interrupt.
-
-    Raises:
-        Interrupted: one of them came.
-    """
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """SIGINT, SIGTERM and SIGHUP are the interruption's inside the block; in a thread that cannot have signals, nothing's."""
     interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
     with handling(interruption.handle, *_ENDING):
-        try:
-            return asyncio.run(main(interruption))
-        except asyncio.CancelledError:
-            if interruption.number is None:
-                raise
-            raise Interrupted(interruption.number) from None
+        yield interruption

@@ -11,10 +11,10 @@ from services.config import RunConfig
 from tests.integration.processes import KEY, server
 from tests.models import save_model
 from tests.servers import EOS, Servers, rollout_info
+from tests.unit.trainer.attached import scored
 from tests.unit.trainer.teachers_choices import ROLLOUTS
 from trainer.attach import preflight
-from trainer.rollouts import Rollout
-from trainer.teacher_scores import score_rollouts
+from trainer.groups import Rollout
 from trainer.tiny.pair import build_tokenizer
 
 pytestmark = pytest.mark.integration
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(models: dict[str, str], tmp_path: Path) -> None:
     """Through the preflight, against what either says when it is asked alone; their weights differ."""
     rollouts = [
-        Rollout(replace(r.prompt, teacher="maths" if i % 3 else None), r.completion) for i, r in enumerate(ROLLOUTS)
+        Rollout(replace(r.prompt, teacher="maths" if i % 3 else None), r.completion, 0) for i, r in enumerate(ROLLOUTS)
     ]
     config, tokenizer = RunConfig(), build_tokenizer()
     other_model = save_model(tmp_path / "m", "llama", seed=7)
@@ -36,7 +36,7 @@ async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(models: 
             infos, teachers = await preflight.attach(config, Servers(rollout_info()), clients)  # type: ignore[arg-type]
             await preflight.check_teachers(config, tokenizer, EOS, teachers)
             support = preflight.choose_support(config.loss, len(tokenizer), infos, teachers)
-            samples, quarantined = await score_rollouts(teachers, rollouts, support=support, temperature=0.7)
+            samples, quarantined = await scored(teachers, rollouts, support=support, temperature=0.7)
             sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
             alone = {n: await c.score(sequences, top_k=support.size, temperature=0.7) for n, c in clients.items()}
     assert [s.rollout for s in samples] == rollouts and quarantined == []

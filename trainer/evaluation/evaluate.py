@@ -9,7 +9,6 @@ tokens and of the bucket of all others, plus a correction at sampled tokens outs
 "hybrid"). Its standard error comes from the differences between completions.
 """
 
-import asyncio
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,14 +19,17 @@ from services.clients import RolloutClient
 from services.clients.teacher_requests import cut_by_rows
 from services.config import RunConfig
 from services.errors import PeerError
+from services.process.event_loop import EventLoopThread
 from services.wire.rollout import RolloutSampling
 from services.wire.teacher import BYTES_PER_CANDIDATE
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
+from trainer.groups import PromptGroup
 from trainer.learner import Learner
-from trainer.rollouts import Rollout, generate_rollouts
-from trainer.teacher_scores import Support, score_rollouts
+from trainer.rollouts import generate_groups
+from trainer.scoring import Scoring
+from trainer.teacher_scores import Support
 from trainer.teachers import Teachers
 from trainer.weights.policy_versions import PolicyVersions
 
@@ -56,6 +58,7 @@ class Evaluator:
     """Holds what every evaluation of a run shares.
 
     Args:
+        event_loop: where the servers are asked.
         prompts: held out.
         end_token_ids: what ends a completion of the student.
         versions: those that this run has pushed.
@@ -64,6 +67,7 @@ class Evaluator:
     def __init__(
         self,
         config: RunConfig,
+        event_loop: EventLoopThread,
         prompts: list[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         rollout_client: RolloutClient,
@@ -71,7 +75,7 @@ class Evaluator:
         end_token_ids: list[int],
         versions: PolicyVersions,
     ) -> None:
-        self._config = config
+        self._config, self._event_loop = config, event_loop
         self._prompts = prompts[: config.evaluation.num_prompts]
         self._graded = [prompt for prompt in self._prompts if prompt.answer is not None]
         self._rollouts, self._teachers = rollout_client, teachers
@@ -79,17 +83,18 @@ class Evaluator:
         self._versions = versions
         self._teacher_exact_match: float | None = None
 
-    async def evaluate(self, learner: Learner, policy_version: int) -> Evaluation:
+    def evaluate(self, learner: Learner, policy_version: int) -> Evaluation:
         """Measure the student; the rollout servers must hold its weights as `policy_version`.
 
         Raises:
             PeerError: a server failed or answers under another version, or no completion could be scored.
         """
-        sampled, aborted = await self._complete(self._prompts, temperature=1.0, policy_version=policy_version)
-        measured = await self._reverse_kl(learner, sampled)
-        exact_match = await self._student_exact_match(policy_version)
+        run = self._event_loop.run
+        sampled = run(self._complete, self._prompts, 1.0, policy_version)
+        measured = self._reverse_kl(learner, sampled)
+        exact_match = run(self._student_exact_match, policy_version)
         if self._teacher_exact_match is None:  # it does not change
-            self._teacher_exact_match = await self._measure_teacher()
+            self._teacher_exact_match = run(self._measure_teacher)
         return Evaluation(
             policy_version=policy_version,
             exact_match=exact_match,
@@ -98,33 +103,32 @@ class Evaluator:
             reverse_kl_stderr=measured.stderr,
             num_prompts=len(self._prompts),
             num_kl_tokens=measured.num_tokens,
-            num_quarantined=aborted + len(sampled) - len(measured.parts),
+            num_quarantined=sum(len(group.quarantined) for group in sampled),
         )
 
-    async def _reverse_kl(self, learner: Learner, rollouts: list[Rollout]) -> "ReverseKL":
+    def _reverse_kl(self, learner: Learner, groups: list[PromptGroup]) -> "ReverseKL":
         """Score and measure part after part, so that memory does not grow with the number of completions."""
-        support = self._support(learner.student.vocab_size)
-        measured, reason = ReverseKL(), ""
-        for part in _parts(rollouts, support.size):
-            samples, quarantined = await score_rollouts(self._teachers, part, support=support, temperature=1.0)
-            reason = reason or (quarantined[0].reason if quarantined else "")
-            # Beside the event loop: servers that do not hear of a run for long take it for gone.
-            measured.parts += await asyncio.to_thread(learner.reverse_kl, collect(samples))
+        scoring = Scoring(self._teachers, self._support(learner.student.vocab_size), temperature=1.0)
+        measured = ReverseKL()
+        for part in _parts(groups, scoring.support.size):
+            self._event_loop.run(scoring.score, part)
+            measured.parts += learner.reverse_kl(collect(part))
+            for group in part:
+                group.samples.clear()
         if not measured.parts:
-            raise PeerError(f"no completion could be scored, the first one because {reason}")
+            raise PeerError(f"no completion could be scored, the first one because {_first_reason(groups)}")
         return measured
 
-    async def _complete(
-        self, prompts: list[Prompt], *, temperature: float, policy_version: int
-    ) -> tuple[list[Rollout], int]:
-        """Completions, and how many prompts have none that is usable."""
+    async def _complete(self, prompts: list[Prompt], temperature: float, policy_version: int) -> list[PromptGroup]:
+        """A completion of each prompt, at least one of them usable."""
         length = self._config.evaluation_max_new_tokens()
         sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
-        rollouts, quarantined = await generate_rollouts(self._rollouts, prompts, sampling)
+        groups = await generate_groups(self._rollouts, prompts, sampling, self._versions)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         if not rollouts:
-            raise PeerError(f"no prompt could be completed, the first one because {quarantined[0].reason}")
+            raise PeerError(f"no prompt could be completed, the first one because {_first_reason(groups)}")
         self._versions.check((r.completion for r in rollouts), policy_version)
-        return rollouts, len(quarantined)
+        return groups
 
     def _support(self, vocab: int) -> Support:
         """As many of the teacher's tokens as are asked for and every teacher returns; all of them in a small vocabulary."""
@@ -138,8 +142,8 @@ class Evaluator:
     async def _student_exact_match(self, policy_version: int) -> float | None:
         if not self._graded:
             return None
-        rollouts, _ = await self._complete(self._graded, temperature=0.0, policy_version=policy_version)
-        rule = self._rule()
+        groups, rule = await self._complete(self._graded, 0.0, policy_version), self._rule()
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(self._graded)
 
     async def _measure_teacher(self) -> float | None:
@@ -184,8 +188,12 @@ class ReverseKL:
         return math.sqrt(squares * count / (count - 1)) / self.num_tokens
 
 
-def _parts(rollouts: list[Rollout], top_k: int) -> Iterator[list[Rollout]]:
-    """Rollouts whose rows of `top_k` logprobs are held at once."""
-    rows = [len(rollout.completion.token_ids) for rollout in rollouts]
+def _parts(groups: list[PromptGroup], top_k: int) -> Iterator[list[PromptGroup]]:
+    """Groups whose rows of `top_k` logprobs are held at once."""
+    rows = [sum(len(rollout.completion.token_ids) for rollout in group.rollouts) for group in groups]
     for part in cut_by_rows(rows, max(1, _PART_BYTES // (top_k * BYTES_PER_CANDIDATE))):
-        yield rollouts[part]
+        yield groups[part]
+
+
+def _first_reason(groups: list[PromptGroup]) -> str:
+    return next((item.reason for group in groups for item in group.quarantined), "there is none")

@@ -1,10 +1,17 @@
 """Rollout servers that generate with transformers' own forward pass, a token at a time; an oracle for vLLM's place."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
+from trainer.data.prompts import Prompt
+from trainer.groups import Rollout
+from trainer.rollouts import generate_groups
+from trainer.weights.policy_versions import PolicyVersions
 
 
 class Generator:
@@ -45,7 +52,7 @@ class Generator:
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in self._ends), len(ids))]
 
     async def generate(
-        self, prompts: list[list[int]], sampling: RolloutSampling, samples_per_prompt: int = 1, student_top_k: int = 0
+        self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any = None
     ) -> list[RolloutCompletion]:
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
@@ -57,4 +64,21 @@ class Generator:
                 span = VersionSpan(self.version, 0, len(ids))
                 tokens, logprobs = np.array(ids, np.int32), np.zeros(len(ids), np.float32)
                 completions.append(RolloutCompletion(index, 0, tokens, logprobs, reason, [span]))
+                if on_completion is not None:
+                    on_completion(completions[-1])
         return sorted(completions, key=lambda completion: completion.prompt_index)
+
+
+def live(*labels: str) -> PolicyVersions:
+    """The versions of a run that has pushed these labels."""
+    versions = PolicyVersions("mine")
+    for label in labels:
+        versions.set_live(PolicyLabel.parse(label))
+    return versions
+
+
+async def completed(generator: Generator, prompts: list[Prompt], sampling: RolloutSampling) -> list[Rollout]:
+    """A rollout of each prompt."""
+    client: Any = generator
+    groups = await generate_groups(client, prompts, sampling, live(generator.version))
+    return [rollout for group in groups for rollout in group.rollouts]

@@ -1,7 +1,7 @@
 """A whole run in this process: the trainer's own parts, a teacher on a real port, and rollout servers that are not vLLM's."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from services.clients import TeacherClient
 from services.config import RunConfig
+from services.process.event_loop import EventLoopThread
 from services.process.signals import Interruption
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
@@ -19,10 +20,12 @@ from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
 from trainer.learner import Learner
+from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
+from trainer.pipeline import Pipeline
+from trainer.scoring import Scoring
 from trainer.session import Session
-from trainer.staleness_buffer import StalenessBuffer
 from trainer.student import load_student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teacher, Teachers
@@ -45,11 +48,19 @@ class Rollouts:
         self.on_call: Callable[[int], None] = lambda call: None
 
     async def generate(
-        self, prompts: list[list[int]], sampling: RolloutSampling, samples_per_prompt: int = 1, student_top_k: int = 0
+        self,
+        prompts: list[list[int]],
+        sampling: RolloutSampling,
+        samples_per_prompt: int = 1,
+        student_top_k: int = 0,
+        on_completion: Callable[[RolloutCompletion], None] = lambda completion: None,
     ) -> list[RolloutCompletion]:
         self.num_calls += 1
         self.on_call(self.num_calls)
-        return [self._complete(index, sampling.max_new_tokens) for index in range(len(prompts))]
+        completions = [self._complete(index, sampling.max_new_tokens) for index in range(len(prompts))]
+        for completion in completions:
+            on_completion(completion)
+        return completions
 
     def _complete(self, index: int, most: int) -> RolloutCompletion:
         random = np.random.default_rng([PolicyLabel.parse(self.version).version, index])
@@ -81,35 +92,51 @@ class Pushes:
         return {"push_s": 0.0}
 
 
-def build_session(config: RunConfig, teacher: ScriptedTeacher, stack: AsyncExitStack) -> Session:
-    """What trainer.session opens, over `teacher` and the stand-ins above."""
+def build_session(config: RunConfig, interruption: Interruption, teacher: ScriptedTeacher, stack: ExitStack) -> Session:
+    """What trainer.open_session opens, over `teacher` and the stand-ins above."""
     tokenizer, student = build_tokenizer(), load_student(config.student)
     accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
+    event_loop = stack.enter_context(EventLoopThread(interruption))
     client = TeacherClient([teacher.url], outage_s=config.teacher_client.outage_s)
-    stack.push_async_callback(client.close)
-    teachers, rollouts = Teachers([Teacher(None, client, teacher.info)]), Rollouts()
+    stack.callback(event_loop.run, client.close)
+    rollouts: Any = Rollouts()
+    weights: Any = Pushes(rollouts)
+    teachers = Teachers([Teacher(None, client, teacher.info)])
     record = RunRecord(config, accelerator, tokenizer)
     num_steps = config.pipeline.steps or 1
     students = SavedStudents(config.output, student.model, tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
-    weights = Pushes(rollouts)
-    parts: dict[str, Any] = {"rollout_client": rollouts, "weights": weights}
+    quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
+    scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0)
+    stream = RowStream(PROMPTS, seed=0, shuffle=False)
+    pipeline = Pipeline(config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token)
+    stack.callback(event_loop.run, pipeline.close)
     return Session(
         config=config,
-        learner=Learner(config, student, num_steps),
-        prompts=RowStream(PROMPTS, seed=0, shuffle=False),
         num_steps=num_steps,
-        support=Support("teacher_topk", 8, VOCAB),
-        teachers=teachers,
-        buffer=StalenessBuffer(config.pipeline.max_staleness),
-        evaluator=Evaluator(config, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),  # type: ignore[arg-type]
-        quarantine=Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate),
+        interruption=interruption,
+        event_loop=event_loop,
+        learner=Learner(config, student, num_steps, None, interruption.check),
+        pipeline=pipeline,
+        evaluator=Evaluator(config, event_loop, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),
         record=record,
         students=students,
-        **parts,
+        progress=Progress(),
     )
+
+
+def rollouts_of(session: Session) -> Rollouts:
+    """The stand-in that a session of `opener` asks."""
+    client: Any = session.pipeline._client
+    return client
+
+
+def pushes_of(session: Session) -> Pushes:
+    """The stand-in that a session of `opener` pushes with."""
+    weights: Any = session.pipeline._weights
+    return weights
 
 
 def opener(teacher: ScriptedTeacher, prepare: Callable[[Session], None]) -> Any:
@@ -119,14 +146,16 @@ def opener(teacher: ScriptedTeacher, prepare: Callable[[Session], None]) -> Any:
         prepare: called with the open session.
     """
 
-    @asynccontextmanager
-    async def open_session(config: RunConfig, interruption: Interruption | None = None) -> AsyncIterator[Session]:
-        async with AsyncExitStack() as stack:
-            session = build_session(config, teacher, stack)
+    @contextmanager
+    def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Session]:
+        with ExitStack() as stack:
+            session = build_session(config, interruption, teacher, stack)
             prepare(session)
-            if interruption is not None:
-                interruption.defer()
-            yield session
+            interruption.defer()
+            try:
+                yield session
+            finally:
+                interruption.end()
 
     return open_session
 

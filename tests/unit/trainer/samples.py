@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from services.wire.batch import TrainingBatch
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
-from trainer.rollouts import Rollout
-from trainer.teacher_scores import ScoredSample
+from trainer.groups import PromptGroup, Rollout, ScoredSample
 
 VOCAB, TOP_K = 261, 4
 
@@ -27,7 +27,7 @@ def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "sto
     outside = logprobs.min(-1) - random.exponential(1.0, length)  # a part of the tail, below the candidates
     prompt = Prompt(seed, random.integers(0, VOCAB, prompt_length).tolist(), "")
     return ScoredSample(
-        Rollout(prompt, completion),
+        Rollout(prompt, completion, 0),
         teacher_token_logprobs=np.where(same.any(-1), np.where(same, logprobs[:, :TOP_K], 0).sum(-1), outside).astype(
             np.float32
         ),
@@ -37,5 +37,11 @@ def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "sto
     )
 
 
+def batch_of(samples: list[ScoredSample]) -> TrainingBatch:
+    """A batch of groups of one sample each."""
+    rollouts = [sample.rollout for sample in samples]
+    return collect([PromptGroup(place, r.prompt, [r], [samples[place]]) for place, r in enumerate(rollouts)])
+
+
 SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5), (1, 1), (7, 2), (2, 9), (4, 4)])]
-BATCH = collect(SAMPLES)
+BATCH = batch_of(SAMPLES)

@@ -5,7 +5,7 @@ import numpy as np
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.scripted_teacher import logprobs_of
 from trainer.data.prompts import Prompt
-from trainer.rollouts import Rollout
+from trainer.groups import Rollout
 
 LENGTH = 6
 
@@ -18,7 +18,7 @@ def rollout(index: int) -> Rollout:
     spans = [VersionSpan("0", 0, LENGTH)]
     token_ids = np.array(ids[3:], np.int32)
     completion = RolloutCompletion(index, 0, token_ids, np.zeros(LENGTH, np.float32), "stop", spans)
-    return Rollout(Prompt(index + 1, ids[:3], ""), completion)
+    return Rollout(Prompt(index + 1, ids[:3], ""), completion, 0)
 
 
 ROLLOUTS = [rollout(index) for index in range(20)]

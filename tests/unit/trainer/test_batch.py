@@ -8,8 +8,8 @@ import torch
 from services.config import LossConfig, RunConfig
 from services.models.padding import cut_by_padded_tokens
 from tests.models import LONGROPE_SWITCH, save_model
-from tests.unit.trainer.samples import BATCH, SAMPLES, sample
-from trainer.batch import MicroBatch, collect, loss_inputs, pack, pack_texts
+from tests.unit.trainer.samples import BATCH, SAMPLES, batch_of, sample
+from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
 from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
@@ -48,7 +48,7 @@ def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, st
     def step(samples: list[ScoredSample], limit: int) -> tuple[float, torch.Tensor]:
         student.zero_grad()
         total = 0.0
-        batches = pack(collect(samples), config, limit)
+        batches = pack(batch_of(samples), config, limit)
         totals = LossTotals.sum([LossTotals.of(b.loss_mask, b.cu_seqlens, 16) for b in batches])
         for batch in batches:
             loss = minillm_loss(loss_inputs(batch, forward(student, batch)), config, totals)[0]
@@ -86,7 +86,7 @@ def test_micro_batches_stay_within_their_tokens_or_hold_one_sample(limit: int) -
 
 def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
     (batch,) = pack(
-        collect([sample(0, 3, 2), sample(1, 1, 3)]), LossConfig(), 1000
+        batch_of([sample(0, 3, 2), sample(1, 1, 3)]), LossConfig(), 1000
     )  # rows of 5 and 4 tokens, padded to 5
     assert batch.positions.tolist() == [2, 3, 5, 6, 7]
     assert batch.cu_seqlens.tolist() == [0, 2, 5]
@@ -95,14 +95,14 @@ def test_positions_point_at_the_states_before_the_completion_tokens() -> None:
 @pytest.mark.parametrize(("truncated", "expected"), [("train", [0, 1]), ("mask", [1]), ("drop", [1])])
 def test_truncated_completions_are_trained_on_or_not(truncated: str, expected: list[int]) -> None:
     samples = [sample(0, 2, 3, "length"), sample(1, 2, 2, "stop")]
-    (batch,) = pack(collect(samples), LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
+    (batch,) = pack(batch_of(samples), LossConfig(truncated=truncated), 1000)  # type: ignore[arg-type]
     completions = [samples[index].rollout.completion.token_ids.tolist() for index in expected]
     assert sorted(part.tolist() for part in batch.token_ids.tensor_split(batch.cu_seqlens[1:-1])) == sorted(completions)
     assert batch.loss_mask.all()
 
 
 def test_dropping_everything_leaves_no_batch() -> None:
-    assert pack(collect([sample(0, 2, 3, "length")]), LossConfig(truncated="drop"), 1000) == []
+    assert pack(batch_of([sample(0, 2, 3, "length")]), LossConfig(truncated="drop"), 1000) == []
 
 
 def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_longrope_student_is_scored_as_each_sequence_alone(tmp_path: Path) -> 
     student = load_student(RunConfig(student={"model": save_model(tmp_path, "phi3")}).student)
     samples = [sample(i, 2, length) for i, length in enumerate([2, 30, 6, 7, 1, 20])]
     assert student.rope_switch == LONGROPE_SWITCH == len(samples[2].rollout.sequence)
-    batches = pack(collect(samples), LossConfig(), 10_000, student.rope_switch)
+    batches = pack(batch_of(samples), LossConfig(), 10_000, student.rope_switch)
     assert [len(batch.input_ids) for batch in batches] == [3, 3]
     for batch in batches:
         logprobs = forward(student, batch).token_logprobs

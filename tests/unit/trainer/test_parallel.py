@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from services.config import RunConfig
 from tests.models import save_model
 from tests.ranks import leave
-from tests.unit.trainer.samples import SAMPLES
-from trainer.batch import collect, loss_inputs, pack
+from tests.unit.trainer.samples import SAMPLES, batch_of
+from trainer.batch import loss_inputs, pack
 from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.parallel import spread
 from trainer.student import Student, load_student
@@ -25,13 +25,13 @@ CONFIG = RunConfig().loss
 
 
 def totals_of(samples: list[ScoredSample]) -> LossTotals:
-    (batch,) = pack(collect(samples), CONFIG, 10_000)
+    (batch,) = pack(batch_of(samples), CONFIG, 10_000)
     return LossTotals.of(batch.loss_mask, batch.cu_seqlens, 16)
 
 
 def loss_of(module: nn.Module, samples: list[ScoredSample]) -> Tensor:
     """This rank's part of the loss of SAMPLES."""
-    (batch,) = pack(collect(samples), CONFIG, 10_000)
+    (batch,) = pack(batch_of(samples), CONFIG, 10_000)
     output = module(batch.input_ids, batch.positions, batch.token_ids, batch.support_ids)
     return minillm_loss(loss_inputs(batch, output), CONFIG, totals_of(SAMPLES))[0]
 

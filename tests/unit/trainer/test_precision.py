@@ -1,7 +1,6 @@
 """bfloat16 around the body over float32 master weights: in training, in the canary and in the evaluation alike."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +12,8 @@ from tests.unit.trainer.samples import BATCH, SAMPLES
 from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
 from trainer.batch import pack
-from trainer.evaluation import evaluate
 from trainer.parallel import compute_dtype_of
 from trainer.student import load_student
-from trainer.weights.policy_versions import PolicyVersions
 from trainer.weights.snapshot import GivenTokens
 
 HALF = {"compute_dtype": "bfloat16"}
@@ -91,22 +88,14 @@ def test_half_precision_masters_have_a_float32_head_as_well(
     assert head_dtypes == [torch.float32]
 
 
-async def test_training_canary_and_evaluation_compute_alike(
-    tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_canary_and_evaluation_compute_alike(tiny_model_folder: Any) -> None:
     learner = learner_of(tiny_model_folder("qwen3"), student=HALF)
     seen = product_dtypes(learner.student)
     learner.step(BATCH)
     assert seen == {torch.bfloat16}
     seen.clear()
 
-    async def scored(*_: Any, **__: Any) -> tuple[list[Any], list[Any]]:
-        return SAMPLES, []
-
-    monkeypatch.setattr(evaluate, "score_rollouts", scored)
-    teacher = SimpleNamespace(info=SimpleNamespace(padded_vocab_size=300, max_top_k=300))
-    evaluator = evaluate.Evaluator(learner.config, [], *(None, None), [teacher], [], PolicyVersions("mine"))  # type: ignore[arg-type]
-    await evaluator._reverse_kl(learner, [sample.rollout for sample in SAMPLES])
+    learner.reverse_kl(BATCH)
     assert seen == {torch.bfloat16}
     seen.clear()
     rollout = SAMPLES[0].rollout

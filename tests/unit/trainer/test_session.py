@@ -1,10 +1,5 @@
 """Which clients the trainer talks to its teachers with."""
 
-import asyncio
-import gc
-import threading
-from types import SimpleNamespace
-
 import pytest
 
 from services.clients import TeacherClient
@@ -12,7 +7,7 @@ from services.clients.plain_vllm import VllmTeacherClient
 from services.config import RunConfig
 from services.config.keys import Secrets
 from services.errors import ConfigError
-from trainer.session import Session, _teacher_client, count_steps
+from trainer.open_session import _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
@@ -55,25 +50,3 @@ def test_a_warm_up_is_no_longer_than_the_run_that_epochs_come_to(epochs: float, 
         message = rf"optimizer\.warmup_steps = {warmup} is above the \d+ steps that pipeline\.epochs = {epochs} comes to with 40"
         with pytest.raises(ConfigError, match=message):
             count_steps(config, 40)
-
-
-def test_work_that_is_broken_off_by_a_signal_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    stopping = threading.Event()
-    run = SimpleNamespace(learner=SimpleNamespace(stop=stopping.set))
-
-    def work(begun: threading.Event) -> None:
-        begun.set()
-        assert stopping.wait(10)
-        raise RuntimeError("broken off")
-
-    async def signalled() -> bool:
-        begun = threading.Event()
-        task = asyncio.create_task(Session.to_the_end(run, work, begun))  # type: ignore[arg-type]
-        await asyncio.to_thread(begun.wait)
-        task.cancel()
-        await asyncio.wait([task])
-        return task.cancelled()
-
-    assert asyncio.run(signalled())
-    gc.collect()  # asyncio complains when it forgets the future
-    assert not caplog.records

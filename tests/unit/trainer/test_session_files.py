@@ -9,7 +9,7 @@ import pytest
 from services.config import RunConfig
 from services.errors import DataError
 from tests.models import save_model
-from trainer.session import _read_files
+from trainer.open_session import _read_rows
 from trainer.tiny.pair import build_tokenizer
 
 
@@ -20,9 +20,9 @@ def test_an_id_beyond_the_students_embedding_is_found_in_every_file(option: str,
     bad.write_text(json.dumps({"prompt": "p<|user|>", "text": "t<|user|>"}))  # token id 259
     student = {"model": save_model(tmp_path / "small", "qwen3", vocab_size=259)}
     data = {"path": str(good), "eval_path": str(good), "lm_path": str(good)}
-    assert _read_files(config_of(student, data), build_tokenizer(), [256]).prompts.prompts
+    assert _read_rows(config_of(student, data), build_tokenizer(), [256])[0].prompts
     with pytest.raises(DataError, match=r"bad\.jsonl, row 1: .*token id 259, beyond the 259 rows"):
-        _read_files(config_of(student, {**data, option: str(bad)}), build_tokenizer(), [256])
+        _read_rows(config_of(student, {**data, option: str(bad)}), build_tokenizer(), [256])
 
 
 @pytest.mark.parametrize("option", ["path", "eval_path"])
@@ -34,7 +34,7 @@ def test_a_prompt_is_bounded_by_the_students_positions(
     long.write_text(json.dumps({"prompt": "p" * 3329}))  # 256 positions, tokens of 13 characters
     data = {"path": str(good), "eval_path": str(good), "lm_path": str(good), option: str(long)}
     with pytest.raises(DataError, match=r"long\.jsonl, row 1: the prompt has 3329 characters, at most 3328"):
-        _read_files(config_of({"model": tiny_model_folder("qwen3")}, data), build_tokenizer(), [256])
+        _read_rows(config_of({"model": tiny_model_folder("qwen3")}, data), build_tokenizer(), [256])
 
 
 def test_answers_are_bounded_by_the_longest_completion_of_the_evaluation(
@@ -45,13 +45,13 @@ def test_answers_are_bounded_by_the_longest_completion_of_the_evaluation(
     path.write_text(json.dumps({"prompt": "p", "answer": "a" * 100, "text": "t"}))
     student, good = {"model": tiny_model_folder("qwen3")}, {"path": str(path), "lm_path": str(path)}
     evaluated = config_of(student, {**good, "eval_path": str(path)})
-    assert _read_files(config_of(student, good), build_tokenizer(), [256]).held_out is None
-    assert _read_files(evaluated, build_tokenizer(), [256]).held_out is not None
+    assert _read_rows(config_of(student, good), build_tokenizer(), [256])[1] is None
+    assert _read_rows(evaluated, build_tokenizer(), [256])[1] is not None
     short = evaluated.model_copy(update={"evaluation": evaluated.evaluation.model_copy(update={"max_new_tokens": 100})})
     with pytest.raises(
         DataError, match=r"rows\.jsonl, row 1: the answer and its end are 101 tokens, more than the 100"
     ):
-        _read_files(short, build_tokenizer(), [256])
+        _read_rows(short, build_tokenizer(), [256])
 
 
 def config_of(student: dict[str, str], data: dict[str, str]) -> RunConfig:

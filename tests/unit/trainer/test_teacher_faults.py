@@ -12,9 +12,9 @@ from services.clients import TeacherClient
 from services.errors import PeerError
 from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import VOCAB, ScriptedTeacher
-from tests.unit.trainer.attached import alone
+from tests.unit.trainer.attached import alone, scored
 from tests.unit.trainer.teachers_choices import LENGTH, ROLLOUTS
-from trainer.teacher_scores import Quarantine, Support, score_rollouts
+from trainer.teacher_scores import Quarantine, Support
 
 SUPPORT = Support("teacher_topk", 8, VOCAB)
 BAD = 7  # the rollout whose rows are spoilt
@@ -81,7 +81,7 @@ async def test_a_spoilt_sample_is_set_aside_and_the_others_are_kept(
 ) -> None:
     teacher.spoil, reason = FAULTS[fault]
     async with TeacherClient([teacher.url]) as client:
-        samples, quarantined = await score_rollouts(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)
+        samples, quarantined = await scored(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)
     assert [s.rollout for s in samples] == [r for i, r in enumerate(ROLLOUTS) if i != BAD]
     Quarantine(tmp_path / "quarantine.jsonl", max_rate=0.05).add(quarantined, len(ROLLOUTS))
     (row,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
@@ -93,9 +93,7 @@ async def test_a_spoilt_sample_is_set_aside_and_the_others_are_kept(
 async def test_a_good_teacher_has_nothing_set_aside(teacher: ScriptedTeacher) -> None:
     for temperature in (0.5, 1.0, 2.0):
         async with TeacherClient([teacher.url]) as client:
-            samples, quarantined = await score_rollouts(
-                alone(client), ROLLOUTS, support=SUPPORT, temperature=temperature
-            )
+            samples, quarantined = await scored(alone(client), ROLLOUTS, support=SUPPORT, temperature=temperature)
         assert len(samples) == 20 and quarantined == []
 
 
@@ -106,7 +104,7 @@ async def test_a_teacher_that_becomes_another_model_is_refused(teacher: Scripted
         with pytest.raises(
             PeerError, match=rf"scripted \(f\) answered from {teacher.url}, other \(g\) from {teacher.url}"
         ):
-            await score_rollouts(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)
+            await scored(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -123,4 +121,4 @@ async def test_an_answer_that_contradicts_itself_or_the_question_ends_the_run(
     teacher.spoil = spoil
     async with TeacherClient([teacher.url]) as client:
         with pytest.raises(PeerError, match=message):
-            await score_rollouts(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)
+            await scored(alone(client), ROLLOUTS, support=SUPPORT, temperature=1.0)

@@ -12,9 +12,10 @@ from services.clients import TeacherClient
 from services.errors import PeerError
 from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher, logprobs_of
-from tests.unit.trainer.attached import alone
+from tests.unit.trainer.attached import alone, scored
 from tests.unit.trainer.samples import TOP_K, VOCAB, sample
-from trainer.teacher_scores import Quarantine, Quarantined, ScoredSample, Support, defect, score_rollouts
+from trainer.groups import Quarantined, ScoredSample
+from trainer.teacher_scores import Quarantine, Support, defect
 
 SUPPORT = Support("teacher_topk", TOP_K, VOCAB)
 
@@ -133,7 +134,7 @@ class Teacher:
 async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> None:
     good, other = sample(1, 2, 3), sample(2, 4, 5)
     teacher = Teacher([good, with_value("teacher_token_logprobs", np.nan), other])
-    samples, quarantined = await score_rollouts(
+    samples, quarantined = await scored(
         alone(teacher),
         [s.rollout for s in teacher.samples],
         support=SUPPORT,
@@ -148,7 +149,9 @@ async def test_every_rollout_gets_its_own_rows_and_a_bad_one_is_set_aside() -> N
     for found, expected in zip(samples, (good, other), strict=True):
         for name in ("teacher_token_logprobs", "support_ids", "teacher_support_logprobs", "teacher_tail_logprob"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
-    assert [(q.rollout, "not finite" in q.reason) for q in quarantined] == [(teacher.samples[1].rollout, True)]
+    assert [(q.completion, "not finite" in q.reason) for q in quarantined] == [
+        (teacher.samples[1].rollout.completion, True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["teacher_topk", "student_topk"])
@@ -185,11 +188,11 @@ async def test_a_sequence_that_the_teacher_refuses_is_set_aside_with_its_reason(
     teacher.refuse, teacher.spoil = refuse, add_support
     with teacher.serving():
         async with TeacherClient([teacher.url]) as client:
-            kept, quarantined = await score_rollouts(
+            kept, quarantined = await scored(
                 alone(client), [s.rollout for s in samples], support=Support(kind, 2, VOCAB), temperature=1.0
             )
     assert [s.rollout for s in kept] == [s.rollout for i, s in enumerate(samples) if i not in refused]
-    assert [q.rollout for q in quarantined] == [samples[i].rollout for i in refused]
+    assert [q.completion for q in quarantined] == [samples[i].rollout.completion for i in refused]
     reason = "the teacher refused it: token_ids holds id 151900, the model has 151669"
     assert {q.reason for q in quarantined} == {reason}
 
@@ -243,7 +246,7 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
     teacher = Scorer()
     support = Support("student_topk", 2, VOCAB)
     assert support.student_top_k == 2
-    samples, quarantined = await score_rollouts(alone(teacher), rollouts, support=support, temperature=0.5)
+    samples, quarantined = await scored(alone(teacher), rollouts, support=support, temperature=0.5)
     assert callable(teacher.options.pop("on_refused"))
     assert teacher.options == {
         "top_k": 1,
@@ -261,24 +264,28 @@ async def test_the_teacher_is_asked_about_the_students_likeliest_tokens() -> Non
 async def test_a_rollout_without_the_top_k_that_was_asked_for_is_an_error() -> None:
     support = Support("student_topk", 2, VOCAB)
     with pytest.raises(PeerError, match=r"no student top-k.*student_topk"):
-        await score_rollouts(alone(Teacher([])), [sample(1, 2, 3).rollout], support=support, temperature=1.0)
+        await scored(alone(Teacher([])), [sample(1, 2, 3).rollout], support=support, temperature=1.0)
+
+
+def set_aside() -> Quarantined:
+    rollout = sample(7, 2, 3).rollout
+    return Quarantined(rollout.prompt, rollout.completion, "because")
 
 
 def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:
-    quarantine = Quarantine(tmp_path / "q.jsonl", max_rate=0.5)
-    bad = Quarantined(sample(7, 2, 3).rollout, "because")
+    quarantine, bad = Quarantine(tmp_path / "q.jsonl", max_rate=0.5), set_aside()
     quarantine.add([], 10)
     assert not (tmp_path / "q.jsonl").exists()
     quarantine.add([bad, bad], 4)
     rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert quarantine.count == len(rows) == 2
-    assert rows[0] == {"row": 7, "reason": "because", "completion": bad.rollout.completion.token_ids.tolist()}
+    assert rows[0] == {"row": 7, "reason": "because", "completion": bad.completion.token_ids.tolist()}
 
 
 def test_too_many_of_them_stop_the_run(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", max_rate=0.1)
     with pytest.raises(PeerError, match=r"1 of 4 completions.*because.*max_quarantine_rate = 0\.1"):
-        quarantine.add([Quarantined(sample(7, 2, 3).rollout, "because")], 4)
+        quarantine.add([set_aside()], 4)
     assert (tmp_path / "q.jsonl").read_text().count("\n") == 1
 
 

@@ -16,11 +16,11 @@ from services.config import RunConfig
 from services.errors import ConfigError, PeerError, ProblemError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import VOCAB, logprobs_of, scores_of
-from tests.unit.trainer.attached import attached
+from tests.unit.trainer.attached import attached, scored
 from tests.unit.trainer.teachers_choices import LENGTH, ROLLOUTS
 from trainer.data.prompts import Prompt
-from trainer.rollouts import Rollout
-from trainer.teacher_scores import Support, score_rollouts
+from trainer.groups import Rollout
+from trainer.teacher_scores import Support
 from trainer.teachers import Teachers, teacher_urls
 
 NAMES = [None, "maths", "code"]
@@ -37,7 +37,7 @@ def of_teachers(names: list[str | None]) -> list[Rollout]:
     for rollout, name in zip(ROLLOUTS, names, strict=False):
         ids = np.argsort(logprobs_of(rollout.sequence, 3, 5.0))[:, -5:].astype(np.int32)
         completion = replace(rollout.completion, student_topk_ids=ids)
-        rollouts.append(Rollout(replace(rollout.prompt, teacher=name), completion))
+        rollouts.append(Rollout(replace(rollout.prompt, teacher=name), completion, 0))
     return rollouts
 
 
@@ -92,7 +92,7 @@ def test_prompts_are_split_by_teacher_in_their_order() -> None:
 )
 async def test_every_rollout_gets_the_rows_of_its_own_teacher(names: list[str | None], support: Support) -> None:
     rollouts = of_teachers(names)
-    samples, quarantined = await score_rollouts(teachers(), rollouts, support=support, temperature=0.5)
+    samples, quarantined = await scored(teachers(), rollouts, support=support, temperature=0.5)
     assert [s.rollout for s in samples] == rollouts and quarantined == []
     for sample, name in zip(samples, names, strict=True):
         dense = logprobs_of(sample.rollout.sequence, 3, 0.5 * FLATNESS[name])
@@ -121,7 +121,7 @@ async def test_each_teacher_is_asked_once_and_only_about_its_own() -> None:
 
     rollouts = of_teachers([None, "maths", "maths", None])  # their third tokens are 0, 1, 2, 3
     all_of = teachers(**{str(name): remembering(name) for name in NAMES})
-    await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
+    await scored(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
     assert asked == {"None": [0, 3], "maths": [1, 2]}
 
 
@@ -137,7 +137,7 @@ async def test_teachers_work_at_the_same_time() -> None:
         return handler
 
     all_of = teachers(maths=waiting("maths"), code=waiting("code"))
-    samples, _ = await score_rollouts(all_of, of_teachers(["maths", "code"]), support=SUPPORTS[0], temperature=1.0)
+    samples, _ = await scored(all_of, of_teachers(["maths", "code"]), support=SUPPORTS[0], temperature=1.0)
     assert len(samples) == 2
 
 
@@ -149,9 +149,9 @@ async def test_the_rollout_whose_rows_are_spoilt_is_set_aside_with_its_teachers_
 
     rollouts = of_teachers(["code", "maths", "code", "maths", None])
     all_of = teachers(maths=lambda request: answer(request, "maths", second_is_not_finite))
-    samples, quarantined = await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
+    samples, quarantined = await scored(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
     assert [s.rollout for s in samples] == [rollouts[0], rollouts[1], rollouts[2], rollouts[4]]
-    assert [q.rollout for q in quarantined] == [rollouts[3]]
+    assert [(q.prompt, q.completion) for q in quarantined] == [(rollouts[3].prompt, rollouts[3].completion)]
     assert quarantined[0].reason.startswith("teacher_client.named.maths: the teacher gave a logprob that is not finite")
 
 
@@ -164,7 +164,7 @@ async def test_an_outage_of_one_teacher_ends_the_step_and_names_it() -> None:
         r"http://code:1 cannot be reached: ConnectError refused; to wait longer, raise teacher_client.outage_s"
     )
     with pytest.raises(PeerError, match=message):
-        await score_rollouts(teachers(code=down), of_teachers(NAMES), support=SUPPORTS[0], temperature=1.0)
+        await scored(teachers(code=down), of_teachers(NAMES), support=SUPPORTS[0], temperature=1.0)
 
 
 async def test_the_outage_of_a_teacher_that_no_rollout_needs_is_no_matter() -> None:
@@ -172,7 +172,7 @@ async def test_the_outage_of_a_teacher_that_no_rollout_needs_is_no_matter() -> N
         raise AssertionError("nobody had a question")
 
     rollouts = of_teachers([None, "maths"])
-    samples, _ = await score_rollouts(teachers(code=unexpected), rollouts, support=SUPPORTS[0], temperature=1.0)
+    samples, _ = await scored(teachers(code=unexpected), rollouts, support=SUPPORTS[0], temperature=1.0)
     assert len(samples) == 2
 
 
@@ -194,7 +194,7 @@ async def test_the_error_of_one_teacher_ends_the_requests_to_the_others() -> Non
 
     all_of = teachers(maths=never, code=refuse)
     with pytest.raises(ProblemError, match=r"^teacher_client\.named\.code: http://code:1.* answered 422: no"):
-        await score_rollouts(all_of, of_teachers(["maths", "code"]), support=SUPPORTS[0], temperature=1.0)
+        await scored(all_of, of_teachers(["maths", "code"]), support=SUPPORTS[0], temperature=1.0)
     assert cancelled.is_set()
 
 
@@ -205,9 +205,9 @@ async def test_a_teacher_that_becomes_another_model_is_refused_by_name() -> None
         return answer(request, "maths", lambda scores: replace(scores, fingerprint=next(fingerprints)))
 
     all_of, rollouts = teachers(maths=changing), of_teachers(NAMES)
-    await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
+    await scored(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
     with pytest.raises(PeerError, match=r"^teacher_client\.named\.maths: the teachers do not serve the same model"):
-        await score_rollouts(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
+        await scored(all_of, rollouts, support=SUPPORTS[0], temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------- which there are

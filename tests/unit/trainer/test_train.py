@@ -1,6 +1,5 @@
 """The whole loop over servers in memory: what is asked under which weights, what is trained on, and in which order."""
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,14 @@ import pytest
 import torch
 
 from services.errors import PeerError
+from services.process.signals import Interruption
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
-from tests.unit.trainer.runs import PROMPTS, opener, run_config
-from trainer import session as session_module
+from tests.unit.trainer.runs import PROMPTS, opener, pushes_of, rollouts_of, run_config
+from trainer import open_session as opening
 from trainer import train as training
-from trainer.session import Session, open_session
+from trainer.open_session import open_session
+from trainer.session import Session
 from trainer.train import train
 
 Disturb = Callable[[Session], None]
@@ -42,7 +43,7 @@ class Watched:
             self.events.append(event)
 
     def watch(self, session: Session, teacher: ScriptedTeacher) -> None:
-        rollouts: Any = session.rollout_client
+        rollouts: Any = rollouts_of(session)
         complete, good_answer = rollouts._complete, teacher.spoil
 
         def watched(*arguments: Any) -> RolloutCompletion:
@@ -63,7 +64,7 @@ class Watched:
                 self.trained.append((input_ids.tolist(), token_ids.tolist()))
 
         rollouts._complete, teacher.spoil = watched, answered
-        session.weights.on_push = lambda version: self.note(f"pushed {version}")  # type: ignore[attr-defined]
+        pushes_of(session).on_push = lambda version: self.note(f"pushed {version}")
         session.learner.student.register_forward_pre_hook(forward)
 
 
@@ -86,7 +87,7 @@ def run(tiny_model_folder: Any, tmp_path: Path, teacher: ScriptedTeacher, monkey
             watched.watch(session, teacher)
 
         monkeypatch.setattr(training, "open_session", opener(teacher, prepare))
-        asyncio.run(train(run_config(tiny_model_folder("llama"), tmp_path / "out", **sections)))
+        train(run_config(tiny_model_folder("llama"), tmp_path / "out", **sections))
         return watched
 
     return run
@@ -121,7 +122,7 @@ def test_a_step_trains_on_the_next_prompts_and_on_what_the_weights_before_it_hav
 
 def with_an_older_token(session: Session) -> None:
     """From version 1 on, the first token of each prompt's completion is of the version before."""
-    rollouts: Any = session.rollout_client
+    rollouts: Any = rollouts_of(session)
     complete = rollouts._complete
 
     def mixed(index: int, most: int) -> RolloutCompletion:
@@ -155,7 +156,7 @@ def test_a_completion_is_as_old_as_its_oldest_token(run: Run, tmp_path: Path) ->
 )
 def test_logprobs_that_cannot_be_are_never_trained_on(logprobs: Any, reason: str, run: Run, tmp_path: Path) -> None:
     def disturb(session: Session) -> None:
-        rollouts: Any = session.rollout_client
+        rollouts: Any = rollouts_of(session)
         complete = rollouts._complete
 
         def spoilt(index: int, most: int) -> RolloutCompletion:
@@ -178,9 +179,9 @@ def test_an_evaluation_is_made_every_so_many_steps_and_at_both_ends(every: int, 
         assert session.evaluator is not None
         evaluate = session.evaluator.evaluate
 
-        async def watched(learner: Any, version: int) -> Any:
-            versions.append(version)
-            return await evaluate(learner, version)
+        def watched(learner: Any, policy_version: int) -> Any:
+            versions.append(policy_version)
+            return evaluate(learner, policy_version)
 
         session.evaluator.evaluate = watched  # type: ignore[method-assign]
 
@@ -193,20 +194,22 @@ class _Loaded(Exception):
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, False), (True, True), (False, False)])  # on a CPU
-async def test_a_run_opens_its_student_with_the_checkpointing_of_its_options(
+def test_a_run_opens_its_student_with_the_checkpointing_of_its_options(
     given: bool | None, expected: bool, tiny_model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, found = session_module.load_student, []
+    load, found = opening.load_student, []
 
     def loading(*arguments: Any, **options: Any) -> None:
         found.append(load(*arguments, **options).model.is_gradient_checkpointing)
         raise _Loaded
 
-    monkeypatch.setattr(session_module, "load_student", loading)
+    monkeypatch.setattr(opening, "load_student", loading)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1="}) + "\n")
     folder, data = tiny_model_folder("llama"), {"path": str(tmp_path / "rows.jsonl")}
     student = {"model": folder, "gradient_checkpointing": given}
-    with pytest.raises(_Loaded):
-        async with open_session(run_config(folder, tmp_path / "out", student=student, data=data)):
-            pass
+    with (
+        pytest.raises(_Loaded),
+        open_session(run_config(folder, tmp_path / "out", student=student, data=data), Interruption()),
+    ):
+        pass
     assert found == [expected]

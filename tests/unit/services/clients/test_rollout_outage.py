@@ -167,6 +167,39 @@ async def test_a_server_that_breaks_off_before_anything_arrives_is_waited_for_an
     assert clock.now == pytest.approx(120.0)
 
 
+async def test_each_completion_is_told_once_when_it_arrives_also_where_answers_break_off(
+    clock: SimpleNamespace,
+) -> None:
+    """By its place in the call, not in the request that brought it."""
+    told: list[tuple[int, int]] = []
+    num_told: list[int] = []
+
+    def one_at_a_time(request: httpx.Request) -> httpx.Response:
+        num_told.append(len(told))
+        return httpx.Response(200, stream=BreakingStream(frames(request)[:1], httpx.ReadError("gone")))
+
+    prompts = [[10 + i] for i in range(4)]
+    await client(one_at_a_time, clock).generate(
+        prompts, SAMPLING, on_completion=lambda c: told.append((c.prompt_index, int(c.token_ids[0])))
+    )
+    assert sorted(told) == [(0, 10), (1, 11), (2, 12), (3, 13)] and num_told == [0, 1, 2, 3]
+
+
+async def test_what_the_listener_raises_ends_the_call(clock: SimpleNamespace) -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return answer(request)
+
+    def refuse(completion: RolloutCompletion) -> None:
+        raise PeerError("of another run")
+
+    with pytest.raises(PeerError, match="of another run"):
+        await client(handler, clock).generate([[10], [11]], SAMPLING, on_completion=refuse)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("wrong", ["doubled", "invented"])
 async def test_wrong_completions_before_a_break_are_refused(wrong: str, clock: SimpleNamespace) -> None:
     def breaks(request: httpx.Request) -> httpx.Response:
@@ -180,7 +213,7 @@ async def test_wrong_completions_before_a_break_are_refused(wrong: str, clock: S
         )
         return httpx.Response(200, stream=BreakingStream([first, other], httpx.ReadError("gone")))
 
-    with pytest.raises(PeerError, match="sent 2 completions, not exactly one for each of 3 prompts x 1 samples"):
+    with pytest.raises(PeerError, match=r"sent sample 0 of prompt \d twice, or unasked"):
         await client(breaks, clock).generate([[10], [11], [12]], SAMPLING)
 
 

@@ -9,21 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from services.process.signals import Interrupted, Interruption, run_until_signalled
+from services.process.signals import Interrupted, Interruption
 
-# Says "working", is cancelled or not, and says how it went; argv: whether the work is deferred, and what happens on cancel.
+# Says "working", waits or computes, and says how it went; argv: whether signals are deferred, and how long the end takes.
 WORK = """
-import asyncio, sys, time
-from services.process.signals import Interrupted, run_until_signalled
+import sys, time
+from services.process.signals import Interrupted, interruptible
 
-async def work(interruption):
-    if sys.argv[1] == "deferred":
+def work(interruption):
+    if sys.argv[1] != "at once":
         interruption.defer()
     try:
         print("working", flush=True)
-        await asyncio.sleep(60)
-    except asyncio.CancelledError:
-        print("cancelled", flush=True)
+        if sys.argv[1] == "computing":
+            while True:
+                time.sleep(0.01)
+                interruption.check()
+        with interruption.raising():
+            time.sleep(60)
+    except Interrupted:
+        print("interrupted", flush=True)
         if sys.argv[2] == "slow":
             time.sleep(60)
         raise
@@ -31,7 +36,8 @@ async def work(interruption):
         print("cleaned up", flush=True)
 
 try:
-    run_until_signalled(work)
+    with interruptible() as interruption:
+        work(interruption)
 except Interrupted as error:
     print(error, flush=True)
     sys.exit(128 + error.number)
@@ -47,7 +53,7 @@ def started(*arguments: str, before: str = "") -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("how", ["deferred", "at once"])
+@pytest.mark.parametrize("how", ["waiting", "computing", "at once"])
 def test_each_signal_lets_the_work_clean_up_and_is_the_exit_code(how: str, number: signal.Signals) -> None:
     process = started(how, "quick")
     process.send_signal(number)
@@ -57,10 +63,10 @@ def test_each_signal_lets_the_work_clean_up_and_is_the_exit_code(how: str, numbe
 
 
 def test_a_second_ctrl_c_does_not_wait_and_other_signals_do() -> None:
-    process = started("deferred", "slow")
+    process = started("waiting", "slow")
     assert process.stdout is not None
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "cancelled\n"
+    assert process.stdout.readline() == "interrupted\n"
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)  # a service manager's, to the whole group
     time.sleep(0.3)
@@ -69,21 +75,31 @@ def test_a_second_ctrl_c_does_not_wait_and_other_signals_do() -> None:
     assert process.wait(20) == 130 and time.monotonic() - begun < 20
 
 
-def test_a_signal_behind_the_end_of_the_work_does_not_wait_for_what_is_left() -> None:
-    """Threads that nobody joins, say: there is no work any more that could be cancelled."""
-    seen: list[Interruption] = []
+def test_a_deferred_signal_is_raised_where_the_work_may_end_and_once() -> None:
+    interruption = Interruption()
+    interruption.defer()
+    interruption.handle(signal.SIGTERM, None)
+    interruption.handle(signal.SIGINT, None)  # nobody has begun to end yet
+    with pytest.raises(Interrupted, match="ended by SIGTERM"), interruption.raising():
+        pytest.fail("the block has begun")
+    interruption.check()
+    with interruption.raising():
+        interruption.handle(signal.SIGTERM, None)
+        with pytest.raises(Interrupted, match="ended by SIGINT"):
+            interruption.handle(signal.SIGINT, None)
 
-    async def work(interruption: Interruption) -> None:
-        interruption.defer()
-        seen.append(interruption)
 
-    run_until_signalled(work)
-    with pytest.raises(Interrupted, match="ended by SIGTERM"):
-        seen[0].handle(signal.SIGTERM, None)
+def test_at_the_end_only_a_second_ctrl_c_is_in_a_hurry() -> None:
+    interruption = Interruption()
+    interruption.end()
+    with interruption.raising():
+        interruption.handle(signal.SIGINT, None)
+        with pytest.raises(Interrupted):
+            interruption.handle(signal.SIGINT, None)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    process = started("deferred", "quick", before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    process = started("waiting", "quick", before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None

@@ -15,15 +15,16 @@ from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
 from tests.models import save_model
 from tests.pushing import learner_of
-from tests.unit.trainer.attached import teacher_of
-from tests.unit.trainer.generating import Generator
-from trainer.batch import collect
+from tests.unit.trainer.attached import CallersLoop, measured, scored, teacher_of
+from tests.unit.trainer.generating import Generator, completed
+from tests.unit.trainer.samples import batch_of
+from trainer import scoring
 from trainer.data.prompts import Prompt
 from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluator, ReverseKL
+from trainer.groups import ScoredSample
 from trainer.learner import Learner
-from trainer.rollouts import generate_rollouts
-from trainer.teacher_scores import ScoredSample, Support, score_rollouts
+from trainer.teacher_scores import Support
 from trainer.teachers import Teacher, Teachers
 from trainer.tiny.pair import build_tokenizer
 from trainer.weights.policy_versions import PolicyVersions
@@ -38,9 +39,9 @@ async def sampled(
     """Scored completions, sampled at temperature 1."""
     model = learner.student.model
     generator = Generator(model, [3], seed=seed)
-    rollouts, _ = await generate_rollouts(generator, PROMPTS, RolloutSampling(max_new_tokens=length))  # type: ignore[arg-type]
+    rollouts = await completed(generator, PROMPTS, RolloutSampling(max_new_tokens=length))
     support = Support("teacher_topk", top_k, len(model.lm_head.weight))
-    samples, quarantined = await score_rollouts(Teachers([teacher]), rollouts, support=support, temperature=1.0)
+    samples, quarantined = await scored(Teachers([teacher]), rollouts, support)
     assert not quarantined
     return samples
 
@@ -63,8 +64,8 @@ def mean_reverse_kl(
 ) -> tuple[float, float | None]:
     pipeline = learner.config.pipeline.model_copy(update={"tokens_per_micro_batch": tokens_per_micro_batch})
     learner.config = learner.config.model_copy(update={"pipeline": pipeline})
-    measured = ReverseKL(learner.reverse_kl(collect(samples)))
-    return measured.mean, measured.stderr
+    found = ReverseKL(learner.reverse_kl(batch_of(samples)))
+    return found.mean, found.stderr
 
 
 @pytest.mark.timeout(1200)
@@ -154,17 +155,16 @@ def evaluator(rollouts: Any, teachers: list[Teacher], prompts: list[Prompt], **e
     versions = PolicyVersions("mine")
     for version in (0, 6, 7):
         versions.set_live(PolicyLabel(version, 1, "mine"))
-    return Evaluator(config, prompts, build_tokenizer(), rollouts, Teachers(teachers), [256], versions)
+    return Evaluator(config, CallersLoop(), prompts, build_tokenizer(), rollouts, Teachers(teachers), [256], versions)
 
 
 async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
     learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
-        measured = await evaluator(
-            Generator(learner.student.model, [256], version="7.1@mine"), [teacher], PROMPTS
-        ).evaluate(learner, 7)
-        assert measured.policy_version == 7 and measured.exact_match is None and measured.teacher_exact_match is None
-        assert measured.num_prompts == len(PROMPTS) and measured.num_quarantined == 0
+        rollouts = Generator(learner.student.model, [256], version="7.1@mine")
+        found = await measured(evaluator(rollouts, [teacher], PROMPTS), learner, 7)
+        assert found.policy_version == 7 and found.exact_match is None and found.teacher_exact_match is None
+        assert found.num_prompts == len(PROMPTS) and found.num_quarantined == 0
         for version, reason in (
             ("default", "under the version 'default', which is none"),
             ("7.1@yours", "under the version '7.1@yours', which is none"),
@@ -172,7 +172,7 @@ async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
         ):
             rollouts = Generator(learner.student.model, [256], version=version)
             with pytest.raises(PeerError, match=reason):
-                await evaluator(rollouts, [teacher], PROMPTS).evaluate(learner, 7)
+                await measured(evaluator(rollouts, [teacher], PROMPTS), learner, 7)
 
 
 async def test_a_completion_that_the_teacher_cannot_score_costs_that_completion(tmp_path: Path) -> None:
@@ -181,16 +181,16 @@ async def test_a_completion_that_the_teacher_cannot_score_costs_that_completion(
     theirs = save_model(tmp_path / "t", "qwen3", seed=1)
     learner = learner_of(ours)
     async with teacher_of(theirs) as teacher:
-        measured = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
-    assert 0 < measured.num_quarantined < len(PROMPTS) and np.isfinite(measured.reverse_kl)
-    assert measured.num_kl_tokens > 0
+        found = await measured(evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS), learner, 0)
+    assert 0 < found.num_quarantined < len(PROMPTS) and np.isfinite(found.reverse_kl)
+    assert found.num_kl_tokens > 0
 
 
 async def test_without_a_scored_completion_there_is_no_measurement(folder: str) -> None:
     learner = learner_of(folder)
     async with teacher_of(folder, max_model_len=4) as teacher:
         with pytest.raises(PeerError, match=r"no completion could be scored, the first one because .*tokens"):
-            await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
+            await measured(evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS), learner, 0)
 
 
 async def test_each_completion_is_measured_against_its_own_teacher(folder: str, tmp_path: Path) -> None:
@@ -198,16 +198,14 @@ async def test_each_completion_is_measured_against_its_own_teacher(folder: str, 
     other, learner = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), learner_of(folder)
     named = [replace(p, teacher="maths" if p.row % 3 == 0 else None) for p in PROMPTS]
     async with teacher_of(folder) as own, teacher_of(other, "maths") as maths:
-        mixed = await evaluator(Generator(learner.student.model, [256]), [own, maths], named, top_k=261).evaluate(
-            learner, 0
+        mixed = await measured(
+            evaluator(Generator(learner.student.model, [256]), [own, maths], named, top_k=261), learner, 0
         )
         # The same completions: the generator's draws are in the order of the prompts.
-        rollouts, _ = await generate_rollouts(
-            Generator(learner.student.model, [256]), named, RolloutSampling(max_new_tokens=6)
-        )  # type: ignore[arg-type]
+        rollouts = await completed(Generator(learner.student.model, [256]), named, RolloutSampling(max_new_tokens=6))
         of_maths = [r for r in rollouts if r.prompt.teacher == "maths"]
         support = Support("teacher_topk", 261, 261)
-        samples, _ = await score_rollouts(Teachers([own, maths]), of_maths, support=support, temperature=1.0)
+        samples, _ = await scored(Teachers([own, maths]), of_maths, support)
     share = sum(len(s.rollout.completion.token_ids) for s in samples) / mixed.num_kl_tokens
     dense = dense_reverse_kl(learner.student.model, AutoModelForCausalLM.from_pretrained(other), samples)
     assert mixed.reverse_kl == pytest.approx(share * dense, rel=1e-4)
@@ -218,17 +216,17 @@ async def test_what_is_held_at_once_is_bounded_whatever_the_number_of_completion
 ) -> None:
     other, learner = save_model(tmp_path / "other", "qwen3", seed=5, initializer_range=0.2), learner_of(folder)
     held: list[int] = []
-    scored = evaluate.score_rollouts
+    score = scoring.score_rollouts
 
     async def counting(teachers: Teachers, rollouts: list[Any], **options: Any) -> Any:
         held.append(sum(len(r.completion.token_ids) for r in rollouts))
-        return await scored(teachers, rollouts, **options)
+        return await score(teachers, rollouts, **options)
 
-    monkeypatch.setattr(evaluate, "score_rollouts", counting)
+    monkeypatch.setattr(scoring, "score_rollouts", counting)
     async with teacher_of(other) as teacher:
-        whole = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
+        whole = await measured(evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS), learner, 0)
         monkeypatch.setattr(evaluate, "_PART_BYTES", 20 * 261 * 8)  # 20 rows of the whole vocabulary
-        parts = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS).evaluate(learner, 0)
+        parts = await measured(evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS), learner, 0)
     assert held[0] == sum(held[1:]) == whole.num_kl_tokens and len(held) > 3 and max(held[1:]) <= 20
     assert parts.reverse_kl == pytest.approx(whole.reverse_kl, rel=1e-6)
     assert parts.reverse_kl_stderr == pytest.approx(whole.reverse_kl_stderr, rel=1e-6)
@@ -256,7 +254,7 @@ async def test_how_many_logprobs_are_asked_for(
 async def test_the_number_of_prompts_is_bounded_by_the_option(folder: str) -> None:
     learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
-        measured = await evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS, num_prompts=5).evaluate(
-            learner, 0
+        found = await measured(
+            evaluator(Generator(learner.student.model, [256]), [teacher], PROMPTS, num_prompts=5), learner, 0
         )
-    assert measured.num_prompts == 5
+    assert found.num_prompts == 5

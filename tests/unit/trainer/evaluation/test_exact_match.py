@@ -19,7 +19,7 @@ from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutSampling
 from tests.pushing import learner_of
 from tests.tokenizers import FAMILIES
-from tests.unit.trainer.attached import teacher_of
+from tests.unit.trainer.attached import CallersLoop, measured, teacher_of
 from tests.unit.trainer.generating import Generator
 from trainer.data.prompts import Prompt, PromptRows, read_prompts
 from trainer.evaluation.evaluate import Evaluator
@@ -123,12 +123,12 @@ async def test_a_model_compared_with_itself_shows_the_same_on_both_sides(family:
         versions = PolicyVersions("mine")
         versions.set_live(PolicyLabel(0, 1, "mine"))
         rollouts: Any = Generator(learner.student.model, [end])
-        evaluator = Evaluator(config, prompts, tokenizer, rollouts, Teachers([teacher]), [end], versions)
-        measured = await evaluator.evaluate(learner, 0)
+        evaluator = Evaluator(config, CallersLoop(), prompts, tokenizer, rollouts, Teachers([teacher]), [end], versions)
+        found = await measured(evaluator, learner, 0)
         alone = [await count_teacher_matches(teacher, [prompt], rule(tokenizer, end)) for prompt in prompts]
-    assert measured.exact_match == measured.teacher_exact_match
+    assert found.exact_match == found.teacher_exact_match
     # By hand: all but the last four answers are what it says, as far as the tokenizer can say it.
-    assert measured.exact_match == pytest.approx(sum(alone) / len(LEARNED))
+    assert found.exact_match == pytest.approx(sum(alone) / len(LEARNED))
     can_be_said = [tokenizer.unk_token_id not in tokenizer(answer)["input_ids"] for _, _, answer in LEARNED[:-4]]
     assert alone == [*can_be_said, *[False] * 4] and sum(alone) >= len(LEARNED) - 5
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from services.config import RunConfig
 from services.errors import ConfigError, OutputError, StartupError
 from services.launch.summary_table import summary_table
-from tests.unit.trainer.samples import sample
-from trainer.batch import collect
+from tests.unit.trainer.samples import batch_of, sample
 from trainer.evaluation.evaluate import Evaluation
 from trainer.output.report import FailedEvaluation, RunRecord, Summary, check_trackers
 from trainer.tiny.pair import build_tokenizer
@@ -50,7 +49,7 @@ def test_a_run_leaves_config_metrics_samples_and_summary(tmp_path: Path) -> None
     run = begun(out)
     for step in (1, 2, 3):
         run.step(step, {"loss": 0.5})
-        run.samples(step, collect([sample(0, 2, 3), sample(1, 2, 3)]))
+        run.samples(step, batch_of([sample(0, 2, 3), sample(1, 2, 3)]))
     run.evaluation(3, evaluation(exact_match=None))
     assert not (out / "summary.json").exists()
     run.finish(SUMMARY)

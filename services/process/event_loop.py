@@ -1,0 +1,75 @@
+"""An event loop in a thread of its own, beside a main thread that computes."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any, Self, TypeVar
+
+from services.process.signals import Interruption
+
+Result = TypeVar("Result")
+
+
+class EventLoopThread:
+    """Runs coroutines for the main thread; leaving the block cancels those that are left, and waits for them.
+
+    Unlike anyio's portal, which cancels at every `await`, it cancels once: what is cancelled may wait while it cleans up.
+
+    Args:
+        interruption: its signals end what the main thread waits for.
+    """
+
+    def __init__(self, interruption: Interruption) -> None:
+        self._interruption = interruption
+        self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="event-loop", daemon=True)
+
+    async def _serve(self) -> None:
+        is_over = asyncio.Event()
+        self._started.set_result((asyncio.get_running_loop(), is_over))
+        await is_over.wait()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop, is_over = self._started.result()
+        loop.call_soon_threadsafe(is_over.set)
+        self._thread.join()
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, Result]], *arguments: Any) -> Result:
+        """The result of `function(*arguments)`, a coroutine; who is interrupted meanwhile leaves only when it has ended.
+
+        Raises:
+            Interrupted: a signal came; the coroutine was cancelled.
+        """
+        loop, _ = self._started.result()
+        created: Future[asyncio.Task[Result]] = Future()
+        ended: Future[Result] = Future()
+
+        def create() -> None:
+            task = loop.create_task(function(*arguments))
+            task.add_done_callback(partial(_hand_over, ended))
+            created.set_result(task)
+
+        loop.call_soon_threadsafe(create)
+        task = created.result()
+        try:
+            with self._interruption.raising():
+                return ended.result()
+        except BaseException:
+            loop.call_soon_threadsafe(task.cancel)
+            wait([ended])
+            raise
+
+
+def _hand_over(ended: "Future[Any]", task: "asyncio.Task[Any]") -> None:
+    if task.cancelled():
+        ended.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        ended.set_exception(error)
+    else:
+        ended.set_result(task.result())

@@ -1,0 +1,58 @@
+"""What flows from prompts to batches: a prompt with all its samples."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.wire.rollout import RolloutCompletion
+from trainer.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompt: Prompt
+    completion: RolloutCompletion
+    policy_version: int
+    """Of its oldest token."""
+
+    @property
+    def sequence(self) -> list[int]:
+        """Token ids of prompt and completion."""
+        return [*self.prompt.token_ids, *self.completion.token_ids.tolist()]
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """A rollout and the teacher's view of its T sampled tokens."""
+
+    rollout: Rollout
+    teacher_token_logprobs: np.ndarray  # [T]
+    support_ids: np.ndarray  # [T, K] int32
+    teacher_support_logprobs: np.ndarray  # [T, K]
+    teacher_tail_logprob: np.ndarray  # [T]
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A completion that is set aside: what is known of it cannot be trained on."""
+
+    prompt: Prompt
+    completion: RolloutCompletion
+    reason: str
+
+
+@dataclass
+class PromptGroup:
+    """The samples of one prompt.
+
+    Attributes:
+        place: of the prompt in the step. It, not the row, tells groups apart: a step over two epochs can hold a row twice.
+        rollouts: by sample, without those that are quarantined.
+        samples: the rollouts with their scores; empty until they are scored.
+    """
+
+    place: int
+    prompt: Prompt
+    rollouts: list[Rollout]
+    samples: list[ScoredSample] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)

@@ -1,0 +1,277 @@
+"""Opening and closing a run: everything is checked before the first weight is changed."""
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from services.clients import RolloutClient, TeacherClient
+from services.clients.plain_vllm import VllmTeacherClient
+from services.config import RunConfig
+from services.config.keys import Secrets, reveal
+from services.errors import ConfigError
+from services.gpus.cards import check_driver
+from services.gpus.options import computed
+from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
+from services.process.event_loop import EventLoopThread
+from services.process.folder_lock import lock_folder
+from services.process.signals import Interruption
+from services.wire.rollout import RolloutInfo
+from trainer.attach import preflight
+from trainer.attach.option_warnings import warn_of_options
+from trainer.data.prompts import Prompt, PromptRows, read_prompts
+from trainer.data.stream import RowStream
+from trainer.data.text_limits import TextLimits
+from trainer.data.texts import check_windows_fit, load_texts
+from trainer.evaluation.evaluate import Evaluator
+from trainer.evaluation.exact_match import check_answers
+from trainer.learner import Learner
+from trainer.output.progress import Progress
+from trainer.output.report import RunRecord
+from trainer.output.saving import SavedStudents
+from trainer.parallel import compute_dtype_of
+from trainer.pipeline import Pipeline
+from trainer.scoring import Scoring
+from trainer.session import Session
+from trainer.student import Student, load_student
+from trainer.teacher_scores import Quarantine, Support
+from trainer.teachers import Teachers, teacher_urls
+from trainer.weights.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Session]:
+    """Check everything, attach to the servers, load the student; close all of it at the end.
+
+    Args:
+        interruption: deferred once the session is open: until then there is nothing to bring to an end.
+
+    Raises:
+        DistillServeError: whatever a user can act on, before the first weight is changed.
+    """
+    config.require("train")
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
+        progress = stack.enter_context(Progress())
+        event_loop = stack.enter_context(EventLoopThread(interruption))
+        with progress.doing("reading the data and loading the student"):
+            inputs = _read_inputs(config)
+        with progress.doing("waiting for the servers"):
+            servers = _attach(inputs, event_loop, stack)
+        session = _assemble(inputs, servers, interruption, event_loop, progress, stack)
+        interruption.defer()
+        try:
+            yield session
+        finally:
+            interruption.end()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run starts from on this side.
+
+    Attributes:
+        config: with what was not given computed.
+        texts: none without data.lm_path.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: list[int]
+    record: RunRecord
+    prompts: PromptRows
+    held_out: PromptRows | None
+    texts: list[list[int]]
+    student: Student
+
+    def teacher_names(self) -> set[str | None]:
+        """What the rows call their teachers; None is in it when a row names none."""
+        held_out = self.held_out.prompts if self.held_out is not None else []
+        return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
+
+
+def _read_inputs(config: RunConfig) -> _Inputs:
+    """Files first: a broken one must not wait for a model, or for the servers, to be reported."""
+    Secrets().check()
+    on_gpu = torch.cuda.is_available()
+    check_driver(on_gpu)
+    config = computed(config, "trainer")
+    accelerator = Accelerator(
+        cpu=not on_gpu, log_with=list(config.output.trackers) or None, project_dir=config.output.dir
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"launched with {accelerator.num_processes} processes, but this version trains in one; start it without torchrun"
+        )
+    set_seed(config.seed)
+    warn_of_options(config)
+    name, trust = config.student.model or "", config.student.trust_remote_code
+    tokenizer = load_tokenizer(name, trust_remote_code=trust, key="student.model")
+    record = RunRecord(config, accelerator, tokenizer)
+    end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
+    prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
+    student = load_student(
+        config.student,
+        compute_dtype=compute_dtype_of(config, accelerator.device),
+        checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu),
+    )
+    check_windows_fit(texts, student.model.config.get_text_config())
+    return _Inputs(config, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student)
+
+
+def _read_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]
+) -> tuple[PromptRows, PromptRows | None, list[list[int]]]:
+    """Prompts to train on, prompts held out, and windows of text."""
+    data, limits = config.data, TextLimits.of(config)
+    read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher_client.named, limits=limits)
+    prompts, held_out = read(data.path or "", option="data.path"), None
+    if data.eval_path is not None:
+        held_out = read(data.eval_path, option="data.eval_path")
+        held_out = check_answers(held_out, end_token_ids, config.evaluation_max_new_tokens())
+    return prompts, held_out, [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer, limits)
+
+
+@dataclass(frozen=True)
+class _Servers:
+    rollout_client: RolloutClient
+    rollouts: list[RolloutInfo]
+    teachers: Teachers
+    support: Support
+
+
+def _attach(inputs: _Inputs, event_loop: EventLoopThread, stack: ExitStack) -> _Servers:
+    """Clients of all servers, closed with the stack; what the servers say of themselves fits the student."""
+    config, student, secrets = inputs.config, inputs.student, Secrets()
+    rollout_client = RolloutClient(
+        config.rollout_urls(),
+        key=reveal(secrets.rollout_key),
+        timeout_s=config.rollout_client.request_timeout_s,
+        outage_s=config.rollout_client.outage_s,
+    )
+    urls = teacher_urls(config, inputs.teacher_names())
+    teacher_clients = {name: _teacher_client(config, name, urls[name], secrets) for name in urls}
+    for client in (rollout_client, *teacher_clients.values()):
+        stack.callback(event_loop.run, client.close)
+    rollouts, teachers = event_loop.run(preflight.attach, config, rollout_client, teacher_clients)
+    preflight.check_rope_switch(student.rope_switch, rollout_client.urls, rollouts)
+    event_loop.run(preflight.check_teachers, config, inputs.tokenizer, inputs.end_token_ids, teachers)
+    support = preflight.choose_support(config.loss, student.vocab_size, rollouts, teachers)
+    if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
+        logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
+    return _Servers(rollout_client, rollouts, teachers, support)
+
+
+def _assemble(
+    inputs: _Inputs,
+    servers: _Servers,
+    interruption: Interruption,
+    event_loop: EventLoopThread,
+    progress: Progress,
+    stack: ExitStack,
+) -> Session:
+    """The parts of the run; the rollout servers are its own from here on."""
+    config, record, device = inputs.config, inputs.record, inputs.accelerator.device
+    room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
+    prompts = inputs.prompts.fitting(room)
+    num_steps = count_steps(config, len(prompts))
+    stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
+    texts = stream(inputs.texts) if inputs.texts else None
+    learner = Learner(config, inputs.student.to(device), num_steps, texts, interruption.check)
+    weights = _hold(config, device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
+    evaluator = None
+    if inputs.held_out is not None:
+        evaluator = Evaluator(
+            config,
+            event_loop,
+            inputs.held_out.fitting(room),
+            inputs.tokenizer,
+            servers.rollout_client,
+            servers.teachers,
+            inputs.end_token_ids,
+            weights.versions,
+        )
+    students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
+    stack.callback(students.release)
+    students.reserve(num_steps)
+    stack.callback(record.close)
+    quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
+    scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature)
+    pipeline = Pipeline(
+        config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token
+    )
+    stack.callback(event_loop.run, pipeline.close)
+    return Session(
+        config=config,
+        num_steps=num_steps,
+        interruption=interruption,
+        event_loop=event_loop,
+        learner=learner,
+        pipeline=pipeline,
+        evaluator=evaluator,
+        record=record,
+        students=students,
+        progress=progress,
+    )
+
+
+def _hold(
+    config: RunConfig,
+    device: torch.device,
+    servers: _Servers,
+    canary_prompts: list[Prompt],
+    event_loop: EventLoopThread,
+    stack: ExitStack,
+) -> WeightSync:
+    """Make the rollout servers this run's own until the stack is closed."""
+    key = reveal(Secrets().rollout_key)
+    run = uuid.uuid4().hex[:8]
+    weights = WeightSync(config, device, servers.rollout_client, servers.rollouts, canary_prompts, key, run)
+    stack.callback(event_loop.run, weights.close)
+    event_loop.run(weights.hold, _tell_of_holder)
+    return weights
+
+
+def _tell_of_holder(url: str, seconds: float) -> None:
+    logger.warning("%s is held by another run; if that is gone, it is free in %.0f s", url, seconds)
+
+
+def _teacher_client(config: RunConfig, name: str | None, urls: list[str], secrets: Secrets) -> TeacherClient:
+    section = config.teacher_client
+    options: dict[str, Any] = {"timeout_s": section.request_timeout_s, "outage_s": section.outage_s}
+    options["key"] = reveal(secrets.teacher_key)
+    if section.protocol == "vllm":
+        # teacher.model is the one of rows that name no teacher; nothing tells the tokenizer of a named one.
+        tokens = preflight.teacher_tokens(config.teacher) if name is None else None
+        return VllmTeacherClient(urls, tokens=tokens, **options)
+    return TeacherClient(urls, **options)
+
+
+def count_steps(config: RunConfig, num_prompts: int) -> int:
+    """pipeline.steps, or what pipeline.epochs comes to (at least one).
+
+    Raises:
+        ConfigError: the warm-up would be longer than the run.
+    """
+    if config.pipeline.steps is not None:
+        return config.pipeline.steps
+    assert config.pipeline.epochs is not None
+    steps = max(1, round(config.pipeline.epochs * num_prompts / config.pipeline.prompts_per_step))
+    if config.optimizer.warmup_steps > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above the {steps} steps that pipeline.epochs = "
+            f"{config.pipeline.epochs} comes to with {num_prompts} prompts; warm up for fewer steps"
+        )
+    return steps

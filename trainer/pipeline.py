@@ -1,0 +1,131 @@
+"""Prompts to batches, beside the learner and in an event loop of its own.
+
+    slot ─► rollout servers ─► teachers ─► batch ─► StalenessBuffer ─► next()
+     └───────────────────────────────────────────────────────────────── publish()
+
+consumes   the next prompts of the data
+produces   for each step one document (services/wire/batch.py)
+waits for  a slot of the buffer, which a push frees; then for the servers
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import torch
+
+from services.clients import RolloutClient
+from services.clients.base import all_or_first_error
+from services.config import RunConfig
+from services.wire.batch import encode_batch
+from trainer.batch import collect
+from trainer.data.prompts import Prompt
+from trainer.data.stream import RowStream
+from trainer.groups import PromptGroup
+from trainer.rollouts import completion_metrics, generate_groups, training_sampling
+from trainer.scoring import Scoring
+from trainer.staleness_buffer import StalenessBuffer
+from trainer.teacher_scores import Quarantine
+from trainer.weights.snapshot import GivenTokens, WeightSnapshot
+from trainer.weights.weight_sync import WeightSync
+
+
+class Pipeline:
+    """Makes the batches of a run, as far ahead as the buffer lets it.
+
+    Args:
+        prompts: of the data, in the order of the run.
+        weights: pushes them.
+        spell: a token as text, for the names of metrics.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: RowStream[Prompt],
+        num_steps: int,
+        client: RolloutClient,
+        weights: WeightSync,
+        scoring: Scoring,
+        quarantine: Quarantine,
+        spell: Callable[[int], str],
+    ) -> None:
+        self._config, self._prompts, self._num_steps, self._client = config, prompts, num_steps, client
+        self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
+        self._sampling = training_sampling(config.sampling)
+        self._buffer: StalenessBuffer[bytes] = StalenessBuffer(config.pipeline.max_staleness)
+        self._producing: asyncio.Task[None] | None = None
+
+    async def next(self) -> bytes:
+        """The batch of the next step; the first call begins to make them.
+
+        Raises:
+            PeerError: a server failed, or sampled under weights that were not live.
+            OutputError: what is set aside cannot be written down.
+        """
+        if self._producing is None:
+            self._producing = asyncio.create_task(self._produce())
+            self._producing.add_done_callback(_notice)
+        batch = asyncio.create_task(self._buffer.get())
+        try:
+            await asyncio.wait({batch, self._producing}, return_when=asyncio.FIRST_COMPLETED)
+            if self._producing.done() and (error := self._producing.exception()) is not None:
+                raise error
+            return await batch
+        finally:
+            batch.cancel()
+
+    @property
+    def rollout_dtype(self) -> torch.dtype:
+        """Of the weights that are published."""
+        return self._weights.rollout_dtype
+
+    async def canary(self) -> GivenTokens:
+        """As WeightSync.canary."""
+        return await self._weights.canary()
+
+    async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
+        """As WeightSync.publish; then one more batch may be made."""
+        pushed = await self._weights.publish(snapshot)
+        self._buffer.weights_live(snapshot.version)
+        return pushed
+
+    async def close(self) -> None:
+        """Give up the batch that is being made."""
+        if self._producing is not None:
+            self._producing.cancel()
+            await asyncio.wait({self._producing})
+
+    async def _produce(self) -> None:
+        for _ in range(self._num_steps):
+            await self._buffer.slot()
+            await self._make_batch(self._prompts.take(self._config.pipeline.prompts_per_step))
+
+    async def _make_batch(self, prompts: list[Prompt]) -> None:
+        """Generate and score; completions go to the teachers as they arrive."""
+        arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
+        groups: list[PromptGroup] = []
+        pipeline, scoring = self._config.pipeline, self._scoring
+        started, busy_s, times = time.monotonic(), scoring.busy_s, {}
+
+        async def generate() -> None:
+            sizes = pipeline.samples_per_prompt, scoring.support.student_top_k
+            versions, arrive = self._weights.versions, arriving.put_nowait
+            groups.extend(await generate_groups(self._client, prompts, self._sampling, versions, *sizes, arrive))
+            times["rollout_s"] = time.monotonic() - started
+            arriving.put_nowait(None)
+
+        await all_or_first_error([generate(), scoring.score_arriving(arriving)])
+        times["teacher_s"] = scoring.busy_s - busy_s
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        quarantined = [item for group in groups for item in group.quarantined]
+        self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt)
+        metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
+        batch = collect(groups, metrics)
+        self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())
+
+
+def _notice(producing: "asyncio.Task[None]") -> None:
+    """Look at how it has ended: asyncio prints what nobody has asked for, and a run may end without asking."""
+    if not producing.cancelled():
+        producing.exception()

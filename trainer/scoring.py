@@ -1,0 +1,63 @@
+"""Groups of completions to scored groups: the one place where it is said how good a completion is.
+
+consumes   PromptGroup, as soon as its last sample has arrived
+produces   the same group with a score for each sample; what cannot be scored is quarantined
+waits for  the teachers; a reward function would be called beside them, in `score`, with whole groups
+"""
+
+import asyncio
+import time
+
+from trainer.groups import PromptGroup, Quarantined
+from trainer.teacher_scores import Support, score_rollouts
+from trainer.teachers import Teachers
+
+
+class Scoring:
+    """Scores groups, those that wait at a time in one request.
+
+    Args:
+        temperature: of the teachers' distributions.
+
+    Attributes:
+        busy_s: seconds in which scores were waited for, of all groups so far.
+    """
+
+    def __init__(self, teachers: Teachers, support: Support, temperature: float) -> None:
+        self._teachers, self.support, self._temperature = teachers, support, temperature
+        self.busy_s = 0.0
+
+    async def score(self, groups: list[PromptGroup]) -> None:
+        """Fill in the samples of each group.
+
+        Raises:
+            PeerError: a teacher failed.
+        """
+        started = time.monotonic()
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scored = iter(
+            await score_rollouts(self._teachers, rollouts, support=self.support, temperature=self._temperature)
+        )
+        for group in groups:
+            for _ in group.rollouts:
+                found = next(scored)
+                if isinstance(found, Quarantined):
+                    group.quarantined.append(found)
+                else:
+                    group.samples.append(found)
+        self.busy_s += time.monotonic() - started
+
+    async def score_arriving(self, arriving: "asyncio.Queue[PromptGroup | None]") -> None:
+        """Score what arrives until None does.
+
+        While a request is under way groups gather for the next one: the teachers work beside the rollout servers, and on
+        as much at once as there is.
+        """
+        has_ended = False
+        while not has_ended:
+            waiting = [await arriving.get()]
+            while not arriving.empty():
+                waiting.append(arriving.get_nowait())
+            has_ended = waiting[-1] is None
+            if groups := [group for group in waiting if group is not None]:
+                await self.score(groups)
