@@ -51,7 +51,6 @@ class Learner:
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
         self._stopping = threading.Event()
-        self._sources: dict[torch.dtype, CheckpointSource] = {}
 
     def stop(self) -> None:
         """A step that is under way in another thread is not finished: it ends with an error."""
@@ -215,5 +214,4 @@ class Learner:
             dtype: of the rollout servers.
             canary: tokens that the servers score under the new weights.
         """
-        source = self._sources.setdefault(dtype, CheckpointSource(self.student.model, dtype))
-        return WeightSnapshot(version, source, self.logprobs(canary))
+        return WeightSnapshot(version, CheckpointSource(self.student.model, dtype), self.logprobs(canary))
