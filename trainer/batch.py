@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from services.config import LossConfig
-from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from services.models.padding import PaddedSequences, cut_by_padded_tokens, pad_sequences
 from services.wire.batch import TrainingBatch
 from trainer.groups import PromptGroup
 from trainer.loss.head import HeadOutput
@@ -19,12 +19,9 @@ from trainer.loss.minillm import LossInputs
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward pass needs."""
+class MicroBatch(PaddedSequences):
+    """What one forward and backward pass needs: samples, whose completions are predicted, and what the loss takes of them."""
 
-    input_ids: torch.Tensor  # [B, T] int64, padded on the right
-    positions: torch.Tensor  # [N] int64 into the B * T hidden states: those that predict token_ids
-    token_ids: torch.Tensor  # [N] int64, sampled tokens
     loss_mask: torch.Tensor  # [N] bool, tokens that count
     cu_seqlens: torch.Tensor  # [B + 1] int64, sample i owns cu_seqlens[i]:cu_seqlens[i + 1]
     rollout_logprobs: torch.Tensor  # [N] float32
@@ -33,39 +30,13 @@ class MicroBatch:
     teacher_support_logprobs: torch.Tensor  # [N, K] float32
     teacher_tail_logprob: torch.Tensor  # [N] float32
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Given tokens for one forward pass: windows of dataset text, of which all but the first token are predicted, or completions
-    that nobody scores."""
-
-    input_ids: torch.Tensor  # [B, T] int64, padded on the right
-    positions: torch.Tensor  # [N] int64
-    token_ids: torch.Tensor  # [N] int64
-
-    def to(self, device: torch.device) -> "TextBatch":
-        return TextBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
-
-
-def pack_texts(windows: list[list[int]], tokens_per_micro_batch: int, boundary: int | None = None) -> list[TextBatch]:
-    """Cut windows of at least two tokens into micro-batches, as `pack` does."""
+def pack_texts(
+    windows: list[list[int]], tokens_per_micro_batch: int, boundary: int | None = None
+) -> list[PaddedSequences]:
+    """Cut windows of at least two tokens, all but the first of which are predicted, into micro-batches, as `pack` does."""
     groups = cut_by_padded_tokens([len(w) for w in windows], tokens_per_micro_batch, boundary=boundary)
-    return [_pack_texts([windows[index] for index in group]) for group in groups]
-
-
-def _pack_texts(windows: list[list[int]]) -> TextBatch:
-    return pack_sequences([window[:1] for window in windows], [window[1:] for window in windows])
-
-
-def pack_sequences(prompts: list[list[int]], completions: list[list[int]]) -> TextBatch:
-    """Prompts with given completions, whose tokens are predicted; neither is empty."""
-    lengths = [len(completion) for completion in completions]
-    input_ids = pad_rows([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
-    positions = predicting_positions([len(prompt) for prompt in prompts], lengths, input_ids.shape[1])
-    return TextBatch(input_ids, positions, torch.tensor([token for completion in completions for token in completion]))
+    return [pad_sequences([windows[index] for index in group], [1] * len(group)) for group in groups]
 
 
 def collect(groups: list[PromptGroup], metrics: dict[str, float] | None = None) -> TrainingBatch:
@@ -120,18 +91,14 @@ def pack(
 
 def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
     rows = np.concatenate([np.arange(*batch.completion(index).indices(len(batch.token_ids))) for index in group])
-    given = pack_sequences(
-        [batch.prompt(index).tolist() for index in group],
-        [batch.token_ids[batch.completion(index)].tolist() for index in group],
-    )
+    sequences = [[*batch.prompt(index).tolist(), *batch.token_ids[batch.completion(index)].tolist()] for index in group]
+    padded = pad_sequences(sequences, batch.prompt_lengths[group].tolist())
 
     def column(values: np.ndarray, dtype: type = np.float32) -> torch.Tensor:
         return torch.from_numpy(values[rows].astype(dtype))
 
     return MicroBatch(
-        input_ids=given.input_ids,
-        positions=given.positions,
-        token_ids=given.token_ids,
+        **vars(padded),
         loss_mask=torch.ones(len(rows), dtype=torch.bool),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(batch.completion_lengths[group])])),
         rollout_logprobs=column(batch.rollout_logprobs),

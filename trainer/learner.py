@@ -13,10 +13,10 @@ import torch
 
 from services.config import LossConfig, RunConfig
 from services.errors import DistillServeError
-from services.models.padding import cut_by_padded_tokens
+from services.models.padding import PaddedSequences, cut_by_padded_tokens, pad_sequences
 from services.weight_transfer.source import CheckpointSource
 from services.wire.batch import TrainingBatch
-from trainer.batch import MicroBatch, TextBatch, loss_inputs, pack, pack_sequences, pack_texts
+from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import (
@@ -56,7 +56,6 @@ class Learner:
         self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
-        self._sources: dict[torch.dtype, CheckpointSource] = {}
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -139,7 +138,7 @@ class Learner:
         merged = merge_metrics(collected) if collected else {"num_valid_tokens": 0.0}
         return {"loss": total_loss, **merged}, logprobs
 
-    def _backward_texts(self, batches: list[TextBatch]) -> dict[str, float]:
+    def _backward_texts(self, batches: list[PaddedSequences]) -> dict[str, float]:
         """Accumulate the gradient of alpha_lm * L_PT; the cross-entropy per token as a metric where there are texts."""
         if not batches:
             return {}
@@ -165,9 +164,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _forward(
-        self, batch: MicroBatch | TextBatch, support_ids: torch.Tensor, temperature: float = 1.0
-    ) -> HeadOutput:
+    def _forward(self, batch: PaddedSequences, support_ids: torch.Tensor, temperature: float = 1.0) -> HeadOutput:
         output: HeadOutput = self.student(batch.input_ids, batch.positions, batch.token_ids, support_ids, temperature)
         return output
 
@@ -177,12 +174,12 @@ class Learner:
     def logprobs(self, given: GivenTokens) -> list[np.ndarray]:
         """Log-probabilities of the tokens of each completion, [T] float32, at temperature 1 and without dropout."""
         found: list[np.ndarray] = [np.empty(0)] * len(given.completions)
-        lengths = [len(sequence) for sequence in given.sequences]
+        sequences = given.sequences
         limit, switch = self.config.pipeline.micro_batch_tokens, self.student.rope_switch
         with evaluating(self.student):
-            for group in cut_by_padded_tokens(lengths, limit, boundary=switch):
-                batch = pack_sequences(
-                    [given.prompts[index] for index in group], [given.completions[index] for index in group]
+            for group in cut_by_padded_tokens([len(s) for s in sequences], limit, boundary=switch):
+                batch = pad_sequences(
+                    [sequences[index] for index in group], [len(given.prompts[index]) for index in group]
                 ).to(self.student.device)
                 scored = self._forward(batch, batch.token_ids.unsqueeze(-1)).token_logprobs.float().cpu().numpy()
                 ends = np.cumsum([len(given.completions[index]) for index in group])
@@ -215,5 +212,4 @@ class Learner:
             dtype: of the rollout servers.
             canary: tokens that the servers score under the new weights.
         """
-        source = self._sources.setdefault(dtype, CheckpointSource(self.student.model, dtype))
-        return WeightSnapshot(version, source, self.logprobs(canary))
+        return WeightSnapshot(version, CheckpointSource(self.student.model, dtype), self.logprobs(canary))

@@ -1,9 +1,11 @@
-"""Sequences to padded rows, and where in them completion tokens are predicted; for the teacher and the trainer.
+"""Sequences to padded rows, and where in them tokens are predicted; for the teacher and the trainer.
 
 Rows, not packed sequences: sdpa has no variable-length path and would build a dense mask over a packed batch.
 """
 
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Self
+
 import torch
 
 # Any id does: on the right, causal attention keeps it from every token, and nobody reads what comes out at it.
@@ -32,19 +34,28 @@ def cut_by_padded_tokens(
     return groups
 
 
-def pad_rows(sequences: list[list[int]]) -> torch.Tensor:
-    """[B, T] token ids, padded on the right."""
+@dataclass(frozen=True)
+class PaddedSequences:
+    """Token sequences for one forward pass, and which of their tokens are to be predicted.
+
+    B sequences, T padded length, N tokens to predict: those behind each prompt, sequence after sequence.
+    """
+
+    input_ids: torch.Tensor  # [B, T] int64, padded on the right
+    positions: torch.Tensor  # [N] int64 into the B * T hidden states: those that predict token_ids
+    token_ids: torch.Tensor  # [N] int64
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def pad_sequences(sequences: list[list[int]], prompt_lengths: list[int]) -> PaddedSequences:
+    """Pad sequences, at least one, on the right; each is a prompt of at least one token and the tokens to predict behind it."""
     longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    return ids
-
-
-def predicting_positions(prompt_lengths: list[int], completion_lengths: list[int], padded_length: int) -> torch.Tensor:
-    """[N] indices into the flattened [B * T] hidden states: those whose next token is a completion token."""
-    rows = [
-        np.arange(length) + (row * padded_length + prompt - 1)
-        for row, (prompt, length) in enumerate(zip(prompt_lengths, completion_lengths, strict=True))
-    ]
-    return torch.from_numpy(np.concatenate(rows))
+    input_ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
+    of_rows = []
+    for row, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        of_rows.append(torch.arange(prompt_length - 1, len(sequence) - 1) + row * longest)
+    positions = torch.cat(of_rows)
+    return PaddedSequences(input_ids, positions, token_ids=input_ids.flatten()[positions + 1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from services.config import LossConfig, RunConfig
 from services.models.causal_lm import hidden_states, load_tokenizer, output_head
-from services.models.padding import pad_rows, predicting_positions
+from services.models.padding import pad_sequences
 from tests.benchmarks import results
 from trainer.data.prompts import read_prompts
 from trainer.loss.head import HeadOutput
@@ -43,21 +43,19 @@ class Draw:
 
     def __init__(self, student: Student, prompts: list[list[int]], end: int, generator: torch.Generator):
         self.prompts, self.completions = prompts, sample(student, prompts, end, generator)
-        lengths = [len(c) for c in self.completions]
-        self.ids = pad_rows([p + c for p, c in zip(prompts, self.completions, strict=True)])
-        self.positions = predicting_positions([len(p) for p in prompts], lengths, self.ids.shape[1])
-        self.tokens = torch.tensor([token for c in self.completions for token in c])
-        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        sequences = [p + c for p, c in zip(prompts, self.completions, strict=True)]
+        self.batch = pad_sequences(sequences, [len(p) for p in prompts])
+        self.cu_seqlens = torch.tensor([0, *map(len, self.completions)]).cumsum(0)
 
     def logprobs(self, model: Student, support_ids: Tensor) -> HeadOutput:
-        output: HeadOutput = model(self.ids, self.positions, self.tokens, support_ids)
+        output: HeadOutput = model(self.batch.input_ids, self.batch.positions, self.batch.token_ids, support_ids)
         return output
 
     def loss(self, student: Student, teacher: Student, config: LossConfig, top_k: int) -> Tensor:
         """Of the whole draw, against the teacher's top-k."""
         vocabulary = teacher.vocab_size
         with torch.no_grad():
-            everything = torch.arange(vocabulary).expand(len(self.tokens), vocabulary)
+            everything = torch.arange(vocabulary).expand(len(self.batch.token_ids), vocabulary)
             support_ids = self.logprobs(teacher, everything).support_logprobs.topk(top_k).indices
             scored = self.logprobs(teacher, support_ids)
         output = self.logprobs(student, support_ids)
@@ -70,8 +68,8 @@ class Draw:
             teacher_support_logprobs=scored.support_logprobs,
             teacher_tail_logprob=scored.tail_logprob,
             support_ids=support_ids,
-            token_ids=self.tokens,
-            loss_mask=torch.ones_like(self.tokens),
+            token_ids=self.batch.token_ids,
+            loss_mask=torch.ones_like(self.batch.token_ids),
             cu_seqlens=self.cu_seqlens,
         )
         return minillm_loss(inputs, config)[0]

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
 from services.models.causal_lm import hidden_states, output_head
-from services.models.padding import pad_rows, predicting_positions
+from services.models.padding import pad_sequences
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.benchmarks import results
 from tests.integration.processes import KEY, server
@@ -85,13 +85,12 @@ def cases() -> Iterator[dict[str, Case]]:
 def trainer_logprobs(student: Student, case: Case, completions: list[RolloutCompletion]) -> dict[str, np.ndarray]:
     """[N] logprobs of the sampled tokens by the head's dtype, and the logits themselves at "logits"."""
     prompts = [case.prompts[c.prompt_index] for c in completions]
-    ids = pad_rows([[*p, *c.token_ids.tolist()] for p, c in zip(prompts, completions, strict=True)])
-    lengths = [len(c.token_ids) for c in completions]
-    positions = predicting_positions([len(p) for p in prompts], lengths, ids.shape[1])
-    tokens = torch.from_numpy(np.concatenate([c.token_ids for c in completions])).long()
+    sequences = [[*p, *c.token_ids.tolist()] for p, c in zip(prompts, completions, strict=True)]
+    batch = pad_sequences(sequences, [len(p) for p in prompts])
+    tokens = batch.token_ids
     with evaluating(student):
-        full = student(ids, positions, tokens, tokens[:, None]).token_logprobs
-        hidden = hidden_states(student.model, ids, torch.bfloat16).flatten(0, 1)[positions].bfloat16()
+        full = student(batch.input_ids, batch.positions, tokens, tokens[:, None]).token_logprobs
+        hidden = hidden_states(student.model, batch.input_ids, torch.bfloat16).flatten(0, 1)[batch.positions].bfloat16()
     logits = (hidden @ output_head(student.model, check=False).weight.bfloat16().t()).float()
     half = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     return {FULL: full.numpy(), HALF: half.numpy(), "logits": logits.gather(1, tokens[:, None]).squeeze(1).numpy()}

@@ -3,6 +3,16 @@
 from trainer.loss.advantages import reward_to_go
 from trainer.loss.aggregation import LossTotals
 from trainer.loss.head import HeadOutput, support_logprobs
+from trainer.loss.metrics import LossMetrics, merge_metrics
 from trainer.loss.minillm import LossInputs, minillm_loss
 
-__all__ = ["HeadOutput", "LossInputs", "LossTotals", "minillm_loss", "reward_to_go", "support_logprobs"]
+__all__ = [
+    "HeadOutput",
+    "LossInputs",
+    "LossMetrics",
+    "LossTotals",
+    "merge_metrics",
+    "minillm_loss",
+    "reward_to_go",
+    "support_logprobs",
+]

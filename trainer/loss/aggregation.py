@@ -1,9 +1,8 @@
-"""Token losses to one number, and token metrics to means, so that no split of a step into parts changes either.
+"""Token losses to one number, so that no split of a step into parts changes it.
 
 Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:cu_seqlens[i+1].
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,24 +96,3 @@ def token_weights(
                     "LossTotals.of(..., max_completion_length=sampling.max_new_tokens)"
                 )
             return 1.0 / (num_sequences * totals.max_completion_length)
-
-
-def merge_metrics(micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Combine the metrics of the micro-batches (of all ranks) of a step into means over its trained tokens.
-
-    Sums ("sum/NAME") are divided by the step's trained tokens, maxima ("max/NAME") and counts ("num_NAME") keep their
-    meaning, and advantage_std is derived. Means are NaN if no token was trained.
-    """
-    names = list(micro_batches[0])
-    columns = zip(*(torch.stack([batch[name] for name in names]).tolist() for batch in micro_batches), strict=True)
-    values = dict(zip(names, columns, strict=True))
-    num_tokens = sum(values["num_valid_tokens"])
-    merged = {}
-    for name, column in values.items():
-        kind, _, short = name.rpartition("/")
-        merged[short] = max(column) if kind == "max" else math.fsum(column)
-        if kind == "sum":
-            merged[short] = merged[short] / num_tokens if num_tokens else math.nan
-    variance = merged.pop("advantage_square") - merged["advantage_mean"] ** 2
-    merged["advantage_std"] = math.sqrt(max(variance, 0.0)) if num_tokens else math.nan
-    return merged

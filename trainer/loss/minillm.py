@@ -8,7 +8,8 @@ vocabulary is GKD's loss on student samples (arXiv 2306.13649). Options and form
 
 The parts, a file each: advantages.py (rewards to advantages), importance.py (from the policy that sampled to the one
 that learns), divergences.py (the single-step term from a few log-probabilities), aggregation.py (denominators over
-micro-batches and ranks). The temperature is applied where the logits are (lm_head.py and the teacher).
+micro-batches and ranks), metrics.py (sums of a micro-batch to means of a step). The temperature is applied where the
+logits are (lm_head.py and the teacher).
 
 Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:cu_seqlens[i+1]; K support tokens.
 Position t predicts token_ids[t] given everything before it; a micro-batch holds whole sequences. Log-probabilities are
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from services.config import LossConfig
 from trainer.loss.advantages import reward_advantages, reward_to_go, token_advantages
-from trainer.loss.aggregation import LossTotals, merge_metrics, token_weights, tokens_per_sequence
+from trainer.loss.aggregation import LossTotals, token_weights, tokens_per_sequence
 from trainer.loss.divergences import bucketed, single_step_divergence, tail_correction
 from trainer.loss.importance import Importance, importance_weights, policy_gradient, policy_ratio
+from trainer.loss.metrics import LossMetrics, merge_metrics
 
 __all__ = [
     "LossInputs",
+    "LossMetrics",
     "LossTotals",
     "estimate_reverse_kl",
     "language_model_loss",
@@ -78,7 +81,7 @@ class LossInputs:
 
 def minillm_loss(
     inputs: LossInputs, config: LossConfig, totals: LossTotals | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, LossMetrics]:
     """Loss of one micro-batch, scaled so that the losses of all micro-batches of a step sum to the step's loss.
 
     Args:
@@ -110,14 +113,15 @@ def minillm_loss(
     if config.uses_single_step:
         per_token = per_token + config.alpha_single_step * single_step
     weights = token_weights(x.loss_mask, x.cu_seqlens, config, totals, per_token.dtype)
-    metrics = {
+    of_loss = {
         "single_step_kl": single_step_kl,
-        "advantage_mean": advantages,
-        "advantage_square": advantages.double().square(),
         "advantage_clipped_fraction": is_clipped,
         "policy_ratio_clipped_fraction": is_ratio_clipped,
     }
-    return (per_token * weights).sum(), _summed(x, metrics | _policy_metrics(x, importance), importance)
+    metrics = LossMetrics.of(
+        of_loss | _policy_metrics(x, importance), advantages, importance.ratio, x.loss_mask, x.cu_seqlens
+    )
+    return (per_token * weights).sum(), metrics
 
 
 def language_model_loss(token_logprobs: Tensor, num_tokens: int) -> Tensor:
@@ -217,17 +221,3 @@ def _policy_metrics(x: LossInputs, importance: Importance) -> dict[str, Tensor]:
         "rollout_mismatch_kl": importance.ratio.double() - 1.0 - importance.log_ratio,
     }
     return metrics if x.student_entropies is None else {**metrics, "student_entropy": x.student_entropies}
-
-
-@torch.no_grad()
-def _summed(x: LossInputs, per_token: dict[str, Tensor], importance: Importance) -> dict[str, Tensor]:
-    """Scalar tensors, float64: "sum/NAME" over trained tokens, "max/NAME", and counts "num_NAME"."""
-    stacked = torch.stack([value.detach().double() for value in per_token.values()])
-    sums = torch.where(x.loss_mask, stacked, 0.0).sum(-1)
-    metrics = {f"sum/{name}": total for name, total in zip(per_token, sums, strict=True)}
-    ratios = torch.where(x.loss_mask, importance.ratio.double(), 0.0)
-    metrics["max/importance_ratio_max"] = torch.cat([ratios, ratios.new_zeros(1)]).amax()
-    per_sequence = tokens_per_sequence(x.loss_mask, x.cu_seqlens)
-    metrics["num_valid_tokens"] = per_sequence.sum().double()
-    metrics["num_sequences"] = (per_sequence > 0).sum().double()
-    return metrics

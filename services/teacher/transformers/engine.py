@@ -24,7 +24,7 @@ from services.models.causal_lm import (
     tokenizer_fingerprint,
 )
 from services.models.fingerprint import model_fingerprint
-from services.models.padding import cut_by_padded_tokens, pad_rows, predicting_positions
+from services.models.padding import cut_by_padded_tokens, pad_sequences
 from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
 from services.teacher.transformers.head import ScoringHead
 from services.wire.message import PROTOCOL_VERSION
@@ -151,21 +151,21 @@ class TransformersEngine:
     @torch.inference_mode()
     def _forward(self, items: list[ScoreItem]) -> None:
         sequences = [item.sequence for item in items]
-        ids = pad_rows([s.token_ids for s in sequences])
+        padded = pad_sequences([s.token_ids for s in sequences], [s.prompt_length for s in sequences])
+        hidden = hidden_states(self._model, padded.input_ids.to(self._device)).flatten(0, 1)
         lengths = [s.num_rows for s in sequences]
-        positions = predicting_positions([s.prompt_length for s in sequences], lengths, ids.shape[1])
-        hidden = hidden_states(self._model, ids.to(self._device)).flatten(0, 1)
-        rows = positions.to(self._device).split(lengths)
+        positions, targets = padded.positions.to(self._device).split(lengths), padded.token_ids.split(lengths)
         kinds: dict[tuple[int, int | None, float], list[int]] = {}
         for index, item in enumerate(items):
             kinds.setdefault((item.job.top_k, item.job.support_width, item.job.temperature), []).append(index)
         for members in kinds.values():
-            self._score_kind([items[i] for i in members], hidden[torch.cat([rows[i] for i in members])])
+            of_kind = hidden[torch.cat([positions[i] for i in members])]
+            self._score_kind([items[i] for i in members], of_kind, torch.cat([targets[i] for i in members]))
 
-    def _score_kind(self, items: list[ScoreItem], hidden: torch.Tensor) -> None:
-        """Project and reduce the rows [R, H] of sequences that ask for the same widths and temperature."""
+    def _score_kind(self, items: list[ScoreItem], hidden: torch.Tensor, targets: torch.Tensor) -> None:
+        """Project and reduce the rows [R, H], and the tokens [R] behind them, of sequences that ask for the same widths and
+        temperature."""
         job, sequences = items[0].job, [item.sequence for item in items]
-        targets = torch.from_numpy(np.concatenate([s.token_ids[s.prompt_length :] for s in sequences])).long()
         support = None
         if job.support_width is not None:
             support = torch.from_numpy(np.concatenate([np.asarray(s.support_ids) for s in sequences])).long()

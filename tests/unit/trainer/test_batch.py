@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from services.config import LossConfig, RunConfig
-from services.models.padding import cut_by_padded_tokens
 from tests.models import LONGROPE_SWITCH, save_model
 from tests.unit.trainer.samples import BATCH, SAMPLES, batch_of, sample
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
@@ -62,14 +61,6 @@ def test_cutting_and_order_change_neither_loss_nor_gradient(aggregation: str, st
         other_loss, other_gradient = step(samples, limit)
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert torch.allclose(other_gradient, gradient, rtol=0, atol=1e-6)
-
-
-def test_padded_size_stays_below_the_limit_and_nothing_is_lost() -> None:
-    lengths = [5, 9, 1, 9, 3, 40, 2]
-    groups = cut_by_padded_tokens(lengths, 20)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 20
 
 
 @pytest.mark.parametrize("limit", [1, 12, 22, 1000])

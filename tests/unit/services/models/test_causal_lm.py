@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from services.models.causal_lm import hidden_states, rope_switch
-from services.models.padding import pad_rows
+from services.models.padding import pad_sequences
 
 SEQUENCES = [[7, 3, 9, 1, 1, 4, 2, 8, 5], [6, 2], [1], [5, 5, 5, 9, 2]]
 SHAPE = {
@@ -51,7 +51,7 @@ def test_no_token_sees_the_padding(name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).double().eval()
     with torch.inference_mode():
-        together = hidden_states(model, pad_rows(SEQUENCES))
+        together = hidden_states(model, pad_sequences(SEQUENCES, [1] * len(SEQUENCES)).input_ids)
         for row, sequence in zip(together, SEQUENCES, strict=True):
             alone = hidden_states(model, torch.tensor([sequence]))[0]
             torch.testing.assert_close(row[: len(sequence)], alone, rtol=0, atol=1e-12)

@@ -53,7 +53,7 @@ def expectation(
         )
         loss, metrics = minillm_loss(inputs, config)
         total = total + rollout[y].exp() * loss
-        value += float(rollout[y].exp() * metrics["sum/single_step_kl"])
+        value += float(rollout[y].exp() * metrics.sums["single_step_kl"])
     wanted = by_definition(options, student, teacher)
     gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (total, wanted)]
     return gradients[0], gradients[1], value, wanted.detach()
@@ -147,7 +147,7 @@ def test_a_sampled_token_of_hardly_any_probability_does_no_harm(options: dict) -
     )
     loss, metrics = minillm_loss(inputs, exact(rkl_advantage=False, **options))
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.isfinite().all() and metrics["sum/single_step_kl"].isfinite()
+    assert gradient.isfinite().all() and metrics.sums["single_step_kl"].isfinite()
 
 
 def test_a_dropped_token_has_no_gradient_however_large_its_factor() -> None:
@@ -169,4 +169,4 @@ def test_a_tail_without_mass_does_no_harm(options: dict) -> None:
     inputs = inputs_of(logits.log_softmax(-1), teacher, torch.tensor([1]), torch.tensor([[0, 1]]))
     loss, metrics = minillm_loss(inputs, exact(rkl_advantage=False, **options))
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.isfinite().all() and metrics["sum/single_step_kl"].isfinite()
+    assert gradient.isfinite().all() and metrics.sums["single_step_kl"].isfinite()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.config import LossConfig
 from tests.unit.trainer.policies import F64, assert_close, per_position, random_batch, take
-from trainer.loss.minillm import LossInputs, LossTotals, merge_metrics, minillm_loss
+from trainer.loss.minillm import LossInputs, LossMetrics, LossTotals, merge_metrics, minillm_loss
 
 STUDENT = ("student_token_logprobs", "student_support_logprobs", "student_tail_logprob")
 
@@ -41,7 +41,7 @@ def with_junk(batch: LossInputs, width: int, junk: float) -> tuple[LossInputs, T
 
 def loss_and_gradients(
     batch: LossInputs, config: LossConfig, totals: LossTotals
-) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+) -> tuple[Tensor, list[Tensor], LossMetrics]:
     """Loss, gradients with respect to the student's tensors, metrics."""
     student = {name: getattr(batch, name).detach().clone().requires_grad_() for name in STUDENT}
     loss, metrics = minillm_loss(replace(batch, **student), config, totals)
@@ -127,5 +127,5 @@ def test_micro_batch_without_trained_tokens_is_a_connected_zero(options: dict, n
         loss, metrics = minillm_loss(nothing, LossConfig(**options), totals)
         assert float(loss.detach()) == 0.0
         assert float(torch.autograd.grad(loss, leaf, retain_graph=True)[0]) == 0.0
-        assert float(metrics["num_valid_tokens"]) == float(metrics["num_sequences"]) == 0.0
+        assert float(metrics.num_valid_tokens) == float(metrics.num_sequences) == 0.0
     assert math.isnan(merge_metrics([metrics])["reverse_kl_k1"])

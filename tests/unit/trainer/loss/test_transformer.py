@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from services.config import LossConfig
-from services.models.padding import pad_rows, predicting_positions
+from services.models.padding import pad_sequences
 from tests.unit.trainer.policies import DECOMPOSED, F64, PURE_PG, assert_close, exact
 from trainer.loss.head import HeadOutput
 from trainer.loss.minillm import LossInputs, minillm_loss
@@ -44,11 +44,8 @@ def small_transformer(seed: int) -> PreTrainedModel:
 
 def head_output(model: PreTrainedModel, support_ids: Tensor) -> HeadOutput:
     """All completions as one padded batch, through the trainer's own path."""
-    lengths = [len(c) for c in COMPLETIONS]
-    ids = pad_rows([[*PROMPT, *c] for c in COMPLETIONS])
-    positions = predicting_positions([len(PROMPT)] * len(lengths), lengths, ids.shape[1])
-    tokens = torch.tensor([t for c in COMPLETIONS for t in c])
-    return Student(model)(ids, positions, tokens, support_ids)
+    batch = pad_sequences([[*PROMPT, *c] for c in COMPLETIONS], [len(PROMPT)] * len(COMPLETIONS))
+    return Student(model)(batch.input_ids, batch.positions, batch.token_ids, support_ids)
 
 
 def exact_reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
