@@ -1,6 +1,8 @@
 """The whole loop over servers in memory: what is asked under which weights, what is trained on, and in which order."""
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +120,37 @@ def test_a_step_trains_on_the_next_prompts_and_on_what_the_weights_before_it_hav
         assert sorted(tokens) == sorted(token for completion in sampled for token in completion)
         found = {tuple(row[: len(sequence)]) for row in rows for sequence in expected}
         assert len(rows) == 4 and all(tuple(sequence) in found for sequence in expected)
+
+
+def test_a_completion_is_scored_before_the_last_one_has_arrived(run: Run, teacher: ScriptedTeacher) -> None:
+    """The servers here send the first one and wait until a teacher has seen it."""
+
+    def disturb(session: Session) -> None:
+        rollouts: Any = rollouts_of(session)
+        generate = rollouts.generate
+
+        async def one_then_the_rest(*asked: Any, on_completion: Any) -> list[RolloutCompletion]:
+            held: list[RolloutCompletion] = []
+            completions: list[RolloutCompletion] = await generate(*asked, on_completion=held.append)
+            if rollouts.num_calls in (2, 3):  # of the steps; an evaluation is scored when all is there
+                has_scored.clear()
+                on_completion(held.pop(0))
+                assert await asyncio.to_thread(has_scored.wait, 20.0)
+            for completion in held:
+                on_completion(completion)
+            return completions
+
+        rollouts.generate = one_then_the_rest
+
+    has_scored = threading.Event()
+    answer = teacher.spoil
+
+    def spoil(scores: Any) -> Any:
+        has_scored.set()
+        return answer(scores)
+
+    teacher.spoil = spoil
+    assert len(run(disturb, pipeline={"steps": 2}).trained) == 2
 
 
 def with_an_older_token(session: Session) -> None:
