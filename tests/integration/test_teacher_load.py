@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -71,8 +72,8 @@ def test_a_flood_is_turned_away_and_whoever_is_let_in_is_answered_right(
 
     async def flood(seconds: float) -> None:
         limits = httpx.Limits(max_connections=None)
-        options = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 30.0, "limits": limits}
-        async with httpx.AsyncClient(base_url=teacher_server.url, trust_env=False, **options) as http:  # type: ignore[arg-type]
+        options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 30.0, "limits": limits}
+        async with httpx.AsyncClient(base_url=teacher_server.url, trust_env=False, **options) as http:
             watching = asyncio.create_task(watch(http))
             async with asyncio.TaskGroup() as group:
                 for number in range(NUM_CLIENTS):

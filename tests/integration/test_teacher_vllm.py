@@ -16,6 +16,7 @@ from services.clients.plain_vllm import VllmTeacherClient
 from services.config import TeacherConfig
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
+from services.wire.teacher import TeacherInfo, TeacherScores
 from tests.integration.processes import KEY, Server, plain_vllm, server
 
 pytestmark = pytest.mark.integration
@@ -58,7 +59,7 @@ def test_it_scores_like_transformers_refuses_what_it_cannot_and_ends_cleanly(
         (rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (90, 89), (40, 7))
     ]
 
-    async def ask(top_k: int):  # type: ignore[no-untyped-def]
+    async def ask(top_k: int) -> tuple[TeacherInfo, TeacherScores]:
         async with TeacherClient([teacher.url], key=KEY) as client:
             return (await client.info())[0], await client.score(sequences * 8, top_k=top_k)
 
@@ -108,7 +109,7 @@ def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path
     rng = np.random.default_rng(1)
     sequences = [(rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (40, 7))]
 
-    async def ask(url: str):  # type: ignore[no-untyped-def]
+    async def ask(url: str) -> tuple[TeacherInfo, TeacherScores]:
         async with VllmTeacherClient([url], key=KEY) as client:
             return (await client.info())[0], await client.score(sequences, top_k=20)
 

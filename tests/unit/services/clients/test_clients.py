@@ -22,7 +22,7 @@ from tests.servers import rollout_info
 from tests.unit.services.clients.answers import completed, frame, scored, scores_for
 
 A, B = "http://a:1", "http://b:2"
-Handler = Callable[[httpx.Request], httpx.Response]
+Handler = Callable[[httpx.Request], Any]
 
 
 class Script:
@@ -427,7 +427,7 @@ async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
     num_prompts: int, samples: int, knows_the_limit: bool
 ) -> None:
     servers = {"a": Server(4), "b": Server(9)}
-    client = rollout(lambda request: servers[request.url.host](request), (A, B))  # type: ignore[arg-type,return-value]
+    client = rollout(lambda request: servers[request.url.host](request), (A, B))
     if knows_the_limit:
         await client.info()
     got = await client.generate([[10 + i] for i in range(num_prompts)], SAMPLING, samples)
@@ -445,7 +445,7 @@ async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halve
 ) -> None:
     monkeypatch.setattr(rollout_client, "MAX_IDS_PER_REQUEST", 6)
     server = Server(100, most_ids=4)
-    client = rollout(server)  # type: ignore[arg-type]
+    client = rollout(server)
     got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)
     assert [prompts for prompts, _, _ in server.asked] == [[1, 2, 3], [1], [2, 3], [4, 5], [4], [5]]
     assert [c.token_ids[0] for c in got] == [1, 2, 3, 4, 5]
@@ -455,7 +455,7 @@ async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halve
 
 async def test_eight_thousand_prompts_need_no_thought() -> None:
     server = Server(1 << 20)
-    got = await rollout(server).generate([[i] for i in range(8200)], SAMPLING)  # type: ignore[arg-type]
+    got = await rollout(server).generate([[i] for i in range(8200)], SAMPLING)
     assert [c.token_ids[0] for c in got] == list(range(8200))
     assert [len(prompts) for prompts, _, _ in server.asked] == [4096, 4096, 8]
 
@@ -475,7 +475,7 @@ async def test_the_first_error_of_a_server_ends_the_work_of_the_others() -> None
         raise AssertionError
 
     with pytest.raises(ProblemError, match=r"b:2.* answered 422: no"):
-        await rollout(handler, (A, B)).generate([[1], [2]], SAMPLING)  # type: ignore[arg-type]
+        await rollout(handler, (A, B)).generate([[1], [2]], SAMPLING)
     assert under_way == 0
 
 

@@ -288,9 +288,9 @@ async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------------------------------- outages
 
 
-def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: float) -> TeacherClient:
+def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: Any) -> TeacherClient:
     transport = httpx.MockTransport(handler)
-    return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)  # type: ignore[arg-type]
+    return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)
 
 
 async def test_an_outage_is_sat_out_with_growing_waits(clock: SimpleNamespace) -> None:

@@ -20,6 +20,9 @@ REFUSED = {
     "--rollout.cuda_devices 0,1 --rollout.tensor_parallel_size 2 --rollout.data_parallel_size 3": (
         "tensor_parallel_size = 2 and rollout.data_parallel_size = 3 need 6 GPUs ... name more, or lower it"
     ),
+    "--teacher.engine vllm --teacher.cuda_devices 0 --teacher.tensor_parallel_size 2": (
+        "teacher.tensor_parallel_size = 2 need 2 GPUs, but teacher.cuda_devices = '0' ... name more, or lower it"
+    ),
     "--student.dtype bfloat16 --student.compute_dtype float32": (
         "student.compute_dtype = float32 ... student.dtype = bfloat16"
     ),

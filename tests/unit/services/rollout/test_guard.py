@@ -134,5 +134,6 @@ async def test_readiness_is_the_engines(http: httpx.AsyncClient, vllm: Vllm) -> 
 
 
 async def test_vllms_lifespan_is_its_own(http: httpx.AsyncClient, vllm: Vllm) -> None:
-    await RolloutGuard(vllm)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    nothing: Any = None
+    await RolloutGuard(vllm)({"type": "lifespan"}, nothing, nothing)
     assert vllm.asked == [("lifespan", "")]

@@ -83,14 +83,14 @@ async def test_who_does_not_read_leaves_nothing_behind() -> None:
     class Impatient(BoundedConnection):
         transfer_timeout_s = 0.5
 
-    engine = SlowEngine(num_tokens=50_000)
+    engine: Any = SlowEngine(num_tokens=50_000)
 
     async def generate(prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
         engine.seconds = 0.0 if prompt["prompt_token_ids"] == [5] else 60.0
         async for output in SlowEngine.generate(engine, prompt, params, request_id):
             yield output
 
-    engine.generate = generate  # type: ignore[method-assign]
+    engine.generate = generate
     async with serving(engine, Impatient) as server:
         content = json.dumps({**BODY, "samples_per_prompt": 2, "student_top_k": 31}).encode()
         _, writer = await asyncio.open_connection(*server.address, limit=1024)
