@@ -20,6 +20,7 @@ from tests.integration.attach import PROMPTS, change
 from tests.integration.processes import KEY, server
 from tests.models import save_model
 from tests.pushing import Pushing
+from tests.scoring import score_alone
 from trainer.data.prompts import Prompt
 from trainer.learner import Learner
 from trainer.optimizer import build_optimizer
@@ -105,7 +106,7 @@ def test_a_teacher_takes_what_was_computed(wide: str, dtype: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     config = TeacherConfig(model=wide, dtype=dtype, tokens_per_forward=8 * LENGTH, rows_per_head_chunk=256)
     engine = TransformersEngine(config)
-    engine.score([EncodedSequence(ids.tolist(), 1) for ids in random_ids(8)], top_k=64, temperature=1.0)
+    score_alone(engine, [EncodedSequence(ids.tolist(), 1) for ids in random_ids(8)], top_k=64, temperature=1.0)
     sizes = Sizes(max_model_len=LENGTH, tokens_per_forward=8 * LENGTH, rows_per_head_chunk=256)
     assert within(torch.cuda.max_memory_allocated(), teacher_share(shape, dtype, sizes))
 

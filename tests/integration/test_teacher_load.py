@@ -21,6 +21,7 @@ from services.teacher.transformers.engine import TransformersEngine
 from services.wire.teacher import TeacherScores
 from tests.integration.processes import KEY, Engine, Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head
+from tests.scoring import score_alone
 
 pytestmark = pytest.mark.integration
 
@@ -40,7 +41,7 @@ def direct_scores(model: str) -> list[TeacherScores]:
     """What the engine says to each of the requests, alone."""
     engine = TransformersEngine(TeacherConfig(model=model, device="cpu"))
     return [
-        engine.score([EncodedSequence(ids, 90) for ids in sequences], top_k=1, temperature=1.0)
+        score_alone(engine, [EncodedSequence(ids, 90) for ids in sequences], top_k=1, temperature=1.0)
         for sequences in REQUESTS
     ]
 

@@ -18,6 +18,7 @@ from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
 from services.wire.teacher import TeacherInfo, TeacherScores
 from tests.integration.processes import KEY, Server, plain_vllm, server
+from tests.scoring import score_alone
 
 pytestmark = pytest.mark.integration
 
@@ -67,7 +68,7 @@ def test_it_scores_like_transformers_refuses_what_it_cannot_and_ends_cleanly(
     encoded = [EncodedSequence(ids, prompt) for ids, prompt in sequences * 8]
     for top_k in (5, 261):
         info, ours = asyncio.run(ask(top_k))
-        theirs = engine.score(encoded, top_k=top_k, temperature=1.0)
+        theirs = score_alone(engine, encoded, top_k=top_k, temperature=1.0)
         np.testing.assert_array_equal(ours.row_offsets, theirs.row_offsets)
         np.testing.assert_allclose(ours.token_logprobs, theirs.token_logprobs, atol=1e-4)
         np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=1e-4)
@@ -117,7 +118,7 @@ def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path
         info, theirs = asyncio.run(ask(running.url))
     assert (info.padded_vocab_size, info.max_top_k, info.max_model_len) == (261, 30, 128)
     engine = TransformersEngine(TeacherConfig(model=models["qwen3"], device="cpu"))
-    ours = engine.score([EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
+    ours = score_alone(engine, [EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
     np.testing.assert_array_equal(ours.row_offsets, theirs.row_offsets)
     for name in ("token_logprobs", "topk_logprobs", "tail_logprobs"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
