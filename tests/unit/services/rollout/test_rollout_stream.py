@@ -12,7 +12,7 @@ import pytest
 from services.clients import RolloutClient
 from services.errors import ProblemError, RequestError
 from services.http.bounded_connection import BoundedConnection
-from services.rollout import rollouts
+from services.rollout import completions
 from services.rollout.body import parse_request, read_request
 from services.rollout.settings import RolloutSettings
 from services.wire.rollout import MAX_IDS_PER_REQUEST, RolloutSampling
@@ -35,7 +35,7 @@ def request(content: bytes, **headers: object) -> bytes:
 
 async def test_completions_may_take_longer_than_the_client_waits_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it waits for is silence."""
-    monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(completions, "HEARTBEAT_S", 0.1)
     engine = SlowEngine(seconds=1.5)
     async with serving(engine) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         got = await client.generate([[5], [6]], SAMPLING, samples_per_prompt=2)
@@ -43,7 +43,7 @@ async def test_completions_may_take_longer_than_the_client_waits_for_an_answer(m
 
 
 async def test_the_gate_may_be_closed_for_longer_than_the_client_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(completions, "HEARTBEAT_S", 0.1)
     async with serving(SlowEngine()) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         await server.state.admission.close(1.0)
         asking = asyncio.create_task(client.generate([[5]], SAMPLING))
@@ -116,7 +116,7 @@ async def test_a_place_is_taken_before_the_body_is_read_and_late_bodies_give_it_
 
 
 async def test_a_client_that_finds_no_place_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "_RETRY_AFTER_S", 1.0)
+    monkeypatch.setattr(completions, "_RETRY_AFTER_S", 1.0)
     async with serving(SlowEngine(seconds=0.5), max_pending_requests=1) as server:
         first, second = RolloutClient([server.url]), RolloutClient([server.url])
         one = asyncio.create_task(first.generate([[5]], SAMPLING))
