@@ -198,6 +198,6 @@ def _read_shard(path: Path) -> Iterator[ScoredRow]:
         raise DataError(f"{path} cannot be read: {error}") from error
     offsets = arrays["row_offsets"]
     columns = {name: arrays[name] for name in SCORE_COLUMNS if name in arrays}
-    for place, row in enumerate(arrays["input_rows"].tolist()):
-        part = slice(int(offsets[place]), int(offsets[place + 1]))
+    for index, row in enumerate(arrays["input_rows"].tolist()):
+        part = slice(int(offsets[index]), int(offsets[index + 1]))
         yield ScoredRow(row, {name: column[part] for name, column in columns.items()})
