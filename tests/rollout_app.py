@@ -13,7 +13,7 @@ from vllm.logprobs import FlatLogprobs
 
 from services.http.bounded_connection import BoundedConnection
 from services.http.guard import OPEN_PATHS, Guard
-from services.rollout.guard import AllowList
+from services.rollout.middleware import AllowList
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
 

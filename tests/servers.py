@@ -1,5 +1,9 @@
 """What servers say of themselves, and clients that repeat it."""
 
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
 from services.models.causal_lm import chat_template_probe, tokenizer_fingerprint
 from services.wire.rollout import RolloutInfo
 from services.wire.teacher import TeacherInfo
@@ -7,7 +11,7 @@ from services.wire.teacher import TeacherInfo
 EOS = [256]
 
 
-def teacher_info(tokenizer, **changes) -> TeacherInfo:  # type: ignore[no-untyped-def]
+def teacher_info(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> TeacherInfo:
     fields = {
         "protocol": 1,
         "model": "the-teacher",
@@ -28,7 +32,7 @@ def teacher_info(tokenizer, **changes) -> TeacherInfo:  # type: ignore[no-untype
     return TeacherInfo(**{**fields, **changes})
 
 
-def rollout_info(**changes) -> RolloutInfo:  # type: ignore[no-untyped-def]
+def rollout_info(**changes: Any) -> RolloutInfo:
     fields = {
         "protocol": 1,
         "model": "the-student",

@@ -233,8 +233,8 @@ def _bytes() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
-    build.__name__.removeprefix("_"): cache(build)
+_BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    build.__name__.removeprefix("_"): build
     for build in (
         _gpt2,
         _bare,
@@ -253,3 +253,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
         _bytes,
     )
 }
+FAMILIES = {family: cache(build) for family, build in _BUILDERS.items()}
+
+
+def built_anew(family: str) -> PreTrainedTokenizerBase:
+    """One that may be changed."""
+    return _BUILDERS[family]()

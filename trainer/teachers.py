@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.clients import TeacherClient
-from services.clients.teacher_answers import Sequence
+from services.clients.teacher_answers import TokenIdsAndPromptLength
 from services.config import RunConfig
 from services.config.addresses import checked_urls
 from services.errors import ConfigError, DistillServeError
@@ -31,7 +31,7 @@ class Teacher:
     info: TeacherInfo
     """What its servers say of themselves, with the tightest of their limits."""
 
-    async def score(self, sequences: list[Sequence], **options: Any) -> TeacherScores:
+    async def score(self, sequences: list[TokenIdsAndPromptLength], **options: Any) -> TeacherScores:
         """As TeacherClient.score; its errors say which teacher they are of."""
         with naming(self.name):
             return await self.client.score(sequences, **options)

@@ -10,7 +10,7 @@ from anyio.from_thread import start_blocking_portal
 
 from services.clients.outage import Answer
 from services.clients.teacher import LogprobDtype, OnMismatch, OnRefused, TeacherClient
-from services.clients.teacher_answers import Sequence
+from services.clients.teacher_answers import TokenIdsAndPromptLength
 from services.errors import ClientClosedError
 from services.wire.teacher import TeacherInfo, TeacherScores
 
@@ -94,7 +94,7 @@ class BlockingTeacherClient:
 
     def score(
         self,
-        sequences: list[Sequence],
+        sequences: list[TokenIdsAndPromptLength],
         *,
         top_k: int,
         temperature: float = 1.0,

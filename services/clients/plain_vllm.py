@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from services.clients import TeacherClient
-from services.clients.teacher_answers import Sequence
+from services.clients.teacher_answers import TokenIdsAndPromptLength
 from services.errors import InputError, PeerError, ProblemError
 from services.wire.message import PROTOCOL_VERSION
 from services.wire.tail import log_mass_left
@@ -175,7 +175,9 @@ def _check_completion(index: int, sequence: dict[str, Any]) -> None:
         )
 
 
-def read_scores(url: str, content: bytes, sequences: list[Sequence], top_k: int, info: TeacherInfo) -> TeacherScores:
+def read_scores(
+    url: str, content: bytes, sequences: list[TokenIdsAndPromptLength], top_k: int, info: TeacherInfo
+) -> TeacherScores:
     """The answer of /v1/completions as ours.
 
     Raises:
@@ -209,7 +211,7 @@ def read_scores(url: str, content: bytes, sequences: list[Sequence], top_k: int,
     )
 
 
-def _rows(url: str, content: bytes, sequences: list[Sequence]) -> list[list[dict[int, float]]]:
+def _rows(url: str, content: bytes, sequences: list[TokenIdsAndPromptLength]) -> list[list[dict[int, float]]]:
     """Of each sequence, {token: logprob} at every row: the token that is there, and the likeliest ones."""
     try:
         choices = sorted(json.loads(content)["choices"], key=lambda choice: choice["index"])

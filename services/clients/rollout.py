@@ -41,12 +41,12 @@ class _Request:
 
     def without(self, received: Collection[tuple[int, int]]) -> list["_Request"]:
         """Requests for what is not among the (prompt_index, sample) `received`; prompts that lack the same samples share one."""
-        lacking: dict[tuple[int, int], list[int]] = {}
+        missing: dict[tuple[int, int], list[int]] = {}
         samples = range(self.first_sample, self.first_sample + self.num_samples)
         for prompt_index in self.prompt_indices:
             for run in _runs([sample for sample in samples if (prompt_index, sample) not in received]):
-                lacking.setdefault(run, []).append(prompt_index)
-        return [_Request(prompt_indices, first, num) for (first, num), prompt_indices in lacking.items()]
+                missing.setdefault(run, []).append(prompt_index)
+        return [_Request(prompt_indices, first, num) for (first, num), prompt_indices in missing.items()]
 
     def halves(self) -> list["_Request"]:
         """Two requests for the same completions; none when it is for a single one."""

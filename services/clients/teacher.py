@@ -11,7 +11,7 @@ import numpy as np
 from services.clients.arguments import integer, real, teacher_sequences
 from services.clients.base import ServerClient, all_or_first_error
 from services.clients.teacher_answers import (
-    Sequence,
+    TokenIdsAndPromptLength,
     check_answer,
     empty_scores,
     first_replica_problem,
@@ -148,7 +148,7 @@ class TeacherClient(ServerClient):
 
     async def score(
         self,
-        sequences: list[Sequence],
+        sequences: list[TokenIdsAndPromptLength],
         *,
         top_k: int,
         temperature: float = 1.0,
@@ -327,7 +327,7 @@ class TeacherClient(ServerClient):
             raise PeerError(f"the teachers {problem}")
 
 
-def _as_token_ids(sequence: dict[str, Any]) -> Sequence | None:
+def _as_token_ids(sequence: dict[str, Any]) -> TokenIdsAndPromptLength | None:
     if sequence.get("token_ids") is None:
         return None
     return sequence["token_ids"], sequence.get("prompt_length") or 0

@@ -9,7 +9,7 @@ import numpy as np
 from services.errors import PeerError
 from services.wire.teacher import MODEL_DIGITS, TeacherInfo, TeacherScores
 
-Sequence = tuple[list[int], int]
+TokenIdsAndPromptLength = tuple[list[int], int]
 """(token ids of prompt and completion, number of them that are the prompt's), e.g. ([52, 55, 43, 56], 3)."""
 
 
@@ -69,7 +69,7 @@ def check_answer(url: str, scores: TeacherScores, asked: list[dict[str, Any]], t
             raise PeerError(f"{url} sent {name} of shape {None if array is None else array.shape}, expected {shape}")
 
 
-def mismatches(scores: TeacherScores, asked: Iterable[Sequence | None]) -> dict[int, str]:
+def mismatches(scores: TeacherScores, asked: Iterable[TokenIdsAndPromptLength | None]) -> dict[int, str]:
     """Reason by index of the sequences whose rows are not those of the tokens that were asked about.
 
     A row is of another token where a server lost, shifted or mixed up rows.

@@ -83,13 +83,13 @@ def _read(variable: str) -> SecretStr | None:
     if value and path:
         raise ConfigError(f"{variable} and {variable}_FILE are both set; unset one of them")
     if path:
-        place, key = f"{variable}_FILE = {path!r}", _file_text(variable, path).strip()
+        source, key = f"{variable}_FILE = {path!r}", _file_text(variable, path).strip()
     elif value:
-        place, key = variable, value.strip()
+        source, key = variable, value.strip()
     else:
         return None
     if (problem := _problem(key)) is not None:
-        raise ConfigError(f"{place} {problem}; a key is one word, for example what `openssl rand -hex 32` prints")
+        raise ConfigError(f"{source} {problem}; a key is one word, for example what `openssl rand -hex 32` prints")
     return SecretStr(key)
 
 

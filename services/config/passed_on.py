@@ -224,15 +224,15 @@ def check_template_kwargs(option: str, kwargs: Mapping[str, Any]) -> None:
     _refuse_meant_values(option, kwargs)
 
 
-def _refuse_meant_values(place: str, value: Any) -> None:
+def _refuse_meant_values(name: str, value: Any) -> None:
     if isinstance(value, str) and (meant := _MEANT_VALUES.get(value.strip().lower())) is not None:
         raise ValueError(
-            f"{place} = {value!r} is a text, and every text is true to a chat template; write {meant} without quotes"
+            f"{name} = {value!r} is a text, and every text is true to a chat template; write {meant} without quotes"
             + (" (TOML has no null: leave it out)" if meant == "null" else "")
         )
     parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for name, part in parts:
-        _refuse_meant_values(f"{place}.{name}", part)
+    for key, part in parts:
+        _refuse_meant_values(f"{name}.{key}", part)
 
 
 def _refuse_reserved(option: str, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:

@@ -134,7 +134,7 @@ def _of_tensor(tensor: Any) -> bytes:
     else:
         middle = tuple(size // 2 for size in shape[1:-1])  # of the dimensions between the first and the last
         count = min(_ROWS, shape[0])
-        parts = [tensor[(place * (shape[0] - 1) // max(1, count - 1), *middle)] for place in range(count)]
+        parts = [tensor[(index * (shape[0] - 1) // max(1, count - 1), *middle)] for index in range(count)]
     for part in parts:
         digest.update(part.float().contiguous().numpy().tobytes())
     return digest.digest()

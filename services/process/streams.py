@@ -1,5 +1,6 @@
 """Standard input, output and error of a command, whatever the caller has made of them: closed, of another encoding, full."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ def set_up_streams() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError):  # closed, or a test's
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # neither closed, which is None, nor a test's
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:

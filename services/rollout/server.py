@@ -31,7 +31,7 @@ from services.rollout.settings import RolloutSettings
 from services.weight_transfer.plugin import engine_name
 
 _MODULE = "services.rollout.process"
-_GUARD = "services.rollout.guard.RolloutGuard"
+_MIDDLEWARE = "services.rollout.middleware.RolloutGuard"
 _WORKER_EXTENSION = "services.weight_transfer.worker.WeightUpdates"
 _OVERRIDES = "--hf-overrides"
 
@@ -84,7 +84,7 @@ def vllm_command(config: RunConfig) -> list[str]:
         "--weight-transfer-config": json.dumps({"backend": engine_name(config.weight_sync_backend())}),
         "--scheduling-policy": "priority",  # the canary of a push goes first
         "--load-format": "safetensors",  # "auto" falls back to pickled weights
-        "--middleware": _GUARD,
+        "--middleware": _MIDDLEWARE,
         "--worker-extension-cls": _WORKER_EXTENSION,
         "--uvicorn-log-level": "warning",
     }

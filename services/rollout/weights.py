@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.errors import RequestError
 from services.http.request_body import Body, parse_body, read_body
-from services.rollout.rollouts import engine_of
+from services.rollout.completions import engine_of
 from services.rollout.state import MIXED, RolloutState, Stage
 from services.wire.weights import (
     CanaryRequest,

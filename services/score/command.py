@@ -142,7 +142,7 @@ class _FileScorer:
         self._on_lines(shard.num_lines - len(shard.rows))
         starts = range(0, len(shard.rows), _SEQUENCES_PER_REQUEST)
         answers = await all_or_first_error([self._score_part(shard, start) for start in starts])
-        refused = [place for place, row in enumerate(shard.rows) if row in shard.bad_rows]
+        refused = [index for index, row in enumerate(shard.rows) if row in shard.bad_rows]
         kept = [row for row in shard.rows if row not in shard.bad_rows]
         scores = without_sequences(join_scores(answers, len(shard.rows)), refused) if kept else None
         self._manifest.shards[shard.index] = await asyncio.to_thread(
@@ -152,26 +152,26 @@ class _FileScorer:
         self._manifest.write(self._options.output)
 
     async def _score_part(self, shard: ShardRows, start: int) -> tuple[list[int], TeacherScores]:
-        """Places in the shard of one request's worth of it, and their scores; what the teacher refuses has no rows."""
-        places = list(range(start, min(start + _SEQUENCES_PER_REQUEST, len(shard.rows))))
+        """Indices in the shard of one request's worth of it, and their scores; what the teacher refuses has no rows."""
+        indices = list(range(start, min(start + _SEQUENCES_PER_REQUEST, len(shard.rows))))
         settings = self._manifest.settings
 
         def refuse(index: int, error: RefusedSequenceError) -> None:
-            row = shard.rows[places[index]]
+            row = shard.rows[indices[index]]
             self._refuse_bad_row(row, error.reason)
             shard.bad_rows[row] = error.reason
 
         async with self._room:
             scores = await self._client.score_sequences(
-                [shard.sequences[place] for place in places],
+                [shard.sequences[index] for index in indices],
                 top_k=settings.top_k,
                 temperature=settings.temperature,
                 logprob_dtype=self._options.logprob_dtype,
                 max_rows_per_request=_UNCUT,
                 on_refused=refuse,
             )
-        self._on_lines(len(places))
-        return places, scores
+        self._on_lines(len(indices))
+        return indices, scores
 
     def _refuse_bad_row(self, row: int, reason: str) -> None:
         if self._options.on_bad_row == "stop":

@@ -26,7 +26,7 @@ _FORMS = {
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
-"""By the column that shows it, the columns of each form."""
+"""The columns of each form, by the one that no other form has."""
 
 _HASHED_AT_ONCE = 1 << 20
 
@@ -135,7 +135,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
 
 def _sequence(content: dict[str, Any]) -> dict[str, Any]:
     """The columns of the one form that a row without its nulls has."""
-    forms = [columns for shown_by, columns in _FORMS.items() if shown_by in content]
+    forms = [columns for own, columns in _FORMS.items() if own in content]
     if len(forms) != 1:
         wanted = "`prompt` and `completion`, `messages`, or `token_ids` and `prompt_length`"
         raise DataError(f"expected either {wanted}, found {sorted(content)}")

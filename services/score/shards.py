@@ -148,7 +148,7 @@ def write_shard(folder: Path, index: int, first_row: int, rows: list[int], score
     The document holds `input_rows` int64[B], `row_offsets` int64[B+1] and the columns of TeacherScores.
     """
     if scores is None:
-        arrays: dict[str, np.ndarray | None] = {"row_offsets": np.zeros(1, np.int64)}
+        arrays = {"row_offsets": np.zeros(1, np.int64)}
     else:
         arrays = {"row_offsets": scores.row_offsets.astype(np.int64), **scores.columns()}
     name = f"scores-{index:05d}.safetensors"
@@ -156,7 +156,7 @@ def write_shard(folder: Path, index: int, first_row: int, rows: list[int], score
     metadata = {} if scores is None else {"answer": scores.metadata()}
     document = encode_document({"input_rows": np.array(rows, np.int64), **arrays}, metadata)
     write_by_rename(folder / name, document)
-    num_rows = int(arrays["row_offsets"][-1])  # type: ignore[index]
+    num_rows = int(arrays["row_offsets"][-1])
     return Shard(name, first_row, len(rows), num_rows, len(document))
 
 
@@ -198,6 +198,6 @@ def _read_shard(path: Path) -> Iterator[ScoredRow]:
         raise DataError(f"{path} cannot be read: {error}") from error
     offsets = arrays["row_offsets"]
     columns = {name: arrays[name] for name in SCORE_COLUMNS if name in arrays}
-    for place, row in enumerate(arrays["input_rows"].tolist()):
-        part = slice(int(offsets[place]), int(offsets[place + 1]))
+    for index, row in enumerate(arrays["input_rows"].tolist()):
+        part = slice(int(offsets[index]), int(offsets[index + 1]))
         yield ScoredRow(row, {name: column[part] for name, column in columns.items()})

@@ -39,8 +39,8 @@ def describe_totals(scores: TeacherScores) -> str:
 
 def _rank(token: int, candidates: np.ndarray) -> str:
     """1 for the likeliest token."""
-    places = np.flatnonzero(candidates == token)
-    return str(places[0] + 1) if len(places) else f"> {len(candidates)}"
+    ranks = np.flatnonzero(candidates == token) + 1
+    return str(ranks[0]) if len(ranks) else f"> {len(candidates)}"
 
 
 def _candidates(ids: np.ndarray, logprobs: np.ndarray, tokens: dict[int, str]) -> Text:

@@ -120,14 +120,14 @@ class Arrivals:
             names: that the update announced.
         """
         served = {p.served for p in self._parameters if p.is_whole()}
-        lacking: list[str] = []
+        names_missing: list[str] = []
         for parameter in self._parameters:
             if parameter.served not in served and not is_deferred_attention_layer(parameter.module):
                 served.add(parameter.served)  # tied parameters are named once
-                lacking += self._lacking(parameter, names)
-        return lacking
+                names_missing += self._missing_parts(parameter, names)
+        return names_missing
 
-    def _lacking(self, parameter: _Parameter, names: Collection[str]) -> list[str]:
+    def _missing_parts(self, parameter: _Parameter, names: Collection[str]) -> list[str]:
         """The parts of a fused parameter that were not announced; of another one its own name."""
         absent = [name for name in self._parts(parameter) if name not in names]
         return absent or [f"{parameter.module_name}.{parameter.name}".removeprefix(".")]

@@ -4,6 +4,7 @@ vLLM calls `register` in every one of its processes, more than once. Of our engi
 imported when they are used. vLLM's CPU communicator gets what it lacks (services/weight_transfer/cpu_collectives.py).
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def register() -> None:
 
     add_collectives()
     for name in map(engine_name, BACKENDS):
-        if name not in WeightTransferEngineFactory._registry:
+        with suppress(ValueError):  # it is registered already
             WeightTransferEngineFactory.register_engine(name, "services.weight_transfer.receiver", "WeightReceiver")
 
 

@@ -147,8 +147,8 @@ class WeightSender:
         if len(tensors) == 1 and tensors[0].device == channel.device:
             return as_bytes(tensors[0])
         buffer = self._buffers.of(index, bucket)
-        for (_, place), tensor in zip(unpack(buffer, bucket), tensors, strict=True):
-            place.copy_(tensor)
+        for (_, packed), tensor in zip(unpack(buffer, bucket), tensors, strict=True):
+            packed.copy_(tensor)
         if channel.device.type != "cpu":
             torch.accelerator.synchronize()  # the copies have been queued, and another thread will send them
         return buffer

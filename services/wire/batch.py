@@ -18,7 +18,7 @@ class TrainingBatch:
     """Scored completions of one step: B of them, in all P prompt tokens and N completion tokens, K candidates a position.
 
     Attributes:
-        groups: place of the prompt in the step; the samples of one prompt share it, those of a row that comes twice do not.
+        groups: index of the prompt in the step; the samples of one prompt share it, those of a row that comes twice do not.
         policy_versions: of the oldest token of each completion.
         texts: of the prompts, for people.
         metrics: of how the batch came about.

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ SAFETENSORS_MEDIA_TYPE = "application/x-safetensors"
 _HEADER = struct.Struct("<Q")
 
 
-def encode_document(arrays: dict[str, np.ndarray | None], metadata: dict[str, Any]) -> bytes:
+def encode_document(arrays: Mapping[str, np.ndarray | None], metadata: dict[str, Any]) -> bytes:
     """One safetensors document; absent arrays are left out, metadata values are stored as JSON."""
     present = {name: np.asarray(array, order="C") for name, array in arrays.items() if array is not None}
     return save(present, metadata={name: json.dumps(value) for name, value in metadata.items()})

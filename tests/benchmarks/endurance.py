@@ -24,6 +24,7 @@ from services.wire.teacher import TeacherScores, decode_scores
 from tests.benchmarks import results
 from tests.benchmarks.scoring import HEADERS, MODELS, TOP_K, Sequence, random_sequences
 from tests.integration.processes import Server, server
+from tests.scoring import score_alone
 
 SOAK_REQUESTS, SOAK_CLIENTS, SAMPLES = 50_000, 8, 50
 FLOOD_CLIENTS, FLOOD_S = 200, 60.0
@@ -75,7 +76,7 @@ class Asker:
 
 
 def _alone(engine: TransformersEngine, sequence: Sequence) -> TeacherScores:
-    return engine.score([EncodedSequence(*sequence)], top_k=TOP_K, temperature=1.0)
+    return score_alone(engine, [EncodedSequence(*sequence)], top_k=TOP_K, temperature=1.0)
 
 
 async def soak(asker: Asker, teacher: Server) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def gradient(model: nn.Module, sequences: list[int], aggregation: str) -> float:
     batch, _ = take(random_batch(5), sequences)
     totals = LossTotals.of(batch.loss_mask, batch.cu_seqlens, 8).over_ranks()
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    config = LossConfig(gamma=0.9, aggregation=aggregation)  # type: ignore[arg-type]
+    config = LossConfig(gamma=0.9, aggregation=aggregation)
     loss, _ = minillm_loss(replace(batch, **model(batch)), config, totals)
     model.zero_grad()
     (num_ranks * loss).backward()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -26,7 +27,7 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def client(self, **options: object) -> httpx.Client:
+    def client(self, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False, **options)
 
@@ -73,6 +74,9 @@ class Family:
         """What is still there."""
         running = [f"process {pid}" for pid in sorted(self.pids) if is_running(pid)]
         return running + [str(path) for path in sorted(self.memory) if path.exists()]
+
+    def is_gone(self) -> bool:
+        return not self.left()
 
 
 def is_running(pid: int) -> bool:

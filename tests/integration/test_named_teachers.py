@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
-from services.clients import TeacherClient
+from services.clients import RolloutClient, TeacherClient
 from services.config import RunConfig
 from tests.integration.processes import KEY, server
 from tests.models import save_model
@@ -32,8 +33,8 @@ async def test_each_of_two_teachers_scores_the_rollouts_of_its_own_rows(models: 
         server("teacher", tmp_path / "maths.log", "--teacher.model", other_model) as other,
     ):
         async with TeacherClient([teacher.url], key=KEY) as own, TeacherClient([other.url], key=KEY) as maths:
-            clients = {None: own, "maths": maths}
-            infos, teachers = await preflight.attach(config, Servers(rollout_info()), clients)  # type: ignore[arg-type]
+            clients, students = {None: own, "maths": maths}, Servers(rollout_info())
+            infos, teachers = await preflight.attach(config, cast(RolloutClient, students), clients)
             await preflight.check_teachers(config, tokenizer, EOS, teachers)
             support = preflight.choose_support(config.loss, len(tokenizer), infos, teachers)
             samples, quarantined = await scored(teachers, rollouts, support=support, temperature=0.7)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -70,7 +71,7 @@ def test_a_signal_ends_a_server_whatever_it_is_doing(models: dict[str, str], tmp
         said = len(running.log.read_text().splitlines())
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(GRACE_S + 5) in (0, 143)
-        wait_until(lambda: family.left() == [], 5.0)
+        wait_until(family.is_gone, 5.0)
         lines = running.log.read_text().splitlines()[said:]
         assert len(lines) < 15 and "Traceback" not in "".join(lines), lines
 
@@ -82,7 +83,7 @@ def test_a_second_ctrl_c_ends_a_busy_server_at_once(models: dict[str, str], tmp_
         time.sleep(0.2)
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(2.0) == 130
-        wait_until(lambda: family.left() == [], 5.0)
+        wait_until(family.is_gone, 5.0)
 
 
 @pytest.mark.timeout(400)
@@ -92,7 +93,7 @@ def test_an_idle_server_ends_in_order(models: dict[str, str], tmp_path: Path) ->
         said = running.log.read_text()
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(GRACE_S + 5) == 0
-        wait_until(lambda: family.left() == [], 5.0)
+        wait_until(family.is_gone, 5.0)
         lines = running.log.read_text().removeprefix(said).splitlines()
         assert len(lines) < 10 and all("[shutdown]" in line or "resource_tracker" in line for line in lines), lines
 
@@ -101,7 +102,7 @@ def test_an_idle_server_ends_in_order(models: dict[str, str], tmp_path: Path) ->
 def test_nothing_outlives_a_server_that_is_killed(models: dict[str, str], tmp_path: Path) -> None:
     with two_workers(models["qwen3"], tmp_path / "log") as (running, family), busy(running, models["qwen3"]):
         running.process.kill()
-        wait_until(lambda: family.left() == [], 5.0)
+        wait_until(family.is_gone, 5.0)
 
 
 @pytest.mark.long
@@ -123,10 +124,14 @@ def test_ten_moments_of_a_push(number: signal.Signals, models: dict[str, str], t
             time.sleep(push_s * moment / 10)
             started = time.monotonic()
             running.process.send_signal(number)
-            wait_until(lambda: family.left() == [], 30.0)
+            wait_until(family.is_gone, 30.0)
             seconds.append(time.monotonic() - started)
             assert running.process.wait(1.0) in (0, 143, -signal.SIGKILL)
     print(number.name, "a push takes", round(push_s, 2), "s; ends took", [round(s, 1) for s in seconds])
+
+
+def has_trained(metrics: Path) -> bool:
+    return metrics.exists() and '"num_steps"' in metrics.read_text()
 
 
 @pytest.mark.long
@@ -147,8 +152,7 @@ def test_nothing_outlives_a_whole_run_of_which_a_part_is_killed(
         )
         run = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            metrics = output / "metrics.jsonl"
-            wait_until(lambda path=metrics: path.exists() and '"num_steps"' in path.read_text(), 300.0)  # type: ignore[misc]
+            wait_until(partial(has_trained, output / "metrics.jsonl"), 300.0)
             time.sleep(0.13 * moment)  # a push is a third of a step
             family = Family.of(run.pid)
             assert len(family.pids) >= 7, "up, its three roles, an engine and two workers"
@@ -161,6 +165,6 @@ def test_nothing_outlives_a_whole_run_of_which_a_part_is_killed(
         finally:
             run.kill()
             run.wait()
-        wait_until(lambda family=family: family.left() == [], 30.0)  # type: ignore[misc]
+        wait_until(family.is_gone, 30.0)
         seconds.append(time.monotonic() - started)
     print(f"of a run whose {victim} is killed nothing is left after", [round(s, 1) for s in seconds], "s")

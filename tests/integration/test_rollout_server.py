@@ -11,7 +11,7 @@ import torch
 from services.clients import RolloutClient
 from services.errors import ProblemError
 from services.http.guard import OPEN_PATHS
-from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES
+from services.rollout.middleware import OUR_ROUTES, VLLM_ROUTES
 from services.wire.rollout import RolloutSampling
 from tests.integration.attach import attached
 from tests.integration.processes import KEY, Server

@@ -18,6 +18,7 @@ from services.score.command import read_shards
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
 from tests.integration.processes import KEY, command, environment, server
+from tests.scoring import score_alone
 from tests.scripted_teacher import ScriptedTeacher
 
 pytestmark = pytest.mark.integration
@@ -46,7 +47,7 @@ def test_a_real_teacher_gives_what_its_engine_computes(tmp_path: Path, models: d
     sequences = [
         EncodedSequence([*f"{i}+{i}=".encode(), *f"{2 * i}.".encode()], len(f"{i}+{i}=")) for i in range(NUM_ROWS)
     ]
-    expected = engine.score(sequences, top_k=6, temperature=0.5)
+    expected = score_alone(engine, sequences, top_k=6, temperature=0.5)
     scored = list(read_shards(tmp_path / "scores"))
     assert [row.row for row in scored] == list(range(1, NUM_ROWS + 1))
     for name, column in expected.columns().items():
@@ -55,7 +56,7 @@ def test_a_real_teacher_gives_what_its_engine_computes(tmp_path: Path, models: d
             np.testing.assert_allclose(ours, column, atol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(ours, column, err_msg=name)
-    pair = engine.score([EncodedSequence(list(b"2+2=4."), 4)], top_k=2, temperature=1.0)
+    pair = score_alone(engine, [EncodedSequence(list(b"2+2=4."), 4)], top_k=2, temperature=1.0)
     total = float(table.stdout.split("total logprob ")[1].split()[0])
     assert total == pytest.approx(float(pair.token_logprobs.sum()), abs=2e-4)
     assert KEY not in table.stdout + table.stderr + done.stdout + done.stderr

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,8 +27,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.long]
 class Stalls(CheckpointSource):
     """Sends a few tensors, says so, and sends no more until it is let go."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.begun, self.let_go = threading.Event(), threading.Event()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
@@ -52,7 +53,7 @@ def test_a_public_address_without_a_key_is_refused(models: dict[str, str]) -> No
     assert done.returncode == 2 and "DISTILLSERVE_TEACHER_KEY is not set" in done.stderr
 
 
-def test_up_ends_the_servers_when_the_trainer_cannot_start(models: dict[str, str], tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_up_ends_the_servers_when_the_trainer_cannot_start(models: dict[str, str], tmp_path: Path) -> None:
     """The trainer finds its data missing; the servers, real ones, are ended and the exit code is the trainer's."""
     done = refused(
         *("up", "--student.model", models["qwen3"], "--teacher.model", models["qwen3"], "--pipeline.steps", "1"),
@@ -66,7 +67,7 @@ def test_up_ends_the_servers_when_the_trainer_cannot_start(models: dict[str, str
     assert left == ""
 
 
-def test_sigterm_ends_the_teacher_with_success(models: dict[str, str], tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_sigterm_ends_the_teacher_with_success(models: dict[str, str], tmp_path: Path) -> None:
     with server("teacher", tmp_path / "log", "--teacher.model", models["qwen3"]) as running:
         body = {"sequences": [{"prompt": "2+2=", "completion": "4"}], "top_k": 3}
         with running.client() as client:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,6 +21,7 @@ from services.teacher.transformers.engine import TransformersEngine
 from services.wire.teacher import TeacherScores
 from tests.integration.processes import KEY, Engine, Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head
+from tests.scoring import score_alone
 
 pytestmark = pytest.mark.integration
 
@@ -39,7 +41,7 @@ def direct_scores(model: str) -> list[TeacherScores]:
     """What the engine says to each of the requests, alone."""
     engine = TransformersEngine(TeacherConfig(model=model, device="cpu"))
     return [
-        engine.score([EncodedSequence(ids, 90) for ids in sequences], top_k=1, temperature=1.0)
+        score_alone(engine, [EncodedSequence(ids, 90) for ids in sequences], top_k=1, temperature=1.0)
         for sequences in REQUESTS
     ]
 
@@ -71,8 +73,8 @@ def test_a_flood_is_turned_away_and_whoever_is_let_in_is_answered_right(
 
     async def flood(seconds: float) -> None:
         limits = httpx.Limits(max_connections=None)
-        options = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 30.0, "limits": limits}
-        async with httpx.AsyncClient(base_url=teacher_server.url, trust_env=False, **options) as http:  # type: ignore[arg-type]
+        options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 30.0, "limits": limits}
+        async with httpx.AsyncClient(base_url=teacher_server.url, trust_env=False, **options) as http:
             watching = asyncio.create_task(watch(http))
             async with asyncio.TaskGroup() as group:
                 for number in range(NUM_CLIENTS):

@@ -16,7 +16,9 @@ from services.clients.plain_vllm import VllmTeacherClient
 from services.config import TeacherConfig
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
+from services.wire.teacher import TeacherInfo, TeacherScores
 from tests.integration.processes import KEY, Server, plain_vllm, server
+from tests.scoring import score_alone
 
 pytestmark = pytest.mark.integration
 
@@ -58,7 +60,7 @@ def test_it_scores_like_transformers_refuses_what_it_cannot_and_ends_cleanly(
         (rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (90, 89), (40, 7))
     ]
 
-    async def ask(top_k: int):  # type: ignore[no-untyped-def]
+    async def ask(top_k: int) -> tuple[TeacherInfo, TeacherScores]:
         async with TeacherClient([teacher.url], key=KEY) as client:
             return (await client.info())[0], await client.score(sequences * 8, top_k=top_k)
 
@@ -66,7 +68,7 @@ def test_it_scores_like_transformers_refuses_what_it_cannot_and_ends_cleanly(
     encoded = [EncodedSequence(ids, prompt) for ids, prompt in sequences * 8]
     for top_k in (5, 261):
         info, ours = asyncio.run(ask(top_k))
-        theirs = engine.score(encoded, top_k=top_k, temperature=1.0)
+        theirs = score_alone(engine, encoded, top_k=top_k, temperature=1.0)
         np.testing.assert_array_equal(ours.row_offsets, theirs.row_offsets)
         np.testing.assert_allclose(ours.token_logprobs, theirs.token_logprobs, atol=1e-4)
         np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=1e-4)
@@ -108,7 +110,7 @@ def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path
     rng = np.random.default_rng(1)
     sequences = [(rng.integers(0, 261, size).tolist(), prompt) for size, prompt in ((128, 1), (2, 1), (40, 7))]
 
-    async def ask(url: str):  # type: ignore[no-untyped-def]
+    async def ask(url: str) -> tuple[TeacherInfo, TeacherScores]:
         async with VllmTeacherClient([url], key=KEY) as client:
             return (await client.info())[0], await client.score(sequences, top_k=20)
 
@@ -116,7 +118,7 @@ def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path
         info, theirs = asyncio.run(ask(running.url))
     assert (info.padded_vocab_size, info.max_top_k, info.max_model_len) == (261, 30, 128)
     engine = TransformersEngine(TeacherConfig(model=models["qwen3"], device="cpu"))
-    ours = engine.score([EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
+    ours = score_alone(engine, [EncodedSequence(ids, prompt) for ids, prompt in sequences], top_k=20, temperature=1.0)
     np.testing.assert_array_equal(ours.row_offsets, theirs.row_offsets)
     for name in ("token_logprobs", "topk_logprobs", "tail_logprobs"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)

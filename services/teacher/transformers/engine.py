@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import DEFAULT_HEAD_ROWS, DEFAULT_TOKENS, TeacherConfig
-from services.errors import RequestError, StartupError
+from services.errors import StartupError
 from services.models.causal_lm import (
     chat_template_hash,
     chat_template_probe,
@@ -25,10 +25,10 @@ from services.models.causal_lm import (
 )
 from services.models.fingerprint import model_fingerprint
 from services.models.padding import cut_by_padded_tokens, pad_sequences
-from services.teacher.jobs import EncodedSequence, ScoreItem, ScoreJob
+from services.teacher.jobs import ScoreItem
 from services.teacher.transformers.head import ScoringHead
 from services.wire.message import PROTOCOL_VERSION
-from services.wire.teacher import TeacherInfo, TeacherScores
+from services.wire.teacher import TeacherInfo
 
 # Threads of a CPU that share less work than this in a forward pass mostly wait for each other, and do more in forward
 # passes of their own; more of those than a few wait for Python's lock.
@@ -114,27 +114,6 @@ class TransformersEngine:
             max_answer_mib=config.max_answer_mib,
             temperature_support="any",
         )
-
-    def score(self, sequences: list[EncodedSequence], *, top_k: int, temperature: float) -> TeacherScores:
-        """Score one request by itself, without a queue: for programs, and for what a server's answers are compared with.
-
-        Args:
-            sequences: already checked against this engine's limits.
-            top_k: K candidates per row, at most the vocabulary.
-            temperature: divides the logits before the softmax.
-
-        Raises:
-            RequestError: there is no row to score, or there are more candidates than tokens.
-            DistillServeError: the model's logits are not finite.
-        """
-        if not 1 <= top_k <= self.info.padded_vocab_size:
-            detail = f"top_k = {top_k} must be between 1 and the vocabulary's {self.info.padded_vocab_size}"
-            raise RequestError(422, "Over a limit", detail, field="top_k")
-        job = ScoreJob(sequences, top_k=top_k, temperature=temperature)
-        items = job.items()
-        for group in cut_by_padded_tokens([len(s.token_ids) for s in sequences], self.tokens_per_forward):
-            self.forward([items[index] for index in group])
-        return job.scores(self.info)
 
     def forward(self, items: list[ScoreItem]) -> None:
         """One forward pass over sequences of any jobs, whose columns it fills; two where they cannot share one.

@@ -6,10 +6,12 @@ from typing import Any
 
 import yaml
 
+from services.config.roles import Role
+
 CLONE = Path(__file__).parents[3]
 GPU_FILE, CPU_FILE = CLONE / "compose.yaml", CLONE / "deploy" / "compose.cpu.yaml"
 PROFILE = CLONE / "deploy" / "profiles" / "several-gpus.env"
-ROLES = {"rollout": "rollout", "teacher": "teacher", "trainer": "train"}
+ROLES: dict[str, Role] = {"rollout": "rollout", "teacher": "teacher", "trainer": "train"}
 """Service and the command that it runs."""
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 

@@ -41,7 +41,7 @@ def resolved(
     output = capsys.readouterr()
     assert exit_info.value.code == 0, output.err
     config = RunConfig.model_validate_json(output.out)
-    config.require(ROLES[service])  # type: ignore[arg-type]
+    config.require(ROLES[service])
     return config
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 def server() -> Iterator[HTTPServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(self.server.answer if self.path == "/ready" else 404)  # type: ignore[attr-defined]
+            self.send_response(vars(self.server)["answer"] if self.path == "/ready" else 404)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -44,8 +45,8 @@ def check(port: int) -> int:
 
 
 @pytest.mark.parametrize(("answer", "code"), [(200, 0), (503, 1), (404, 1)])
-def test_it_says_what_the_server_says(server: HTTPServer, answer: int, code: int) -> None:
-    server.answer = answer  # type: ignore[attr-defined]
+def test_it_says_what_the_server_says(server: Any, answer: int, code: int) -> None:
+    server.answer = answer
     assert check(server.server_port) == code
 
 

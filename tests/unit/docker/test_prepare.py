@@ -20,7 +20,7 @@ class Stage:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, owners: dict[str, tuple[int, int]]) -> None:
         # Its dataclasses look their module up.
         module = SimpleNamespace()
-        monkeypatch.setitem(sys.modules, "prepare", module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "prepare", module)
         vars(module).update(runpy.run_path(str(CLONE / "docker" / "prepare.py"), run_name="prepare"))
         self.module: Any = module
         self.owners: dict[str, tuple[int, int]] = {str(path / name): owner for name, owner in owners.items()}

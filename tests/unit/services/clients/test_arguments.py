@@ -1,6 +1,7 @@
 """What callers hand to the clients: arrays become lists, and what cannot be sent is refused before anything is."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,14 +13,13 @@ from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
 from services.errors import ClientClosedError, DistillServeError, InputError
 from services.wire.rollout import RolloutSampling
-from tests.unit.services.clients.test_clients import echo
-from tests.unit.services.clients.test_teacher_client import answer
+from tests.unit.services.clients.answers import completed, scored
 from tests.unit.services.weight_transfer.controls import control
 
 URL = "http://a:1"
 SAMPLING = RolloutSampling(max_new_tokens=4)
 SURROGATE = "a\ud800"
-KINDS = {
+KINDS: dict[str, Callable[..., Any]] = {
     "list": list,
     "tuple": tuple,
     "range": lambda ids: range(ids[0], ids[-1] + 1),
@@ -44,13 +44,15 @@ class Recorder:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_ids_may_be_of_any_kind_of_integers(kind: str) -> None:
-    make, one = KINDS[kind], np.int64(1)
-    scored, completed = Recorder(answer), Recorder(echo)
-    teacher = TeacherClient([URL], transport=httpx.MockTransport(scored))
-    rollout = RolloutClient([URL], transport=httpx.MockTransport(completed))
+    make = KINDS[kind]
+    numbers: Any = (np.int64(1), torch.tensor(2), np.int32(3))
+    one, two, three = numbers
+    scoring, completing = Recorder(scored), Recorder(completed)
+    teacher = TeacherClient([URL], transport=httpx.MockTransport(scoring))
+    rollout = RolloutClient([URL], transport=httpx.MockTransport(completing))
     support: Any = [[make([7, 8]), make([8, 9])]]
-    scores = await teacher.score([(make([4, 5, 6]), one)], top_k=np.int64(2), support_ids=support)  # type: ignore[list-item]
-    assert scored.bodies == [
+    scores = await teacher.score([(make([4, 5, 6]), one)], top_k=2 * one, support_ids=support)
+    assert scoring.bodies == [
         {
             "sequences": [{"token_ids": [4, 5, 6], "prompt_length": 1, "support_ids": [[7, 8], [8, 9]]}],
             "top_k": 2,
@@ -58,22 +60,24 @@ async def test_ids_may_be_of_any_kind_of_integers(kind: str) -> None:
         }
     ]
     assert scores.token_ids.tolist() == [5, 6]
-    await rollout.generate([make([4, 5])], SAMPLING, torch.tensor(2), np.int32(3))  # type: ignore[arg-type]
+    await rollout.generate([make([4, 5])], SAMPLING, two, three)
     await rollout.generate_on(URL, [make([4, 5])], SAMPLING)
-    assert [body["prompts"] for body in completed.bodies] == [[[4, 5]], [[4, 5]]]
-    assert (completed.bodies[0]["samples_per_prompt"], completed.bodies[0]["student_top_k"]) == (2, 3)
+    assert [body["prompts"] for body in completing.bodies] == [[[4, 5]], [[4, 5]]]
+    assert (completing.bodies[0]["samples_per_prompt"], completing.bodies[0]["student_top_k"]) == (2, 3)
 
 
 async def test_a_two_dimensional_array_is_a_list_of_prompts_or_of_rows() -> None:
-    scored, completed = Recorder(answer), Recorder(echo)
-    await RolloutClient([URL], transport=httpx.MockTransport(completed)).generate(np.array([[1, 2], [3, 4]]), SAMPLING)  # type: ignore[arg-type]
-    await TeacherClient([URL], transport=httpx.MockTransport(scored)).score(
+    scoring, completing = Recorder(scored), Recorder(completed)
+    prompts: Any = np.array([[1, 2], [3, 4]])
+    rows: Any = torch.tensor([[[4, 5], [6, 7]]])
+    await RolloutClient([URL], transport=httpx.MockTransport(completing)).generate(prompts, SAMPLING)
+    await TeacherClient([URL], transport=httpx.MockTransport(scoring)).score(
         [([1, 2, 3], 1)],
         top_k=1,
-        support_ids=torch.tensor([[[4, 5], [6, 7]]]),  # type: ignore[arg-type]
+        support_ids=rows,
     )
-    assert completed.bodies[0]["prompts"] == [[1, 2], [3, 4]]
-    assert scored.bodies[0]["sequences"][0]["support_ids"] == [[4, 5], [6, 7]]
+    assert completing.bodies[0]["prompts"] == [[1, 2], [3, 4]]
+    assert scoring.bodies[0]["sequences"][0]["support_ids"] == [[4, 5], [6, 7]]
 
 
 def nothing(request: httpx.Request) -> httpx.Response:
@@ -202,13 +206,9 @@ async def test_a_closed_client_says_so() -> None:
     transport = httpx.MockTransport(nothing)
     for client in (TeacherClient([URL], transport=transport), VllmTeacherClient([URL], transport=transport)):
         await client.close()
-        for call in (
-            client.info(),
-            client.score([([1, 2], 1)], top_k=1),
-            client.wait_ready(1.0),
-        ):
+        for asking in (client.info(), client.score([([1, 2], 1)], top_k=1), client.wait_ready(1.0)):
             with pytest.raises(ClientClosedError, match=f"TeacherClient of {URL} is closed"):
-                await call
+                await asking
     rollout = RolloutClient([URL], transport=transport)
     await rollout.close()
     for call in (rollout.info(), rollout.generate([[1]], SAMPLING), rollout.generate_on(URL, [[1]], SAMPLING)):

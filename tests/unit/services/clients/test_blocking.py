@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import httpx
 import numpy as np
@@ -68,7 +69,7 @@ def test_a_refused_sequence_is_told_and_the_others_are_scored(client: BlockingTe
 
 def test_all_forms_of_a_sequence_may_be_mixed(client: BlockingTeacherClient) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"prompt": "a", "completion": "bcd"},
         {"token_ids": [5, 6], "prompt_length": 1},
         {"messages": messages},
@@ -146,7 +147,7 @@ def test_an_interrupted_call_does_not_go_on_in_the_background(monkeypatch: pytes
         raise AssertionError
 
     class Interrupted:
-        def __init__(self, future) -> None:  # type: ignore[no-untyped-def]
+        def __init__(self, future: Any) -> None:
             self.future = future
 
         def result(self) -> None:

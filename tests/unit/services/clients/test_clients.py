@@ -16,17 +16,13 @@ from services.clients import rollout as rollout_client
 from services.clients.teacher_requests import cut_by_rows
 from services.errors import PeerError, ProblemError
 from services.wire.frames import END_OF_STREAM
-from services.wire.rollout import (
-    RolloutCompletion,
-    RolloutSampling,
-    VersionSpan,
-    encode_completion,
-    encode_stream_error,
-)
-from services.wire.teacher import TeacherScores, encode_scores
+from services.wire.rollout import RolloutSampling, encode_stream_error
+from tests.scripted_teacher import INFO
+from tests.servers import rollout_info
+from tests.unit.services.clients.answers import completed, frame, scored, scores_for
 
 A, B = "http://a:1", "http://b:2"
-Handler = Callable[[httpx.Request], httpx.Response]
+Handler = Callable[[httpx.Request], Any]
 
 
 class Script:
@@ -53,18 +49,6 @@ def rollout(handler: Handler, urls: tuple[str, ...] = (A,), **options: Any) -> R
 
 
 VOCABULARY = {"a": 0, "b": 1}
-ROLLOUT = {
-    "protocol": 1,
-    "model": "m",
-    "boot_id": "b",
-    "policy_version": "default",
-    "dtype": "float32",
-    "max_model_len": 64,
-    "vocab_size": 9,
-    "max_logprobs": 4,
-    "world_size": 1,
-    "weight_transfer_backend": "gloo",
-}
 
 
 def ok() -> httpx.Response:
@@ -126,7 +110,9 @@ async def test_retry_after_is_respected_with_a_little_jitter(status: int, waits:
 
 async def test_of_a_very_long_retry_after_five_minutes_are_believed(waits: list[float]) -> None:
     await rollout(
-        Script(httpx.Response(503, headers={"Retry-After": "1e12"}), httpx.Response(200, json=ROLLOUT))
+        Script(
+            httpx.Response(503, headers={"Retry-After": "1e12"}), httpx.Response(200, json=rollout_info().model_dump())
+        )
     ).info()
     assert len(waits) == 1 and 300 <= waits[0] <= 375
 
@@ -206,57 +192,18 @@ async def test_wait_ready_gives_up_after_its_time(
 
 # --------------------------------------------------------------------------------------------- teacher
 
-INFO = {
-    "protocol": 1,
-    "model": "m",
-    "fingerprint": "f",
-    "vocab_size": 9,
-    "padded_vocab_size": 16,
-    "tokenizer_fingerprint": "t",
-    "eos_token_ids": [2],
-    "chat_template_probe": None,
-    "dtype": "float32",
-    "max_model_len": 64,
-    "max_top_k": 16,
-    "max_tokens_per_request": 100,
-    "max_sequences_per_request": 10,
-    "max_answer_mib": 1,
-    "temperature_support": "any",
-}
-
 
 async def test_info_comes_in_the_order_of_the_urls() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={**INFO, "model": request.url.host})
+        return httpx.Response(200, json={**INFO.model_dump(), "model": request.url.host})
 
     assert [info.model for info in await teacher(handler, (B + "/", A)).info()] == ["b", "a"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"hello", json.dumps({**INFO, "surprise": 1}).encode()])
+@pytest.mark.parametrize("content", [b"", b"{}", b"hello", json.dumps({**INFO.model_dump(), "surprise": 1}).encode()])
 async def test_info_of_another_kind_is_refused(content: bytes) -> None:
     with pytest.raises(PeerError, match="is not a TeacherInfo"):
         await teacher(Script(httpx.Response(200, content=content))).info()
-
-
-def scores_for(body: dict[str, Any], **changes: Any) -> TeacherScores:
-    """An answer whose token logprobs are minus the scored token ids, so that rows can be told apart."""
-    completions = [s["token_ids"][s["prompt_length"] :] for s in body["sequences"]]
-    offsets = np.cumsum([0, *map(len, completions)])
-    rows, width = int(offsets[-1]), body["top_k"]
-    fields: dict[str, Any] = {
-        "model": "m",
-        "fingerprint": "f",
-        "temperature": body["temperature"],
-        "top_k": width,
-        "row_offsets": offsets.astype(np.int64),
-        "token_ids": np.concatenate(completions).astype(np.int32),
-        "token_logprobs": -np.concatenate(completions).astype(np.float32),
-        "topk_ids": np.tile(np.concatenate(completions).astype(np.int32)[:, None], (1, width)),
-        "topk_logprobs": np.zeros((rows, width), np.float32),
-        "tail_logprobs": np.full(rows, -1, np.float32),
-        "entropies": np.full(rows, 2, np.float32),
-    }
-    return TeacherScores(**{**fields, **changes})
 
 
 SEQUENCES = [([9, 9, 1, 2], 2), ([9, 3], 1), ([9, 4, 5, 6], 1), ([9, 9, 7], 2), ([9, 8, 10], 1)]
@@ -279,12 +226,11 @@ async def test_work_is_spread_and_its_order_kept(
     shares: list[tuple[int, str, int]] = []
 
     async def handler(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
-        scores = scores_for(body)
+        scores = scores_for(json.loads(request.content))
         shares.append((int(-scores.token_logprobs[0]), request.url.host, len(scores.token_logprobs)))
         for _ in range(20 - 2 * int(-scores.token_logprobs[0])):  # the first share is answered last
             await asyncio.sleep(0)
-        return httpx.Response(200, content=encode_scores(scores))
+        return scored(request)
 
     got = await teacher(handler, urls).score(SEQUENCES, top_k=2, max_rows_per_request=limit)
     assert [(host, rows) for _, host, rows in sorted(shares)] == expected
@@ -295,16 +241,14 @@ async def test_work_is_spread_and_its_order_kept(
 
 
 async def test_a_score_request_says_what_was_asked() -> None:
-    script = Script(
-        httpx.Response(
-            200,
-            content=encode_scores(
-                scores_for({"sequences": [{"token_ids": [9, 1], "prompt_length": 1}], "top_k": 3, "temperature": 0.5})
-            ),
-        )
-    )
-    await teacher(script).score([([9, 1], 1)], top_k=3, temperature=0.5)
-    request = script.requests[0]
+    requests: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        return scored(request)
+
+    await teacher(handler).score([([9, 1], 1)], top_k=3, temperature=0.5)
+    (request,) = requests
     assert (request.method, str(request.url)) == ("POST", f"{A}/v1/teacher/logprobs")
     assert request.headers["accept"] == "application/x-safetensors"
     assert json.loads(request.content) == {
@@ -321,7 +265,7 @@ async def test_only_the_share_that_failed_is_asked_again(waits: list[float]) -> 
         calls[request.url.host] += 1
         if request.url.host == "b" and calls["b"] == 1:
             raise httpx.ReadError("gone")
-        return httpx.Response(200, content=encode_scores(scores_for(json.loads(request.content))))
+        return scored(request)
 
     got = await teacher(handler, (A, B)).score([([9, 1], 1), ([9, 2], 1)], top_k=1)
     assert got.token_logprobs.tolist() == [-1, -2]
@@ -349,7 +293,7 @@ async def test_only_the_share_that_failed_is_asked_again(waits: list[float]) -> 
 )
 async def test_an_answer_of_the_wrong_shape_is_refused(changes: dict[str, np.ndarray], message: str) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=encode_scores(scores_for(json.loads(request.content), **changes)))
+        return scored(request, **changes)
 
     with pytest.raises(PeerError, match=message):
         await teacher(handler).score([([9, 1, 2], 1), ([9, 3], 1)], top_k=2)
@@ -381,32 +325,12 @@ def test_rows_are_cut_into_consecutive_slices(num_rows: list[int], limit: int, e
 SAMPLING = RolloutSampling(max_new_tokens=4, seed=7)
 
 
-def frame(prompt_index: int, sample_index: int, *token_ids: int) -> bytes:
-    completion = RolloutCompletion(
-        prompt_index=prompt_index,
-        sample_index=sample_index,
-        token_ids=np.array(token_ids, np.int32),
-        rollout_logprobs=np.zeros(len(token_ids), np.float32),
-        finish_reason="stop",
-        policy_versions=[VersionSpan("default", 0, len(token_ids))],
-    )
-    return encode_completion(completion)
-
-
-def echo(request: httpx.Request) -> httpx.Response:
-    """Each prompt completed with its own first id and the sample's number, the last completion sent first."""
-    body = json.loads(request.content)
-    samples = range(body.get("samples_per_prompt", 1))
-    frames = [frame(i, s, prompt[0], s) for i, prompt in enumerate(body["prompts"]) for s in samples]
-    return httpx.Response(200, content=b"".join([*reversed(frames), END_OF_STREAM]))
-
-
 @pytest.mark.parametrize("urls", [(A,), (A, B), (A, B, "http://c:3")])
 async def test_completions_come_in_the_order_of_prompts_and_samples(urls: tuple[str, ...]) -> None:
     prompts = [[10], [11], [12], [13], [14]]
-    got = await rollout(echo, urls).generate(prompts, SAMPLING, samples_per_prompt=2)
+    got = await rollout(completed, urls).generate(prompts, SAMPLING, samples_per_prompt=2)
     assert [(c.prompt_index, c.sample_index) for c in got] == [(p, s) for p in range(5) for s in range(2)]
-    assert [c.token_ids.tolist() for c in got] == [[10 + p, s] for p in range(5) for s in range(2)]
+    assert [c.token_ids.tolist() for c in got] == [[10 + p, 7 + s] for p in range(5) for s in range(2)]
 
 
 async def test_prompts_are_dealt_in_turn_and_a_server_without_any_is_not_asked() -> None:
@@ -414,7 +338,7 @@ async def test_prompts_are_dealt_in_turn_and_a_server_without_any_is_not_asked()
 
     def handler(request: httpx.Request) -> httpx.Response:
         bodies[request.url.host] = json.loads(request.content)
-        return echo(request)
+        return completed(request)
 
     client = rollout(handler, (A, B))
     client.run = "mine"
@@ -483,7 +407,7 @@ class Server:
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/rollouts/info":
-            return httpx.Response(200, json={**ROLLOUT, "max_completions_per_request": self.most})
+            return httpx.Response(200, json=rollout_info(max_completions_per_request=self.most).model_dump())
         body = json.loads(request.content)
         prompts, samples, seed = body["prompts"], body["samples_per_prompt"], body["sampling"]["seed"]
         self.asked.append(([p[0] for p in prompts], samples, seed))
@@ -494,9 +418,7 @@ class Server:
         for _ in range(5):
             await asyncio.sleep(0)
         self.under_way -= 1
-        # Each completion is its prompt and its seed: the server adds its own sample index to it.
-        frames = [frame(i, s, p[0], (seed or 0) + s) for i, p in enumerate(prompts) for s in range(samples)]
-        return httpx.Response(200, content=b"".join([*reversed(frames), END_OF_STREAM]))
+        return completed(request)
 
 
 @pytest.mark.parametrize("knows_the_limit", [True, False])
@@ -505,7 +427,7 @@ async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
     num_prompts: int, samples: int, knows_the_limit: bool
 ) -> None:
     servers = {"a": Server(4), "b": Server(9)}
-    client = rollout(lambda request: servers[request.url.host](request), (A, B))  # type: ignore[arg-type,return-value]
+    client = rollout(lambda request: servers[request.url.host](request), (A, B))
     if knows_the_limit:
         await client.info()
     got = await client.generate([[10 + i] for i in range(num_prompts)], SAMPLING, samples)
@@ -523,7 +445,7 @@ async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halve
 ) -> None:
     monkeypatch.setattr(rollout_client, "MAX_IDS_PER_REQUEST", 6)
     server = Server(100, most_ids=4)
-    client = rollout(server)  # type: ignore[arg-type]
+    client = rollout(server)
     got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)
     assert [prompts for prompts, _, _ in server.asked] == [[1, 2, 3], [1], [2, 3], [4, 5], [4], [5]]
     assert [c.token_ids[0] for c in got] == [1, 2, 3, 4, 5]
@@ -533,7 +455,7 @@ async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halve
 
 async def test_eight_thousand_prompts_need_no_thought() -> None:
     server = Server(1 << 20)
-    got = await rollout(server).generate([[i] for i in range(8200)], SAMPLING)  # type: ignore[arg-type]
+    got = await rollout(server).generate([[i] for i in range(8200)], SAMPLING)
     assert [c.token_ids[0] for c in got] == list(range(8200))
     assert [len(prompts) for prompts, _, _ in server.asked] == [4096, 4096, 8]
 
@@ -553,7 +475,7 @@ async def test_the_first_error_of_a_server_ends_the_work_of_the_others() -> None
         raise AssertionError
 
     with pytest.raises(ProblemError, match=r"b:2.* answered 422: no"):
-        await rollout(handler, (A, B)).generate([[1], [2]], SAMPLING)  # type: ignore[arg-type]
+        await rollout(handler, (A, B)).generate([[1], [2]], SAMPLING)
     assert under_way == 0
 
 
@@ -563,4 +485,7 @@ async def test_a_canary_is_asked_once(waits: list[float]) -> None:
         with pytest.raises(PeerError, match=r"busy|cannot be reached: ConnectError refused"):
             await rollout(script, (A, B)).generate_on(B, [[1]], SAMPLING)
         assert [str(request.url) for request in script.requests] == [f"{B}/v1/rollouts"]
-    assert [c.token_ids.tolist() for c in await rollout(echo).generate_on(A, [[5], [6]], SAMPLING)] == [[5, 0], [6, 0]]
+    assert [c.token_ids.tolist() for c in await rollout(completed).generate_on(A, [[5], [6]], SAMPLING)] == [
+        [5, 7],
+        [6, 7],
+    ]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
-def three(clock: Clock, *urls: str, **options: float) -> Replicas:
-    return Replicas(list(urls or (A, B, C)), clock=clock, jitter=lambda low, high: high, **options)  # type: ignore[arg-type]
+def three(clock: Clock, *urls: str, **options: Any) -> Replicas:
+    return Replicas(list(urls or (A, B, C)), clock=clock, jitter=lambda low, high: high, **options)
 
 
 def fail(replicas: Replicas, url: str, times: int = 3) -> None:

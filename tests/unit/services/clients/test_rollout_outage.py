@@ -6,14 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from services.clients import RolloutClient
 from services.errors import PeerError, ProblemError
-from services.wire.frames import END_OF_STREAM
 from services.wire.policy_label import PolicyLabel
-from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan, encode_completion
+from services.wire.rollout import RolloutSampling
+from tests.unit.services.clients.answers import completed, frame, frames_for
 from trainer.weights.policy_versions import PolicyVersions
 
 A, B = "http://a:1", "http://b:2"
@@ -27,23 +26,6 @@ def client(
     return RolloutClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)
 
 
-def frames(request: httpx.Request, version: str = "default") -> list[bytes]:
-    """Each prompt completed with its own first id and the seed of the sample, the last completion first."""
-    body = json.loads(request.content)
-    found = []
-    for index, prompt in enumerate(body["prompts"]):
-        for sample in range(body["samples_per_prompt"]):
-            ids = np.array([prompt[0], body["sampling"]["seed"] + sample], np.int32)
-            spans = [VersionSpan(version, 0, 2)]
-            completion = RolloutCompletion(index, sample, ids, np.zeros(2, np.float32), "stop", spans)
-            found.append(encode_completion(completion))
-    return found[::-1]
-
-
-def answer(request: httpx.Request, version: str = "default") -> httpx.Response:
-    return httpx.Response(200, content=b"".join([*frames(request, version), END_OF_STREAM]))
-
-
 class BreakingStream(httpx.AsyncByteStream):
     """Some frames, and then the connection is gone."""
 
@@ -51,8 +33,8 @@ class BreakingStream(httpx.AsyncByteStream):
         self.frames, self.error = frames, error
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for frame in self.frames:
-            yield frame
+        for content in self.frames:
+            yield content
         raise self.error
 
 
@@ -63,7 +45,7 @@ async def test_a_server_that_restarts_is_waited_for(failure: int | Exception, cl
             if isinstance(failure, Exception):
                 raise failure
             return httpx.Response(failure)
-        return answer(request)
+        return completed(request)
 
     got = await client(down_for_200_s, clock).generate([[10], [11]], SAMPLING)
     assert [c.token_ids.tolist() for c in got] == [[10, 7], [11, 7]]
@@ -75,7 +57,7 @@ async def test_a_server_that_restarts_is_waited_for(failure: int | Exception, cl
 
 async def test_retry_after_is_waited_for(clock: SimpleNamespace) -> None:
     answers = [httpx.Response(429, headers={"Retry-After": "40"}), None]
-    got = await client(lambda request: answers.pop(0) or answer(request), clock).generate([[10]], SAMPLING)
+    got = await client(lambda request: answers.pop(0) or completed(request), clock).generate([[10]], SAMPLING)
     assert len(got) == 1 and len(clock.waits) == 1 and 40 <= clock.waits[0] <= 50
 
 
@@ -89,7 +71,7 @@ async def test_an_outage_that_lasts_names_the_server_the_time_the_reason_and_the
 
     def down(request: httpx.Request) -> httpx.Response:
         if request.url.host == "a":
-            return answer(request)
+            return completed(request)
         asked_at.append(clock.now)
         raise httpx.ConnectError("refused")
 
@@ -127,9 +109,9 @@ async def test_only_what_had_not_arrived_is_asked_again(num_received: int, order
         seeds = [body["sampling"]["seed"] + sample for sample in range(body["samples_per_prompt"])]
         asked.append([(prompt[0], seed) for prompt in body["prompts"] for seed in seeds])
         if len(asked) == 1:
-            arrive = frames(request)[::-order][:num_received]
+            arrive = frames_for(request)[::-order][:num_received]
             return httpx.Response(200, stream=BreakingStream(arrive, httpx.RemoteProtocolError("gone")))
-        return answer(request)
+        return completed(request)
 
     got = await client(breaks_once, clock).generate([[10], [11], [12]], SAMPLING, samples_per_prompt=2)
     everything = [(10 + prompt, 7 + sample) for prompt in range(3) for sample in range(2)]
@@ -150,7 +132,7 @@ async def test_a_server_that_breaks_off_again_and_again_is_asked_as_long_as_some
         nonlocal num_asked
         num_asked += 1
         clock.now += 100.0
-        return httpx.Response(200, stream=BreakingStream(frames(request)[:1], httpx.ReadError("gone")))
+        return httpx.Response(200, stream=BreakingStream(frames_for(request)[:1], httpx.ReadError("gone")))
 
     got = await client(one_at_a_time, clock, outage_s=1.0).generate([[10 + i] for i in range(5)], SAMPLING)
     assert [c.token_ids[0] for c in got] == [10, 11, 12, 13, 14] and num_asked == 5
@@ -203,14 +185,8 @@ async def test_what_the_listener_raises_ends_the_call(clock: SimpleNamespace) ->
 @pytest.mark.parametrize("wrong", ["doubled", "invented"])
 async def test_wrong_completions_before_a_break_are_refused(wrong: str, clock: SimpleNamespace) -> None:
     def breaks(request: httpx.Request) -> httpx.Response:
-        first = frames(request)[0]
-        other = (
-            first
-            if wrong == "doubled"
-            else encode_completion(
-                RolloutCompletion(9, 0, np.array([1], np.int32), np.zeros(1, np.float32), "stop", [])
-            )
-        )
+        first = frames_for(request)[0]
+        other = first if wrong == "doubled" else frame(9, 0, 1)
         return httpx.Response(200, stream=BreakingStream([first, other], httpx.ReadError("gone")))
 
     with pytest.raises(PeerError, match=r"sent sample 0 of prompt \d twice, or unasked"):
@@ -225,8 +201,8 @@ async def test_too_large_after_a_break_cuts_what_is_missing_alone(clock: SimpleN
         prompts = [prompt[0] for prompt in json.loads(request.content)["prompts"]]
         asked.append(prompts)
         if len(asked) == 1:
-            return httpx.Response(200, stream=BreakingStream(frames(request)[:1], httpx.ReadError("gone")))
-        return answer(request) if len(prompts) == 1 else httpx.Response(413)
+            return httpx.Response(200, stream=BreakingStream(frames_for(request)[:1], httpx.ReadError("gone")))
+        return completed(request) if len(prompts) == 1 else httpx.Response(413)
 
     got = await client(handler, clock).generate([[10], [11], [12]], SAMPLING)
     assert [c.token_ids[0] for c in got] == [10, 11, 12]
@@ -244,8 +220,11 @@ async def test_a_server_that_was_started_again_is_seen_in_what_it_sampled(clock:
             if clock.now > 100:
                 raise httpx.ConnectError("refused")
             clock.now += 1
-            return httpx.Response(200, stream=BreakingStream(frames(request, str(label))[:1], httpx.ReadError("gone")))
-        return answer(request)
+            return httpx.Response(
+                200,
+                stream=BreakingStream(frames_for(request, str(label))[:1], httpx.ReadError("gone")),
+            )
+        return completed(request)
 
     got = await client(restarts, clock).generate([[10], [11]], SAMPLING)
     assert [[span.policy_version for span in c.policy_versions] for c in got] == [["default"], [str(label)]]

@@ -16,8 +16,9 @@ from services.clients import teacher as teacher_client
 from services.clients.teacher import RefusedSequenceError
 from services.clients.teacher_answers import mismatches, without_sequences
 from services.errors import PeerError, ProblemError
-from services.wire.teacher import TeacherScores, decode_scores, encode_scores
-from tests.unit.services.clients.test_clients import INFO
+from services.wire.teacher import TeacherScores
+from tests.scripted_teacher import INFO
+from tests.unit.services.clients.answers import scored, scores_for
 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
 Handler = Callable[[httpx.Request], Any]
@@ -33,30 +34,6 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "sleep", lambda _: really_sleep(0))
 
 
-def answer(request: httpx.Request, **changes: Any) -> httpx.Response:
-    """Scores whose token logprobs are minus the scored ids, and minus the support ids."""
-    body = json.loads(request.content)
-    completions = [s["token_ids"][s["prompt_length"] :] for s in body["sequences"]]
-    tokens = np.concatenate(completions).astype(np.float32)
-    support = [row for s in body["sequences"] for row in s.get("support_ids", [])]
-    fields: dict[str, Any] = {
-        "model": "m",
-        "fingerprint": "f",
-        "temperature": body["temperature"],
-        "top_k": body["top_k"],
-        "row_offsets": np.cumsum([0, *map(len, completions)]),
-        "token_ids": tokens.astype(np.int32),
-        "token_logprobs": -tokens,
-        "topk_ids": np.zeros((len(tokens), body["top_k"]), np.int32),
-        "topk_logprobs": np.zeros((len(tokens), body["top_k"]), np.float32),
-        "tail_logprobs": -tokens,
-        "entropies": tokens,
-        "support_logprobs": -np.array(support, np.float32) if support else None,
-        "support_tail_logprobs": -tokens if support else None,
-    }
-    return httpx.Response(200, content=encode_scores(TeacherScores(**{**fields, **changes})))
-
-
 def size(request: httpx.Request) -> int:
     return len(json.loads(request.content)["sequences"])
 
@@ -70,7 +47,7 @@ async def test_what_is_too_large_is_cut_until_it_fits_and_keeps_its_order() -> N
 
     def at_most_two(request: httpx.Request) -> httpx.Response:
         sizes.append(size(request))
-        return answer(request) if sizes[-1] <= 2 else TOO_LARGE
+        return scored(request) if sizes[-1] <= 2 else TOO_LARGE
 
     scores = await teacher(at_most_two).score(SEQUENCES, top_k=2)
     assert scores.token_logprobs.tolist() == [-1, -2, -3, -4, -5, -6, -7]
@@ -92,7 +69,7 @@ async def test_one_sequence_that_is_too_large_is_the_callers_problem() -> None:
 
 async def test_support_ids_travel_with_their_sequences() -> None:
     support = [[[10 * i, i]] for i in range(1, 8)]
-    client = teacher(answer, A, B)
+    client = teacher(scored, A, B)
     scores = await client.score(SEQUENCES, top_k=1, support_ids=support, max_rows_per_request=2)
     assert scores.support_logprobs is not None and scores.support_tail_logprobs is not None
     assert scores.support_logprobs.tolist() == [[-10 * i, -i] for i in range(1, 8)]
@@ -105,7 +82,7 @@ async def test_support_ids_travel_with_their_sequences() -> None:
 )
 async def test_an_answer_without_the_support_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PeerError, match=r"http://a:1.* sent support_"):
-        await teacher(lambda r: answer(r, **changes)).score(SEQUENCES[:1], top_k=1, support_ids=[[[1, 2]]])
+        await teacher(lambda r: scored(r, **changes)).score(SEQUENCES[:1], top_k=1, support_ids=[[[1, 2]]])
 
 
 @pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), httpx.Response(503), httpx.Response(500)])
@@ -115,7 +92,7 @@ async def test_replicas_take_over_from_one_that_is_down(failure: httpx.Response 
     def only_c_lives(request: httpx.Request) -> httpx.Response:
         calls[request.url.host] += 1
         if request.url.host == "c":
-            return answer(request)
+            return scored(request)
         if isinstance(failure, Exception):
             raise failure
         return failure
@@ -129,12 +106,12 @@ async def test_replicas_take_over_from_one_that_is_down(failure: httpx.Response 
 async def test_answers_of_different_models_are_not_mixed() -> None:
     message = r"do not serve the same model: m \(a\) answered from http://a:1, m \(b\) from http://b:2"
     with pytest.raises(PeerError, match=message):
-        await teacher(lambda r: answer(r, fingerprint=r.url.host), A, B).score(SEQUENCES, top_k=1)
+        await teacher(lambda r: scored(r, fingerprint=r.url.host), A, B).score(SEQUENCES, top_k=1)
 
 
 async def test_a_server_that_comes_back_with_another_model_is_refused() -> None:
     fingerprints = iter("aab")
-    client = teacher(lambda r: answer(r, fingerprint=next(fingerprints)))
+    client = teacher(lambda r: scored(r, fingerprint=next(fingerprints)))
     for _ in range(2):
         await client.score(SEQUENCES, top_k=1)
     with pytest.raises(PeerError, match=r"m \(a\) answered from http://a:1, m \(b\) from http://a:1"):
@@ -149,7 +126,7 @@ async def test_a_refused_sequence_is_named_by_its_place_among_all() -> None:
         if len(last_ids) > 2:
             return TOO_LARGE
         if 5 not in last_ids:
-            return answer(request)
+            return scored(request)
         problem = {"detail": "too long", "field": f"sequences.{last_ids.index(5)}.token_ids"}
         return httpx.Response(422, json=problem)
 
@@ -168,7 +145,7 @@ async def test_what_is_not_a_problem_of_a_sequence_is_not_called_one(field: str 
 
 async def test_rows_of_other_tokens_can_be_left_to_the_caller() -> None:
     shifted = np.array([2, 3, 4, 5, 6, 7, 1], np.int32)
-    scores = await teacher(lambda r: answer(r, token_ids=shifted)).score(SEQUENCES, top_k=1, on_mismatch="keep")
+    scores = await teacher(lambda r: scored(r, token_ids=shifted)).score(SEQUENCES, top_k=1, on_mismatch="keep")
     assert scores.token_ids.tolist() == shifted.tolist()
     assert mismatches(scores, SEQUENCES)[2] == "the teacher scored token 4 in row 0, asked was 3"
 
@@ -196,7 +173,7 @@ async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.Mon
         for _ in range(20):
             await asyncio.sleep(0)
         under_way -= 1
-        return answer(request)
+        return scored(request)
 
     scores = await teacher(slow).score(SEQUENCES, top_k=1, max_rows_per_request=1)
     assert len(scores.token_logprobs) == 7 and most == 2
@@ -209,7 +186,7 @@ def refuse_some(*refused: int) -> Handler:
         last_ids = [s["token_ids"][-1] for s in json.loads(request.content)["sequences"]]
         bad = next((index for index, token in enumerate(last_ids) if token in refused), None)
         if bad is None:
-            return answer(request)
+            return scored(request)
         problem = {"detail": f"sequences.{bad}.token_ids holds {last_ids[bad]}", "field": f"sequences.{bad}.token_ids"}
         return httpx.Response(422, json=problem)
 
@@ -239,7 +216,7 @@ async def test_refused_sequences_have_no_rows_and_the_others_keep_theirs(refused
 async def test_when_all_are_refused_the_answer_is_an_empty_one(has_asked_before: bool) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/teacher/info":
-            return httpx.Response(200, json={**INFO, "model": "m", "fingerprint": "f"})
+            return httpx.Response(200, json={**INFO.model_dump(), "model": "m", "fingerprint": "f"})
         return refuse_some(*range(8))(request)
 
     client = teacher(handler, A, B)
@@ -251,7 +228,7 @@ async def test_when_all_are_refused_the_answer_is_an_empty_one(has_asked_before:
     assert sorted(told) == list(range(7)) and scores.row_offsets.tolist() == [0] * 8
     assert (scores.model, scores.fingerprint, scores.top_k, scores.temperature) == ("m", "f", 3, 0.5)
     body = {"sequences": [{"token_ids": [9, 1], "prompt_length": 1, "support_ids": [[1, 2]]}]}
-    like = decode_scores(answer(httpx.Request("POST", A, json={**body, "top_k": 3, "temperature": 0.5})).content)
+    like = scores_for({**body, "top_k": 3, "temperature": 0.5})
     assert {n: (c.dtype, c.shape[1:]) for n, c in scores.columns().items()} == {
         n: (c.dtype, c.shape[1:]) for n, c in like.columns().items()
     }
@@ -277,7 +254,7 @@ async def test_very_many_refused_sequences_are_no_deep_recursion() -> None:
 async def test_a_single_sequence_that_is_too_large_is_a_refused_one() -> None:
     def at_most_20_ids(request: httpx.Request) -> httpx.Response:
         ids = [s["token_ids"] for s in json.loads(request.content)["sequences"]]
-        return answer(request) if sum(map(len, ids)) <= 20 else TOO_LARGE
+        return scored(request) if sum(map(len, ids)) <= 20 else TOO_LARGE
 
     told: dict[int, str] = {}
     sequences = [([9, 1], 1), ([9] * 30, 1), ([9, 3], 1)]
@@ -302,7 +279,7 @@ async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyP
     def handler(request: httpx.Request) -> httpx.Response:
         sequences = json.loads(request.content)["sequences"]
         sizes.append(sum(len(s["token_ids"]) + sum(map(len, s["support_ids"])) for s in sequences))
-        return answer(request)
+        return scored(request)
 
     scores = await teacher(handler).score(SEQUENCES, top_k=1, support_ids=[[[i, 1, 2]] for i in range(7)])
     assert sizes == [10, 10, 10, 5] and scores.token_ids.tolist() == list(range(1, 8))
@@ -311,16 +288,16 @@ async def test_a_request_has_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------------------------------- outages
 
 
-def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: float) -> TeacherClient:
+def timed(handler: Handler, clock: SimpleNamespace, *urls: str, **options: Any) -> TeacherClient:
     transport = httpx.MockTransport(handler)
-    return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)  # type: ignore[arg-type]
+    return TeacherClient(list(urls or (A,)), transport=transport, clock=lambda: clock.now, **options)
 
 
 async def test_an_outage_is_sat_out_with_growing_waits(clock: SimpleNamespace) -> None:
     def down_until_290(request: httpx.Request) -> httpx.Response:
         if clock.now < 390.0:
             raise httpx.ConnectError("refused")
-        return answer(request)
+        return scored(request)
 
     scores = await timed(down_until_290, clock).score(SEQUENCES, top_k=1)
     assert len(scores.token_logprobs) == 7 and 390 <= clock.now < 400
@@ -368,7 +345,7 @@ async def test_a_busy_replica_is_left_alone_and_the_other_takes_the_work_at_once
         calls[request.url.host] += 1
         if request.url.host == "a":
             return httpx.Response(429, headers={"Retry-After": "30"})
-        return answer(request)
+        return scored(request)
 
     client = timed(handler, clock, A, B)
     for _ in range(5):
@@ -417,7 +394,7 @@ async def test_a_replica_that_returns_is_used_again(clock: SimpleNamespace, capl
         calls[request.url.host] += 1
         if request.url.host == "a" and clock.now < 110:
             raise httpx.ReadTimeout("")
-        return answer(request)
+        return scored(request)
 
     client = timed(handler, clock, A, B)
     for _ in range(50):

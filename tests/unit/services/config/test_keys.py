@@ -11,6 +11,7 @@ from services.clients import BlockingTeacherClient, RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
 from services.config.keys import Secrets, key_headers, make_key, require_key_beyond_loopback, reveal
 from services.errors import ConfigError, InputError
+from tests.unit.services.config.commands import refused
 from tests.unit.services.weight_transfer.controls import control
 
 KEY = "SENTINEL-0f9"
@@ -142,11 +143,8 @@ def test_a_trainer_with_a_bad_key_does_not_start(
 ) -> None:
     monkeypatch.setenv(name, f"{KEY} {KEY}")
     options = ["--student.model", "m", "--data.path", "d", "--pipeline.steps", "1", "--output.dir", str(tmp_path)]
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *options])
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1
-    assert said[0].startswith(f"distillserve: {name} has white space") and KEY not in said[0]
+    said = refused(capsys, "train", *options)
+    assert said.startswith(f"distillserve: {name} has white space") and KEY not in said
 
 
 @pytest.mark.parametrize("client", [TeacherClient, BlockingTeacherClient, RolloutClient, VllmTeacherClient])
@@ -181,6 +179,15 @@ def test_made_keys_are_keys_and_differ() -> None:
 def test_listening_beyond_loopback_needs_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match=r"DISTILLSERVE_TEACHER_KEY is not set.*DISTILLSERVE_TEACHER_KEY_FILE"):
         require_key_beyond_loopback("teacher", host, None)
+
+
+@pytest.mark.parametrize("command", ["teacher", "rollout"])
+def test_a_public_server_without_a_key_does_not_start(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"DISTILLSERVE_{command.upper()}_KEY"
+    model = {"teacher": "--teacher.model", "rollout": "--student.model"}[command]
+    line = refused(capsys, command, model, "m", f"--{command}.host", "0.0.0.0")
+    for text in (f"{command}.host = '0.0.0.0'", name, "127.0.0.1"):
+        assert text in line
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])

@@ -1,11 +1,13 @@
 """The arithmetic of a GPU's memory, against numbers worked out by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from services.gpus.memory import (
     GIB,
+    Share,
     Shrinkable,
     Sizes,
     kv_bytes_per_token,
@@ -18,16 +20,18 @@ from services.models.shape import ModelShape
 from tests.unit.services.shapes import QWEN3_0_6B
 
 SIZES = Sizes(max_model_len=1024)
-TRAINING = {"master_dtype": "float32", "rollout_dtype": "bfloat16", "bucket_bytes": 1 << 20}
+TRAINING: dict[str, Any] = {"master_dtype": "float32", "rollout_dtype": "bfloat16", "bucket_bytes": 1 << 20}
 
 
-def trainer(sizes: Sizes = SIZES, compute: str = "bfloat16", checkpointing: bool = True, master: str = "float32"):  # type: ignore[no-untyped-def]
+def trainer(
+    sizes: Sizes = SIZES, compute: str = "bfloat16", checkpointing: bool = True, master: str = "float32"
+) -> Share:
     options = TRAINING | {"master_dtype": master}
-    return trainer_share(QWEN3_0_6B, sizes, compute_dtype=compute, checkpointing=checkpointing, **options)  # type: ignore[arg-type]
+    return trainer_share(QWEN3_0_6B, sizes, compute_dtype=compute, checkpointing=checkpointing, **options)
 
 
-def vllm(**changes):  # type: ignore[no-untyped-def]
-    arguments = {"num_gpus": 1, "kv_tokens": 1024} | changes
+def vllm(**changes: Any) -> Share:
+    arguments: dict[str, Any] = {"num_gpus": 1, "kv_tokens": 1024} | changes
     return vllm_share(QWEN3_0_6B, "bfloat16", SIZES, 24 * GIB, **arguments)
 
 
@@ -47,7 +51,7 @@ def test_the_head_adds_two_gradients_of_the_embedding() -> None:
     assert trainer().head > 2 * 4 * 151_936 * 1024 == pytest.approx(1.24e9, rel=1e-2)
 
 
-def per_token(**options) -> float:  # type: ignore[no-untyped-def]
+def per_token(**options: Any) -> float:
     """Bytes of activations of one more token of a micro-batch."""
     large, small = (trainer(replace(SIZES, tokens_per_micro_batch=n), **options).activations for n in (32768, 16384))
     return float((large - small) / 16384)

@@ -3,6 +3,7 @@
 import itertools
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def run(**changes: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return lambda *sizes: install_gpus(tmp_path, monkeypatch, sizes)
 
 

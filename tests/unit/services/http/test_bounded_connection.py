@@ -112,7 +112,8 @@ async def test_answers_and_bodies_may_take_longer_than_headers(server: uvicorn.S
 
 async def test_an_answer_that_nobody_takes_is_given_up(server: uvicorn.Server) -> None:
     reader, writer = await connected(server)
-    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    assert isinstance(writer.transport, asyncio.Transport)
+    writer.transport.pause_reading()
     writer.write(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
     await asyncio.sleep(0.2)
     assert len(server.server_state.connections) == 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -142,7 +143,8 @@ def test_no_netrc_adds_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_idle_connections_are_closed_by_the_client_first() -> None:
     assert 2 * CLIENT_IDLE_S <= SERVER_IDLE_S
     client = async_client([], 1.0)
-    assert client._transport._pool._keepalive_expiry == CLIENT_IDLE_S  # type: ignore[attr-defined]
+    transport: Any = client._transport
+    assert transport._pool._keepalive_expiry == CLIENT_IDLE_S
 
 
 # ------------------------------------------------------------------------------------------- TLS
@@ -308,8 +310,8 @@ async def test_a_name_that_does_not_resolve_is_not_waited_for_as_long_as_a_model
 
 
 async def test_a_name_that_was_never_right_is_no_outage(clock: SimpleNamespace) -> None:
-    options = {"outage_s": 300.0, "clock": clock.monotonic}
-    client = TeacherClient(["http://a"], transport=httpx.MockTransport(unresolved), **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"outage_s": 300.0, "clock": clock.monotonic}
+    client = TeacherClient(["http://a"], transport=httpx.MockTransport(unresolved), **options)
     with pytest.raises(
         PeerError, match=r"no teacher has answered for 20 s .*http://a cannot be reached: no such host name"
     ):
@@ -322,8 +324,8 @@ async def test_a_name_that_is_lost_is_an_outage(clock: SimpleNamespace) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200) if request.url.path == "/ready" else unresolved(request)
 
-    options = {"outage_s": 300.0, "clock": clock.monotonic}
-    client = TeacherClient(["http://a"], transport=httpx.MockTransport(handler), **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"outage_s": 300.0, "clock": clock.monotonic}
+    client = TeacherClient(["http://a"], transport=httpx.MockTransport(handler), **options)
     await client.wait_ready(1.0)
     with pytest.raises(PeerError, match="no teacher has answered for 300 s"):
         await client.score([([1, 2], 1)], top_k=1)

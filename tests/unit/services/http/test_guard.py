@@ -200,6 +200,11 @@ async def test_a_server_that_was_launched_repeats_the_word_it_was_given(monkeypa
             assert response.headers[LAUNCH_HEADER] == "word"
 
 
+async def nothing() -> Message:
+    """Of a caller that sends nothing."""
+    raise AssertionError("nobody asks it")
+
+
 async def test_websockets_are_closed_and_the_lifespan_passed_on() -> None:
     seen: list[str] = []
     sent: list[Message] = []
@@ -211,8 +216,8 @@ async def test_websockets_are_closed_and_the_lifespan_passed_on() -> None:
         sent.append(message)
 
     guard = Guard(app, key=KEY, open_paths=OPEN_PATHS, max_body_bytes=100)
-    await guard({"type": "lifespan"}, None, send)  # type: ignore[arg-type]
-    await guard({"type": "websocket", "path": "/health", "headers": []}, None, send)  # type: ignore[arg-type]
+    await guard({"type": "lifespan"}, nothing, send)
+    await guard({"type": "websocket", "path": "/health", "headers": []}, nothing, send)
     assert seen == ["lifespan"] and sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -231,7 +236,7 @@ async def test_a_caller_that_does_not_take_its_answer_is_no_error_of_the_server(
     guard = Guard(gives_up, key=None, open_paths=OPEN_PATHS, max_body_bytes=100)
     scope = {"type": "http", "method": "GET", "path": "/info", "headers": []}
     with contextlib.nullcontext() if has_begun else pytest.raises(ConnectionAbortedError):
-        await guard(scope, None, send)  # type: ignore[arg-type]
+        await guard(scope, nothing, send)
     assert len(sent) == int(has_begun)  # no end of the answer: the server closes the connection
 
 
@@ -264,7 +269,7 @@ async def test_a_request_that_is_cancelled_is_told_that_the_server_ends() -> Non
 
     guard = Guard(waits, key=None, open_paths=OPEN_PATHS, max_body_bytes=100)
     scope = {"type": "http", "method": "POST", "path": "/act", "headers": []}
-    asking = asyncio.create_task(guard(scope, None, send))  # type: ignore[arg-type]
+    asking = asyncio.create_task(guard(scope, nothing, send))
     await begun.wait()
     asking.cancel()
     await asking

@@ -21,7 +21,7 @@ from services.teacher.vllm import info as vllm_info
 from services.wire.teacher import MODEL_DIGITS
 from tests.models import save_model
 from tests.scripted_teacher import INFO
-from tests.unit.services.clients.test_clients import scores_for
+from tests.unit.services.clients.answers import scores_for
 from trainer.tiny.pair import build_tokenizer
 
 

@@ -18,7 +18,7 @@ from services.models.text import (
     encode_prompt,
     longest_token,
 )
-from tests.tokenizers import FAMILIES
+from tests.tokenizers import FAMILIES, built_anew
 
 FAITHFUL = ["gpt2", "bare", "llama3", "opt", "roberta", "spaced", "llama2", "mistral", "always", "gemma", "bytes"]
 """Families that give a text back as it was written, but for what they put in front."""
@@ -161,7 +161,7 @@ def test_an_empty_completion_has_no_tokens() -> None:
 
 
 def test_unknown_characters_that_become_one_token_with_the_prompts_are_refused() -> None:
-    tokenizer = FAMILIES["t5"]()
+    tokenizer = built_anew("t5")
     with pytest.raises(TextError, match=r"the tokenizer cannot tell '文' from the prompt"):
         encode_completion(tokenizer, "中", encode_prompt(tokenizer, "中", special=True), "文", special=True)
     ids = encode_completion(tokenizer, "x", encode_prompt(tokenizer, "x", special=True), "文", special=True)
@@ -169,7 +169,7 @@ def test_unknown_characters_that_become_one_token_with_the_prompts_are_refused()
 
 
 def test_a_token_that_swallows_the_space_behind_it_swallows_none_of_the_completion() -> None:
-    tokenizer = FAMILIES["always"].__wrapped__()  # type: ignore[attr-defined]
+    tokenizer = built_anew("always")
     tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|user|>", rstrip=True, special=True)]})
     prompt_ids = encode_prompt(tokenizer, "<|user|>\n", special=False)
     assert tokenizer.convert_ids_to_tokens(prompt_ids) == ["<|user|>"]
@@ -186,7 +186,7 @@ def test_an_accent_that_joins_the_prompts_letter_is_encoded_beside_others_that_a
 
 
 def test_a_space_that_the_tokenizer_drops_from_the_prompts_end_comes_with_the_completion() -> None:
-    tokenizer = FAMILIES["t5"].__wrapped__()  # type: ignore[attr-defined]
+    tokenizer = built_anew("t5")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
     prompt_ids = encode_prompt(tokenizer, "x= ", special=True)
     assert prompt_ids == encode_prompt(tokenizer, "x=", special=True)
@@ -195,7 +195,7 @@ def test_a_space_that_the_tokenizer_drops_from_the_prompts_end_comes_with_the_co
 
 
 def test_a_token_for_whole_words_is_not_cut_out_of_a_longer_one() -> None:
-    tokenizer = FAMILIES["gpt2"].__wrapped__()  # type: ignore[attr-defined]
+    tokenizer = built_anew("gpt2")
     tokenizer.add_tokens([AddedToken("dog", single_word=True)])
     prompt_ids = encode_prompt(tokenizer, "a ", special=True)
     for completion in ("dogs", "dog"):

@@ -12,7 +12,7 @@ import pytest
 from services.clients import RolloutClient
 from services.errors import ProblemError, RequestError
 from services.http.bounded_connection import BoundedConnection
-from services.rollout import rollouts
+from services.rollout import completions
 from services.rollout.body import parse_request, read_request
 from services.rollout.settings import RolloutSettings
 from services.wire.rollout import MAX_IDS_PER_REQUEST, RolloutSampling
@@ -35,7 +35,7 @@ def request(content: bytes, **headers: object) -> bytes:
 
 async def test_completions_may_take_longer_than_the_client_waits_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it waits for is silence."""
-    monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(completions, "HEARTBEAT_S", 0.1)
     engine = SlowEngine(seconds=1.5)
     async with serving(engine) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         got = await client.generate([[5], [6]], SAMPLING, samples_per_prompt=2)
@@ -43,7 +43,7 @@ async def test_completions_may_take_longer_than_the_client_waits_for_an_answer(m
 
 
 async def test_the_gate_may_be_closed_for_longer_than_the_client_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(completions, "HEARTBEAT_S", 0.1)
     async with serving(SlowEngine()) as server, RolloutClient([server.url], timeout_s=0.5, outage_s=0.0) as client:
         await server.state.admission.close(1.0)
         asking = asyncio.create_task(client.generate([[5]], SAMPLING))
@@ -83,14 +83,14 @@ async def test_who_does_not_read_leaves_nothing_behind() -> None:
     class Impatient(BoundedConnection):
         transfer_timeout_s = 0.5
 
-    engine = SlowEngine(num_tokens=50_000)
+    engine: Any = SlowEngine(num_tokens=50_000)
 
     async def generate(prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
         engine.seconds = 0.0 if prompt["prompt_token_ids"] == [5] else 60.0
         async for output in SlowEngine.generate(engine, prompt, params, request_id):
             yield output
 
-    engine.generate = generate  # type: ignore[method-assign]
+    engine.generate = generate
     async with serving(engine, Impatient) as server:
         content = json.dumps({**BODY, "samples_per_prompt": 2, "student_top_k": 31}).encode()
         _, writer = await asyncio.open_connection(*server.address, limit=1024)
@@ -116,7 +116,7 @@ async def test_a_place_is_taken_before_the_body_is_read_and_late_bodies_give_it_
 
 
 async def test_a_client_that_finds_no_place_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "_RETRY_AFTER_S", 1.0)
+    monkeypatch.setattr(completions, "_RETRY_AFTER_S", 1.0)
     async with serving(SlowEngine(seconds=0.5), max_pending_requests=1) as server:
         first, second = RolloutClient([server.url]), RolloutClient([server.url])
         one = asyncio.create_task(first.generate([[5]], SAMPLING))

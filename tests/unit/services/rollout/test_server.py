@@ -22,7 +22,7 @@ from services.gpus.options import computed
 from services.http.connections import CLIENT_IDLE_S
 from services.process.startup import free_port
 from services.rollout import server
-from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
+from services.rollout.middleware import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
 from services.rollout.settings import RolloutSettings
 from tests.models import save_model
 from tests.unit.services.fake_gpus import UUIDS, install_gpus

@@ -1,7 +1,7 @@
 """`distillserve score` in this process against a scripted teacher on a real port; signals: tests/integration."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, out, err
 
 
+ScoreFile = Callable[..., tuple[int, str]]
+"""Scores rows with further arguments; (exit code, last line on stderr)."""
+
+
 @pytest.fixture
-def score_file(tmp_path: Path, teacher: ScriptedTeacher, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Score rows of a file into tmp_path/scores; (exit code, last line on stderr)."""
+def score_file(tmp_path: Path, teacher: ScriptedTeacher, capsys: pytest.CaptureFixture[str]) -> ScoreFile:
+    """Scores a file of rows into tmp_path/scores."""
 
     def score(rows: list[Any], *options: str) -> tuple[int, str]:
         file = write(tmp_path / "d.jsonl", rows)
@@ -80,7 +84,7 @@ def test_the_key_comes_from_the_environment(
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_row_of_a_file_is_scored_in_its_place(
     dtype: str,
-    score_file,  # type: ignore[no-untyped-def]
+    score_file: ScoreFile,
     tmp_path: Path,
     teacher: ScriptedTeacher,
 ) -> None:
@@ -100,14 +104,14 @@ def test_every_row_of_a_file_is_scored_in_its_place(
     assert manifest["complete"] and manifest["logprob_dtype"] == dtype and manifest["teacher"] == "scripted"
 
 
-def test_a_finished_file_is_not_scored_again(score_file, teacher: ScriptedTeacher) -> None:  # type: ignore[no-untyped-def]
+def test_a_finished_file_is_not_scored_again(score_file: ScoreFile, teacher: ScriptedTeacher) -> None:
     score_file(ROWS)
     asked = teacher.num_asked
     assert score_file(ROWS)[0] == 0
     assert teacher.num_asked == asked
 
 
-def test_only_the_missing_shards_are_scored(score_file, tmp_path: Path, teacher: ScriptedTeacher) -> None:  # type: ignore[no-untyped-def]
+def test_only_the_missing_shards_are_scored(score_file: ScoreFile, tmp_path: Path, teacher: ScriptedTeacher) -> None:
     score_file(ROWS, "--shard-rows", "50")
 
     def files() -> dict[str, bytes]:
@@ -131,8 +135,8 @@ def test_only_the_missing_shards_are_scored(score_file, tmp_path: Path, teacher:
     ],
 )
 def test_other_settings_are_refused(
-    options: tuple[str, ...], message: str, score_file, teacher: ScriptedTeacher
-) -> None:  # type: ignore[no-untyped-def]
+    options: tuple[str, ...], message: str, score_file: ScoreFile, teacher: ScriptedTeacher
+) -> None:
     score_file(ROWS)
     asked = teacher.num_asked
     code, said = score_file(ROWS, *options)
@@ -140,7 +144,7 @@ def test_other_settings_are_refused(
     assert teacher.num_asked == asked
 
 
-def test_another_input_and_another_teacher_are_refused(score_file, teacher: ScriptedTeacher) -> None:  # type: ignore[no-untyped-def]
+def test_another_input_and_another_teacher_are_refused(score_file: ScoreFile, teacher: ScriptedTeacher) -> None:
     score_file(ROWS)
     code, said = score_file(ROWS[:-1])
     assert code == 2 and "input's sha256" in said
@@ -168,7 +172,7 @@ REFUSED = {"prompt": "a", "completion": "!!!"}
 def test_a_bad_row_stops_with_its_number_and_the_shards_before_it(
     bad: Any,
     reason: str,
-    score_file,  # type: ignore[no-untyped-def]
+    score_file: ScoreFile,
     tmp_path: Path,
     teacher: ScriptedTeacher,
 ) -> None:
@@ -178,7 +182,9 @@ def test_a_bad_row_stops_with_its_number_and_the_shards_before_it(
     assert [row.row for row in read_shards(tmp_path / "scores", partial=True)] == list(range(1, 21))
 
 
-def test_bad_rows_are_skipped_counted_and_listed(score_file, tmp_path: Path, teacher: ScriptedTeacher) -> None:  # type: ignore[no-untyped-def]
+def test_bad_rows_are_skipped_counted_and_listed(
+    score_file: ScoreFile, tmp_path: Path, teacher: ScriptedTeacher
+) -> None:
     teacher.refuse = too_long
     rows = [REFUSED, ROWS[0], "{", ROWS[1], REFUSED, REFUSED, ROWS[2], REFUSED]
     code, said = score_file(rows, "--on-bad-row", "skip", "--shard-rows", "5")
@@ -197,12 +203,12 @@ def test_bad_rows_are_skipped_counted_and_listed(score_file, tmp_path: Path, tea
     assert code == 2 and "row 1: 70 tokens" in said
 
 
-def test_a_shard_of_bad_rows_alone_is_complete(score_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_shard_of_bad_rows_alone_is_complete(score_file: ScoreFile, tmp_path: Path) -> None:
     code, _ = score_file(["{", "{", ROWS[0]], "--on-bad-row", "skip", "--shard-rows", "2")
     assert code == 0 and [row.row for row in read_shards(tmp_path / "scores")] == [3]
 
 
-def test_a_problem_that_is_not_of_a_row_is_the_runs(score_file, teacher: ScriptedTeacher) -> None:  # type: ignore[no-untyped-def]
+def test_a_problem_that_is_not_of_a_row_is_the_runs(score_file: ScoreFile, teacher: ScriptedTeacher) -> None:
     teacher.refuse = lambda body: (422, {"detail": "top_k = 999 in top_k, at most 261 are served", "field": "top_k"})
     code, said = score_file(ROWS, "--top-k", "999", "--on-bad-row", "skip")
     assert code == 4 and "top_k = 999" in said

@@ -25,7 +25,10 @@ SETTINGS = ScoreSettings(
     shard_rows=2,
     input=InputFile("d.jsonl", 99, "ab"),
 )
-BODY = {"sequences": [{"prompt": "a", "completion": "bcd"}, {"prompt": "ab", "completion": "c"}], "top_k": 2}
+BODY: dict[str, Any] = {
+    "sequences": [{"prompt": "a", "completion": "bcd"}, {"prompt": "ab", "completion": "c"}],
+    "top_k": 2,
+}
 SCORES = scores_of({**BODY, "temperature": 0.7})
 
 
@@ -71,7 +74,7 @@ def test_an_unfinished_folder_is_read_only_where_that_is_meant(folder: Path) -> 
     manifest = Manifest.read(folder)
     manifest.shards[2] = write_shard(
         folder, 2, 5, [5], scores_of({**BODY, "sequences": BODY["sequences"][:1], "temperature": 1.0})
-    )  # type: ignore[index]
+    )
     manifest.write(folder)
     assert [row.row for row in read_shards(folder)] == [1, 2, 5]
 

@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
 
 from services.weight_transfer.receiver import WeightReceiver
 from services.weight_transfer.sender import WeightSender, check_arrival
@@ -31,7 +32,7 @@ class Embedding(torch.nn.Module):
         super().__init__()
         self.quant_method: Any = UnquantizedEmbeddingMethod()
         self.weight = torch.nn.Parameter(torch.zeros(PADDED, WIDTH, dtype=torch.bfloat16), requires_grad=False)
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+        set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
         param[: len(loaded_weight)].data.copy_(loaded_weight)
@@ -46,7 +47,7 @@ class Fused(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(3 * WIDTH, WIDTH, dtype=torch.bfloat16), requires_grad=False)
         self.bias = torch.nn.Parameter(torch.zeros(3 * WIDTH, dtype=torch.bfloat16), requires_grad=False)
         for parameter in (self.weight, self.bias):
-            parameter.weight_loader = self.load  # type: ignore[attr-defined]
+            set_weight_attrs(parameter, {"weight_loader": self.load})
 
     def load(self, param: torch.Tensor, loaded_weight: torch.Tensor, shard: int) -> None:
         param.data.narrow(0, shard * WIDTH, WIDTH).copy_(loaded_weight)
@@ -187,8 +188,8 @@ class ReceivingEnd:
 
 def receiver(backend: str = "distillserve_gloo", rank: int = 0) -> WeightReceiver:
     parallel = SimpleNamespace(data_parallel_index=0, world_size=8, rank=rank)
-    config = SimpleNamespace(parallel_config=parallel, model_config=None)
-    return WeightReceiver(SimpleNamespace(backend=backend), config, CPU, Model())  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+    return WeightReceiver(SimpleNamespace(backend=backend), config, CPU, Model())
 
 
 def sender(port: int = 0, world_size: int = 2, timeout_s: float = 20.0, bucket_bytes: int = 200) -> WeightSender:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_a_trainer_pushes_to_two_servers_again_and_again_over_one_port() -> None
     port = host_store("127.0.0.1", 0, 5.0).port
     trainer, workers = sender(port, world_size=3), [receiver(), receiver()]
 
-    def tell(rendezvous: dict) -> None:  # type: ignore[type-arg]
+    def tell(rendezvous: dict[str, Any]) -> None:
         assert rendezvous["master_port"] == port
         with ThreadPoolExecutor(2) as executor:
             offsets = (1, 2)
@@ -155,7 +156,7 @@ def test_a_trainer_pushes_to_two_servers_again_and_again_over_one_port() -> None
 
 
 def test_a_server_that_refuses_ends_the_connecting() -> None:
-    def refuse(rendezvous: dict) -> None:  # type: ignore[type-arg]
+    def refuse(rendezvous: dict[str, Any]) -> None:
         raise WeightSyncError("connect on http://a answered 409")
 
     trainer = sender(world_size=3, timeout_s=60.0)
@@ -166,7 +167,7 @@ def test_a_server_that_refuses_ends_the_connecting() -> None:
 def test_a_server_that_fails_after_its_workers_came_ends_the_connecting() -> None:
     worker = receiver()
 
-    def join_and_fail(rendezvous: dict) -> None:  # type: ignore[type-arg]
+    def join_and_fail(rendezvous: dict[str, Any]) -> None:
         worker.init_transfer_engine(Rendezvous(**rendezvous))
         raise WeightSyncError("connect on http://b answered 500")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightSource
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
 
 from services.errors import WeightSyncError
 from services.weight_transfer import nccl
@@ -36,7 +37,7 @@ class Shard(torch.nn.Module):
     def __init__(self, num_rows: int, rank: int, size: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(num_rows // size, HIDDEN, dtype=torch.bfloat16))
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+        set_weight_attrs(self.weight, {"weight_loader": self.load})
         self.rank = rank
 
     def load(self, param: Tensor, loaded: Tensor) -> None:

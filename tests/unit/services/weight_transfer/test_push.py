@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -65,18 +66,18 @@ def test_no_fault_of_twenty_passes_after_a_small_step_in_half_precision() -> Non
                 push(sender, workers, source)
 
 
-def withhold(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: object) -> Source:
+def withhold(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: Any) -> Source:
     left_out = randoms.choice(list(weights))
     return Source({name: tensor for name, tensor in weights.items() if name != left_out})
 
 
-def repeat(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: object) -> Source:
+def repeat(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: Any) -> Source:
     chosen = randoms.randrange(len(old))
-    wire.damage = lambda buffer, index: buffer.copy_(old[index]) if index == chosen else None  # type: ignore[attr-defined]
+    wire.damage = lambda buffer, index: buffer.copy_(old[index]) if index == chosen else None
     return Source(weights)
 
 
-def flip(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: object) -> Source:
+def flip(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], wire: Any) -> Source:
     # Every parameter here is a multiple of 8 bytes, and its first byte is never padding.
     chosen, bit = randoms.randrange(len(old)), 1 << randoms.randrange(8)
     place = randoms.randrange(old[chosen].numel() // 16) * 16 + randoms.randrange(8)
@@ -85,7 +86,7 @@ def flip(randoms: random.Random, weights: Parameters, old: list[torch.Tensor], w
         if index == chosen:
             buffer[place] ^= bit
 
-    wire.damage = damage  # type: ignore[attr-defined]
+    wire.damage = damage
     return Source(weights)
 
 
@@ -104,7 +105,7 @@ def test_a_source_that_is_read_while_it_changes_is_found(monkeypatch: pytest.Mon
     weights = random_weights(0)
     pack = sender._pack
 
-    def pack_and_change(channel, index, bucket, tensors):  # type: ignore[no-untyped-def]
+    def pack_and_change(channel: Any, index: int, bucket: Any, tensors: list[torch.Tensor]) -> Any:
         packed = pack(channel, index, bucket, tensors)
         tensors[0].view(-1)[0] += 1.0
         return packed
@@ -139,9 +140,9 @@ def test_a_source_that_yields_what_it_did_not_announce_ends_the_push_on_both_end
 def test_a_lone_tensor_is_sent_from_where_it_is() -> None:
     sender, workers, _ = connected(bucket_bytes=1)
     weights, sent = random_weights(0), []
-    channel = sender._channel
-    broadcast = channel.broadcast  # type: ignore[union-attr]
-    channel.broadcast = lambda buffer: sent.append(buffer.data_ptr()) or broadcast(buffer)  # type: ignore
+    channel: Any = sender._channel
+    broadcast = channel.broadcast
+    channel.broadcast = lambda buffer: sent.append(buffer.data_ptr()) or broadcast(buffer)
     push(sender, workers, Source(weights))
     assert sent[0] == weights["embed.weight"].data_ptr() and sent[-1] == weights["norm.weight"].data_ptr()
     assert sent[1] == sent[3] and sent[2] not in sent[:2]

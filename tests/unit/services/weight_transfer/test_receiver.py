@@ -253,8 +253,8 @@ def test_ranks_follow_data_and_tensor_parallel_workers(monkeypatch: pytest.Monke
     for replica in range(2):
         for rank in range(2):
             parallel = SimpleNamespace(data_parallel_index=replica, world_size=2, rank=rank)
-            config = SimpleNamespace(parallel_config=parallel, model_config=None)
-            engine = WeightReceiver(SimpleNamespace(backend="distillserve_gloo"), config, CPU, Model())  # type: ignore
+            config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+            engine = WeightReceiver(SimpleNamespace(backend="distillserve_gloo"), config, CPU, Model())
             engine.init_transfer_engine(receiver_module.Rendezvous("a", 1, 4, 8, 20.0))
     assert ranks == [4, 5, 6, 7]
 

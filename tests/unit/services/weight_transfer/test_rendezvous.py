@@ -3,6 +3,7 @@
 import socket
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -44,8 +45,8 @@ def test_an_address_that_is_not_this_machines_is_an_error_that_names_the_option(
         host_store(address, 0, 5.0)
 
 
-def rendezvous_at(port: int, **changes: object) -> Rendezvous:
-    return replace(Rendezvous("127.0.0.1", port, 1, 3, 20.0), **changes)  # type: ignore[arg-type]
+def rendezvous_at(port: int, **changes: Any) -> Rendezvous:
+    return replace(Rendezvous("127.0.0.1", port, 1, 3, 20.0), **changes)
 
 
 def test_workers_that_were_refused_are_not_waited_for() -> None:

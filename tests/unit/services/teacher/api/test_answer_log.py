@@ -1,6 +1,7 @@
 """What the teacher's log says of an answered request."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 
@@ -24,7 +25,8 @@ def test_a_line_says_who_asked_what_and_how_it_went(caplog: pytest.LogCaptureFix
     given = scope(**{SCORED: {"sequences": 2, "rows": 30}})
     expected = "INFO method=POST path=/v1/x status=200 duration_ms=12.3 client=10.0.0.9 sequences=2 rows=30"
     assert lines(caplog, 200, access_log=True, given=given) == [expected]
-    assert (caplog.records[0].status, caplog.records[0].rows) == (200, 30)  # type: ignore[attr-defined]
+    fields = vars(caplog.records[0])
+    assert (fields["status"], fields["rows"]) == (200, 30)
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, None), (404, "INFO"), (429, "INFO"), (500, "WARNING")])
@@ -41,8 +43,8 @@ def test_no_path_writes_a_line_of_its_own_and_no_query_is_kept(caplog: pytest.Lo
 
 
 async def test_a_scored_request_is_one_line_with_its_id_and_health_is_none(
-    tiny_model_folder, caplog: pytest.LogCaptureFixture
-) -> None:  # type: ignore[no-untyped-def]
+    tiny_model_folder: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="services.teacher.api.answer_log")
     async with serving(tiny_model_folder("qwen3"), key="a-secret-key", access_log=True) as client:
         await client.get("/health")

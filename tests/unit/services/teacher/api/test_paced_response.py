@@ -42,7 +42,7 @@ async def test_a_caller_who_does_not_take_its_answer_is_left() -> None:
 async def test_the_place_is_kept_until_the_answer_is_sent(tiny_model_folder: Callable[[str], str]) -> None:
     """Else answers that nobody reads would pile up outside the bound on accepted requests."""
     async with serving(tiny_model_folder("qwen3")) as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
+        service = client.service
         body = json.dumps({"sequences": [{"token_ids": [5] * 200, "prompt_length": 1}] * 10, "top_k": 200}).encode()
         messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
         held: list[int] = []
@@ -56,5 +56,5 @@ async def test_the_place_is_kept_until_the_answer_is_sent(tiny_model_folder: Cal
 
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "query_string": b""}
-        await client.guard({**scope, "path": "/v1/teacher/logprobs", "headers": headers}, receive, send)  # type: ignore[attr-defined]
+        await client.guard({**scope, "path": "/v1/teacher/logprobs", "headers": headers}, receive, send)
         assert len(held) > 10 and set(held) == {1} and service.pending == 0

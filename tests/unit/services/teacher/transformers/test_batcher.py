@@ -139,7 +139,7 @@ def test_an_engine_that_stays_broken_fails_what_waits_and_takes_no_more() -> Non
         batcher.submit(late)
         assert isinstance(late.done.exception(5), RequestError)
     assert [type(e) for e in failures] == [IndexError]
-    assert [e.status for e in errors] == [503, 503]  # type: ignore[union-attr]
+    assert [getattr(e, "status", None) for e in errors] == [503, 503]
     assert len(engine.passes) == 2  # the pass that failed, and the probe
 
 

@@ -20,6 +20,7 @@ from services.teacher.jobs import EncodedSequence, ScoreJob
 from services.teacher.transformers.engine import TransformersEngine
 from services.wire.teacher import TeacherScores
 from tests.models import save_model
+from tests.scoring import score_alone
 from trainer.tiny.pair import build_tokenizer
 
 VOCABULARY = 261  # 256 bytes and five special tokens
@@ -77,7 +78,7 @@ def test_scores_equal_a_full_float64_forward(
     tiny_model_folder: Callable[[str], str],
 ) -> None:
     sequences = random_sequences(1, (3, 5), (1, 1), (7, 20), (2, 11), support=4)
-    scores = engines(architecture).score(sequences, top_k=6, temperature=temperature)
+    scores = score_alone(engines(architecture), sequences, top_k=6, temperature=temperature)
     assert scores.row_offsets.tolist() == [0, 5, 6, 26, 37]
     assert scores.token_ids.tolist() == [i for s in sequences for i in s.token_ids[s.prompt_length :]]
     for index, sequence in enumerate(sequences):
@@ -104,10 +105,10 @@ def test_scores_equal_a_full_float64_forward(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_company_in_a_batch_changes_nothing(architecture: str, engines: Callable[..., TransformersEngine]) -> None:
     sequences = random_sequences(2, (4, 9), (1, 3), (30, 40), (2, 1), (4, 9))
-    together = engines(architecture).score(sequences, top_k=5, temperature=1.0)
-    backwards = engines(architecture).score(sequences[::-1], top_k=5, temperature=1.0)
+    together = score_alone(engines(architecture), sequences, top_k=5, temperature=1.0)
+    backwards = score_alone(engines(architecture), sequences[::-1], top_k=5, temperature=1.0)
     for index, sequence in enumerate(sequences):
-        alone = engines(architecture).score([sequence], top_k=5, temperature=1.0)
+        alone = score_alone(engines(architecture), [sequence], top_k=5, temperature=1.0)
         for name in PER_ROW:
             mine = getattr(alone, name)
             for batch, place in ((together, index), (backwards, len(sequences) - 1 - index)):
@@ -120,7 +121,7 @@ def test_forward_passes_at_the_same_time_change_nothing(engines: Callable[..., T
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda job: engine.forward(job.items()), jobs))
     for job in jobs:
-        alone, beside = engine.score(job.sequences, top_k=5, temperature=1.0), job.scores(engine.info)
+        alone, beside = score_alone(engine, job.sequences, top_k=5, temperature=1.0), job.scores(engine.info)
         for name in PER_ROW:
             np.testing.assert_allclose(getattr(beside, name), getattr(alone, name), rtol=0, atol=1e-5, err_msg=name)
 
@@ -141,9 +142,9 @@ def test_sequences_with_other_rotary_frequencies_share_no_forward_pass(tmp_path:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
     engine = TransformersEngine(TeacherConfig(model=save_model(tmp_path, "llama", rope_parameters=rope), device="cpu"))
     sequences = random_sequences(8, (3, 5), (10, 20), (8, 8), (8, 9))
-    together = engine.score(sequences, top_k=5, temperature=1.0)
+    together = score_alone(engine, sequences, top_k=5, temperature=1.0)
     for index, sequence in enumerate(sequences):
-        alone = engine.score([sequence], top_k=5, temperature=1.0)
+        alone = score_alone(engine, [sequence], top_k=5, temperature=1.0)
         exact = exact_logprobs(str(tmp_path), sequence, 1.0)
         mine = exact.gather(1, torch.tensor(sequence.token_ids[sequence.prompt_length :])[:, None])[:, 0].numpy()
         for scores, rows in ((together, rows_of(together, index)), (alone, slice(None))):
@@ -161,28 +162,28 @@ def test_jobs_that_ask_for_different_things_share_a_forward_pass(engines: Callab
     jobs = [ScoreJob(sequences, top_k=k, temperature=t) for sequences, k, t in asked]
     engine.forward([item for job in jobs for item in job.items()][::-1])
     for job, (sequences, k, t) in zip(jobs, asked, strict=True):
-        alone, together = engine.score(sequences, top_k=k, temperature=t), job.scores(engine.info)
+        alone, together = score_alone(engine, sequences, top_k=k, temperature=t), job.scores(engine.info)
         for name, values in alone.columns().items():
             np.testing.assert_allclose(getattr(together, name), values, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_sizes_of_forward_and_head_change_nothing(engines: Callable[..., TransformersEngine]) -> None:
     sequences = random_sequences(3, (4, 9), (1, 3), (10, 20), (2, 1), support=3)
-    whole = engines().score(sequences, top_k=5, temperature=0.7)
-    in_pieces = engines(tokens_per_forward=31, rows_per_head_chunk=4).score(sequences, top_k=5, temperature=0.7)
+    whole = score_alone(engines(), sequences, top_k=5, temperature=0.7)
+    in_pieces = score_alone(engines(tokens_per_forward=31, rows_per_head_chunk=4), sequences, top_k=5, temperature=0.7)
     for name in (*PER_ROW, "support_logprobs", "support_tail_logprobs"):
         np.testing.assert_allclose(getattr(whole, name), getattr(in_pieces, name), rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_scoring_twice_gives_the_same_bits(engines: Callable[..., TransformersEngine]) -> None:
     sequences = random_sequences(4, (4, 9), (1, 3))
-    first, second = (engines().score(sequences, top_k=5, temperature=1.0) for _ in range(2))
+    first, second = (score_alone(engines(), sequences, top_k=5, temperature=1.0) for _ in range(2))
     for name in PER_ROW:
         assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
 
 
 def test_types_and_shapes_are_those_of_the_contract(engines: Callable[..., TransformersEngine]) -> None:
-    scores = engines().score(random_sequences(5, (2, 3), (1, 1), support=2), top_k=4, temperature=2.0)
+    scores = score_alone(engines(), random_sequences(5, (2, 3), (1, 1), support=2), top_k=4, temperature=2.0)
     described = {n: (v.dtype.name, v.shape) for n, v in vars(scores).items() if isinstance(v, np.ndarray)}
     assert described == {
         "row_offsets": ("int64", (3,)),
@@ -199,7 +200,7 @@ def test_types_and_shapes_are_those_of_the_contract(engines: Callable[..., Trans
 
 
 def test_candidates_and_tail_add_up_to_one(engines: Callable[..., TransformersEngine]) -> None:
-    scores = engines().score(random_sequences(6, (2, 30)), top_k=8, temperature=1.0)
+    scores = score_alone(engines(), random_sequences(6, (2, 30)), top_k=8, temperature=1.0)
     mass = np.exp(scores.topk_logprobs.astype(np.float64)).sum(-1) + np.exp(scores.tail_logprobs.astype(np.float64))
     np.testing.assert_allclose(mass, 1.0, atol=1e-5)
     assert (np.diff(scores.topk_logprobs, axis=1) <= 0).all()
@@ -207,17 +208,17 @@ def test_candidates_and_tail_add_up_to_one(engines: Callable[..., TransformersEn
 
 def test_the_whole_vocabulary_leaves_no_tail(engines: Callable[..., TransformersEngine]) -> None:
     sequences = random_sequences(7, (2, 6))
-    scores = engines().score(sequences, top_k=VOCABULARY, temperature=1.0)
+    scores = score_alone(engines(), sequences, top_k=VOCABULARY, temperature=1.0)
     assert (scores.tail_logprobs == -np.inf).all()
     assert (np.sort(scores.topk_ids, axis=1) == np.arange(VOCABULARY)).all()
-    one_short = engines().score(sequences, top_k=VOCABULARY - 1, temperature=1.0)
+    one_short = score_alone(engines(), sequences, top_k=VOCABULARY - 1, temperature=1.0)
     np.testing.assert_allclose(one_short.tail_logprobs, scores.topk_logprobs[:, -1], atol=1e-6)
 
 
 def test_support_of_the_sampled_token_is_its_logprob(engines: Callable[..., TransformersEngine]) -> None:
     (sequence,) = random_sequences(8, (2, 4))
     support = [[token, token, 0] for token in sequence.token_ids[2:]]
-    scores = engines().score([EncodedSequence(sequence.token_ids, 2, support)], top_k=1, temperature=1.0)
+    scores = score_alone(engines(), [EncodedSequence(sequence.token_ids, 2, support)], top_k=1, temperature=1.0)
     assert scores.support_logprobs is not None
     assert (scores.support_logprobs[:, 0] == scores.token_logprobs).all()
     assert (scores.support_logprobs[:, 0] == scores.support_logprobs[:, 1]).all()
@@ -242,31 +243,22 @@ def test_logits_of_a_half_precision_head_are_not_rounded(
 
 
 def test_a_bfloat16_teacher_tells_candidates_apart(engines: Callable[..., TransformersEngine]) -> None:
-    scores = engines(dtype="bfloat16").score(random_sequences(10, (4, 40)), top_k=32, temperature=1.0)
+    scores = score_alone(engines(dtype="bfloat16"), random_sequences(10, (4, 40)), top_k=32, temperature=1.0)
     equal_neighbours = (np.diff(scores.topk_logprobs, axis=1) == 0).mean()
     assert equal_neighbours < 0.01  # rounded to bfloat16, most neighbours are equal
 
 
 @pytest.mark.parametrize(
-    ("sequences", "top_k", "field"),
+    ("sequences", "field"),
     [
-        ([EncodedSequence([1, 2], 1)], VOCABULARY + 1, "top_k"),
-        ([EncodedSequence([1, 2], 1)], 0, "top_k"),
-        ([EncodedSequence([1, 2], 1), EncodedSequence([1, 2], 2)], 1, "sequences.1.prompt_length"),
-        ([EncodedSequence([1, 2], 0)], 1, "sequences.0.prompt_length"),
-        ([], 1, "sequences"),
+        ([EncodedSequence([1, 2], 1), EncodedSequence([1, 2], 2)], "sequences.1.prompt_length"),
+        ([EncodedSequence([1, 2], 0)], "sequences.0.prompt_length"),
+        ([], "sequences"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_before_any_forward(
-    sequences: list[EncodedSequence],
-    top_k: int,
-    field: str,
-    engines: Callable[..., TransformersEngine],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TransformersEngine, "forward", None)
+def test_what_cannot_be_scored_makes_no_job(sequences: list[EncodedSequence], field: str) -> None:
     with pytest.raises(RequestError) as caught:
-        engines().score(sequences, top_k=top_k, temperature=1.0)
+        ScoreJob(sequences, top_k=1, temperature=1.0)
     assert (caught.value.status, caught.value.field) == (422, field)
 
 
@@ -281,7 +273,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_model_folder: Callable[[st
     with torch.no_grad():
         broken._model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(DistillServeError, match="not finite"):
-        broken.score(random_sequences(9, (1, 2)), top_k=2, temperature=1.0)
+        score_alone(broken, random_sequences(9, (1, 2)), top_k=2, temperature=1.0)
 
 
 @pytest.mark.parametrize(

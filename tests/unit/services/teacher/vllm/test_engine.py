@@ -40,7 +40,7 @@ def flat(*positions: list[tuple[int, float]]) -> FlatLogprobs:
     logprobs.append(None)
     for entries in positions:
         ids, values = zip(*entries, strict=True)
-        logprobs.append_fast(list(ids), list(values), iter(range(len(ids))), [None] * len(ids))  # type: ignore[arg-type]
+        logprobs.append_fast(list(ids), list(values), iter(range(len(ids))), [None] * len(ids))
     return logprobs
 
 
@@ -399,7 +399,7 @@ async def test_the_api_serves_it_and_refuses_what_it_cannot_do(fake: FakeEngine,
 async def test_a_dead_engine_takes_the_service_down(fake: FakeEngine, folder: str) -> None:
     failures: list[Exception] = []
     async with serving(folder, engine="vllm") as client:
-        client.app.state.service.on_failure = failures.append  # type: ignore[attr-defined]
+        client.service.on_failure = failures.append
         waiting = asyncio.create_task(score(client, {"sequences": [GOOD], "top_k": 1}))
         while not fake.asked:
             await asyncio.sleep(0.005)
@@ -413,7 +413,7 @@ async def test_a_dead_engine_takes_the_service_down(fake: FakeEngine, folder: st
 async def test_an_engine_that_ends_while_the_server_drains_is_no_failure(fake: FakeEngine, folder: str) -> None:
     """A signal to the whole process group ends vLLM's processes too."""
     async with serving(folder, engine="vllm") as client:
-        service = client.app.state.service  # type: ignore[attr-defined]
+        service = client.service
         service.draining = True
         fake.errored = True
         while not service.scorer._closed:
@@ -437,7 +437,7 @@ async def test_an_engine_that_is_ready_too_late_is_closed(
     late.set()
     while not fake.is_shut_down:
         await asyncio.sleep(0.005)
-    assert client.app.state.service.scorer is None  # type: ignore[attr-defined]
+    assert client.service.scorer is None
 
 
 def test_the_transformers_engine_does_without_vllm() -> None:

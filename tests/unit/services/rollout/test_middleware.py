@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from services.rollout import guard
-from services.rollout.guard import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
+from services.rollout import middleware
+from services.rollout.middleware import OUR_ROUTES, VLLM_ROUTES, RolloutGuard
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
 
@@ -96,14 +96,14 @@ async def test_each_of_our_routes_is_answered_by_its_own_handler(
 ) -> None:
     states: list[RolloutState] = []
 
-    def named(route: tuple[str, str]) -> guard.Handler:
+    def named(route: tuple[str, str]) -> middleware.Handler:
         async def handler(request: Request, state: RolloutState) -> Response:
             states.append(state)
             return JSONResponse({"by": list(route)})
 
         return handler
 
-    monkeypatch.setattr(guard, "OUR_ROUTES", {route: named(route) for route in OUR_ROUTES})
+    monkeypatch.setattr(middleware, "OUR_ROUTES", {route: named(route) for route in OUR_ROUTES})
     for route in OUR_ROUTES:
         assert (await http.request(*route)).json() == {"by": list(route)}
         other = "GET" if route[0] != "GET" else "DELETE"
@@ -134,5 +134,6 @@ async def test_readiness_is_the_engines(http: httpx.AsyncClient, vllm: Vllm) -> 
 
 
 async def test_vllms_lifespan_is_its_own(http: httpx.AsyncClient, vllm: Vllm) -> None:
-    await RolloutGuard(vllm)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    nothing: Any = None
+    await RolloutGuard(vllm)({"type": "lifespan"}, nothing, nothing)
     assert vllm.asked == [("lifespan", "")]

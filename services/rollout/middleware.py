@@ -15,7 +15,7 @@ from services.config.own_key import publish_own_key
 from services.errors import RequestError
 from services.http.guard import OPEN_PATHS, Guard
 from services.rollout import weights
-from services.rollout.rollouts import create_rollouts, engine_of, get_info
+from services.rollout.completions import create_rollouts, engine_of, get_info
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from services.rollout.rollouts import get_info
+from services.rollout.completions import get_info
 from services.rollout.settings import RolloutSettings
 from services.rollout.state import RolloutState
 from services.wire.rollout import RolloutInfo
