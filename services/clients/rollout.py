@@ -229,23 +229,23 @@ class RolloutClient(ServerClient):
         Raises:
             PeerError: the server sent others than it was asked for, or broke off by its own word.
         """
-        lacking = {(prompt, sample) for prompt in range(prompts) for sample in range(samples)}
+        missing = {(prompt, sample) for prompt in range(prompts) for sample in range(samples)}
         try:
             async for completion in self._stream(url, body):
                 where = completion.prompt_index, completion.sample_index
-                if where not in lacking:
+                if where not in missing:
                     raise PeerError(f"{url} sent sample {where[1]} of prompt {where[0]} twice, or unasked")
-                lacking.remove(where)
+                missing.remove(where)
                 on_completion(completion)
         except httpx.RequestError as error:
-            num_arrived = prompts * samples - len(lacking)
+            num_arrived = prompts * samples - len(missing)
             if not (num_arrived and may_break and may_pass(error)):
                 raise
             text = "%s broke off after %d of %d completions; the others are asked again"
             logger.warning(text, url, num_arrived, prompts * samples)
         else:
-            if lacking:
-                raise PeerError(f"{url} sent {prompts * samples - len(lacking)} of {prompts * samples} completions")
+            if missing:
+                raise PeerError(f"{url} sent {prompts * samples - len(missing)} of {prompts * samples} completions")
 
     async def _stream(self, url: str, body: dict[str, Any]) -> AsyncIterator[RolloutCompletion]:
         self._check_open()

@@ -11,7 +11,7 @@ import pytest
 from services.clients import RolloutClient
 from services.errors import PeerError, ProblemError
 from services.wire.policy_label import PolicyLabel
-from services.wire.rollout import RolloutSampling
+from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.unit.services.clients.answers import completed, frame, frames_for
 from trainer.weights.policy_versions import PolicyVersions
 
@@ -158,7 +158,7 @@ async def test_each_completion_is_told_once_when_it_arrives_also_where_answers_b
 
     def one_at_a_time(request: httpx.Request) -> httpx.Response:
         num_told.append(len(told))
-        return httpx.Response(200, stream=BreakingStream(frames(request)[:1], httpx.ReadError("gone")))
+        return httpx.Response(200, stream=BreakingStream(frames_for(request)[:1], httpx.ReadError("gone")))
 
     prompts = [[10 + i] for i in range(4)]
     await client(one_at_a_time, clock).generate(
@@ -172,7 +172,7 @@ async def test_what_the_listener_raises_ends_the_call(clock: SimpleNamespace) ->
 
     def handler(request: httpx.Request) -> httpx.Response:
         asked.append(request)
-        return answer(request)
+        return completed(request)
 
     def refuse(completion: RolloutCompletion) -> None:
         raise PeerError("of another run")
