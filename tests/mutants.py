@@ -28,6 +28,8 @@ MODULES = {
     "staleness_buffer": ("trainer/staleness_buffer.py", ["test_staleness_buffer"]),
     "batch": ("trainer/batch.py", ["test_batch", "test_loss_from_rows"]),
     "rollouts": ("trainer/rollouts.py", ["test_rollouts"]),
+    "scoring": ("trainer/scoring.py", ["test_scoring"]),
+    "pipeline": ("trainer/pipeline.py", ["test_train", "test_ways_out"]),
     "teacher_scores": ("trainer/teacher_scores.py", ["test_teacher_scores", "test_teacher_faults"]),
     "weight_sync": ("trainer/weights/weight_sync.py", ["weights/test_weight_sync"]),
     "evaluate": ("trainer/evaluation/evaluate.py", ["evaluation/test_evaluate"]),

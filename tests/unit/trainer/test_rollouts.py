@@ -59,8 +59,10 @@ GOOD = completion(0, [5, 6], [-1.0, -0.0])
     ],
 )
 async def test_a_bad_completion_costs_itself_alone(bad: RolloutCompletion, reason: str) -> None:
-    first, second = await generate(Client(bad, GOOD), RolloutSampling(max_new_tokens=2))
+    client, sampling = Client(bad, GOOD), RolloutSampling(max_new_tokens=2)
+    first, second = await generate(client, sampling)
     assert [(r.prompt, r.completion) for r in first.rollouts] == [(PROMPTS[0], GOOD)]
+    assert client.asked == ([[1], [2, 3]], sampling, 1, 0)
     (item,) = second.quarantined
     # By its place: both prompts are the same row.
     assert (second.place, item.prompt, item.reason) == (1, PROMPTS[1], f"the rollout server {reason}")
@@ -128,6 +130,12 @@ async def test_how_completions_end_is_told_in_shares_of_all_of_them() -> None:
     ]
     groups = await generate(Client(*answer), RolloutSampling(max_new_tokens=5), 2)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert completion_metrics(rollouts[1:2], str) == {
+        "completion_tokens": 1.0,
+        "truncated_fraction": 0.0,
+        "ended_by_8_fraction": 1.0,
+    }
+    assert completion_metrics([], str) == {"completion_tokens": 0.0, "truncated_fraction": 0.0}
     assert completion_metrics(rollouts, lambda token: f"<{token}>") == {
         "completion_tokens": 3.0,
         "truncated_fraction": 0.25,
