@@ -58,19 +58,20 @@ async def score_rollouts(
     All teachers are asked at once; the answer is in the order of the rollouts.
     """
 
-    async def judge(teacher: Teacher, places: list[int]) -> list[tuple[int, ScoredSample | Quarantined]]:
-        own = [rollouts[place] for place in places]
-        return list(zip(places, await _judge(teacher, own, support, temperature), strict=True))
+    scored: dict[int, ScoredSample | Quarantined] = {}
 
-    parts = await all_or_first_error([judge(*part) for part in teachers.split(r.prompt for r in rollouts)])
-    judged = dict(pair for part in parts for pair in part)
-    return [judged[place] for place in range(len(rollouts))]
+    async def ask(teacher: Teacher, indices: list[int]) -> None:
+        own = [rollouts[index] for index in indices]
+        scored.update(zip(indices, await _ask(teacher, own, support, temperature), strict=True))
+
+    await all_or_first_error([ask(*part) for part in teachers.split(r.prompt for r in rollouts)])
+    return [scored[index] for index in range(len(rollouts))]
 
 
-async def _judge(
+async def _ask(
     teacher: Teacher, rollouts: list[Rollout], support: Support, temperature: float
 ) -> list[ScoredSample | Quarantined]:
-    """What becomes of each rollout, all of one teacher."""
+    """Score rollouts that are all of one teacher."""
     sequences = [(r.sequence, len(r.prompt.token_ids)) for r in rollouts]
     refused: dict[int, str] = {}
 
@@ -85,16 +86,16 @@ async def _judge(
         ids = [_student_topk(r).tolist() for r in rollouts]
         scores = await teacher.score(sequences, top_k=1, support_ids=ids, **options)
     other_rows = mismatches(scores, sequences)
-    judged: list[ScoredSample | Quarantined] = []
+    scored: list[ScoredSample | Quarantined] = []
     for index, rollout in enumerate(rollouts):
         sample = _slice(rollout, scores, index, support)
         reason = refused.get(index) or other_rows.get(index) or defect(sample, support)
         if reason:
             reason = option_prefix(teacher.name) + reason
-            judged.append(Quarantined(rollout.prompt, rollout.completion, reason))
+            scored.append(Quarantined(rollout.prompt, rollout.completion, reason))
         else:
-            judged.append(sample)
-    return judged
+            scored.append(sample)
+    return scored
 
 
 def _student_topk(rollout: Rollout) -> np.ndarray:
