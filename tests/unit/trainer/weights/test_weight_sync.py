@@ -279,13 +279,14 @@ async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach
     ["breaks", "breaks without a word", "loses a byte", "garbles", "is silent", "fails in a worker", "has no engine"],
 )
 async def test_a_failed_push_is_repeated_in_full_over_a_new_connection_under_a_new_label(
-    trouble: str, attach: Attach
+    trouble: str, attach: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
     servers = Servers([trouble, "works"])
     trainer = attach(servers)
     async with asyncio.timeout(8.0):  # whoever fails first ends the broadcast
         assert (await trainer.push(4))["canary_residual"] <= 1e-5
     assert servers.label == "4.2@mine" and "connect 2" in servers.events
+    assert "push of version 4 failed, repeating it in full: " in caplog.text
     assert servers.events.count("sample") == 1 and servers.events.count("resume") == 1  # nobody samples under the first
     with pytest.raises(PeerError, match=r"4\.1@mine"):
         trainer.versions.oldest(
@@ -364,6 +365,7 @@ async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach:
     servers = Servers(["never answers"])
     trainer = attach(servers)
     pushing = await hanging(trainer, servers)
+    assert all(thread.daemon for thread in trainer.sync._threads)  # the process may end without it
     started = time.monotonic()
     pushing.cancel()
     await asyncio.wait({pushing})
@@ -454,6 +456,21 @@ async def test_every_server_is_scored(attach: Attach) -> None:
     with pytest.raises(WeightSyncError, match="canary of version 0 on http://rollout"):
         await attach(servers).push(0)
     assert servers.world_sizes == [1, 1] and servers.sender_arguments[3] == 3
+
+
+@pytest.mark.parametrize(("device", "tolerance"), [("cpu", 1e-2), ("cuda:1", 0.1)])
+async def test_a_student_in_half_precision_is_compared_as_such(
+    device: str, tolerance: float, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside half-precision rollouts it is so on a GPU, whatever the dtype of a server that others have started."""
+    sync = attach(Servers(), {"dtype": "float32"}, rollout={"dtype": "bfloat16"}).sync
+    monkeypatch.setattr(sync, "_device", torch.device(device))
+    await sync.canary()
+    assert sync._canary is not None and sync._canary.tolerance == tolerance
+
+
+def test_weights_are_sent_in_the_servers_dtype(attach: Attach) -> None:
+    assert attach(Servers(), {"dtype": "bfloat16"}).sync.rollout_dtype == torch.bfloat16
 
 
 def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
