@@ -1,14 +1,17 @@
 """Tokens, positions and logprobs line up: against each sequence run alone through the student's own head."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from services.config import LossConfig, RunConfig
+from services.wire.batch import decode_batch, encode_batch
 from tests.models import LONGROPE_SWITCH, save_model
 from tests.unit.trainer.samples import BATCH, SAMPLES, batch_of, sample
-from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
+from trainer.batch import MicroBatch, collect, loss_inputs, pack, pack_texts
+from trainer.groups import PromptGroup
 from trainer.loss.minillm import LossTotals, minillm_loss
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
@@ -90,6 +93,24 @@ def test_truncated_completions_are_trained_on_or_not(truncated: str, expected: l
     completions = [samples[index].rollout.completion.token_ids.tolist() for index in expected]
     assert sorted(part.tolist() for part in batch.token_ids.tensor_split(batch.cu_seqlens[1:-1])) == sorted(completions)
     assert batch.loss_mask.all()
+
+
+def test_what_came_of_a_step_without_samples_is_a_batch_of_nothing() -> None:
+    batch = decode_batch(encode_batch(collect([], {"rollout_s": 1.5})))
+    assert batch.metrics == {"rollout_s": 1.5} and batch_of([]).metrics == {}
+    assert len(batch) == len(batch.token_ids) == len(batch.support_ids) == 0
+
+
+def test_a_group_is_known_by_its_place_and_a_sample_by_its_version() -> None:
+    first, second, third = (replace(s, rollout=replace(s.rollout, policy_version=i)) for i, s in enumerate(SAMPLES[:3]))
+    prompt = first.rollout.prompt
+    groups = [
+        PromptGroup(4, prompt, [], [second, first]),
+        PromptGroup(7, prompt, [], []),
+        PromptGroup(9, prompt, [], [third]),
+    ]
+    batch = collect(groups)
+    assert batch.groups.tolist() == [4, 4, 9] and batch.policy_versions.tolist() == [1, 0, 2]
 
 
 def test_dropping_everything_leaves_no_batch() -> None:

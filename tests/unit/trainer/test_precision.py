@@ -1,13 +1,20 @@
 """bfloat16 around the body over float32 master weights: in training, in the canary and in the evaluation alike."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from services.config import RunConfig
+from services.wire.rollout import RolloutSampling
+from tests.models import save_model
+from tests.unit.trainer.attached import teacher_of
+from tests.unit.trainer.generating import Generator
 from tests.unit.trainer.samples import BATCH, SAMPLES
 from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
@@ -101,6 +108,47 @@ def test_training_canary_and_evaluation_compute_alike(tiny_model_folder: Any) ->
     rollout = SAMPLES[0].rollout
     learner.snapshot(0, torch.float32, GivenTokens([rollout.prompt.token_ids], [rollout.completion.token_ids.tolist()]))
     assert seen == {torch.bfloat16}
+
+
+@torch.no_grad()
+def largest_logit(model: Any, sequences: list[list[int]]) -> float:
+    return max(model(torch.tensor([sequence])).logits.abs().max().item() for sequence in sequences)
+
+
+@torch.no_grad()
+def save_with_large_logits(folder: Path, architecture: str, prompts: list[list[int]]) -> str:
+    """A random model with bfloat16 weights, whose largest logits over the prompts are 40."""
+    save_model(folder, architecture, initializer_range=0.2)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_decoder().norm.weight.mul_(40.0 / largest_logit(model, prompts))
+    model.bfloat16().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied, untied
+async def test_student_and_teacher_of_the_same_bfloat16_weights_agree_where_logits_are_large(
+    architecture: str, tmp_path: Path
+) -> None:
+    """At 40 the logits of a bfloat16 head would have steps of 0.25. The teacher's forward passes hold fewer sequences."""
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, 256, (24, 8)).tolist()
+    folder = save_with_large_logits(tmp_path, architecture, prompts)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    sampled = await Generator(model, []).generate(prompts, RolloutSampling(max_new_tokens=200))
+    lengths = [8, 200, *random.integers(8, 201, len(prompts) - 2).tolist()]
+    completions = [c.token_ids[:length].tolist() for c, length in zip(sampled, lengths, strict=True)]
+    given = GivenTokens(prompts, completions)
+    assert 30 < largest_logit(model, given.sequences) < 60
+    learner = learner_of(folder, student={"dtype": "bfloat16"})
+    assert learner.student.compute_dtype == learner.student.model.dtype == torch.bfloat16
+    ours = np.concatenate(learner.logprobs(given))
+    async with teacher_of(folder, dtype="bfloat16", device="cpu") as teacher:
+        sequences = [(sequence, len(prompt)) for sequence, prompt in zip(given.sequences, prompts, strict=True)]
+        theirs = (await teacher.client.score(sequences, top_k=1)).token_logprobs
+    assert len(ours) == sum(lengths) and -2.0 < ours.mean() < -0.2  # one token does not have it all
+    difference = np.abs(ours - theirs)
+    print(f"{architecture}: mean |difference| {difference.mean():.1e}, largest {difference.max():.1e}")
+    assert difference.mean() <= 1e-3
 
 
 @pytest.mark.parametrize(

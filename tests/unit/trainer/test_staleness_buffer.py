@@ -101,5 +101,12 @@ async def test_a_batch_of_weights_that_were_not_live_is_an_error_of_its_server(
         await buffer.get()
 
 
+async def test_before_the_first_push_nothing_may_be_trained_on() -> None:
+    buffer: StalenessBuffer[str] = StalenessBuffer(1)
+    buffer.put("a batch", [0])
+    with pytest.raises(PeerError, match="version 0 for a step that starts from version -1"):
+        await buffer.get()
+
+
 def test_a_batch_is_as_old_as_its_oldest_completion() -> None:
     assert [staleness([3, 2, 3], 4), staleness([4], 4), staleness([], 4)] == [2, 0, 0]

@@ -43,6 +43,9 @@ class Servers:
     run: str | None = None
     trouble: str = ""
     aborted: threading.Event = field(default_factory=threading.Event)
+    num_receiving: int = 0
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    """Whoever holds it keeps a broadcast that was ended from returning."""
     model: Any = None
 
     # ---- the control client
@@ -67,6 +70,15 @@ class Servers:
 
     async def receive(self, update: dict[str, Any]) -> list[Any]:
         self.events.append("receive")
+        self.num_receiving += 1
+        try:
+            return await self._receive()
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0)  # a request that is given up takes a moment to end
+            self.num_receiving -= 1
+
+    async def _receive(self) -> list[Any]:
         if self.trouble == "is taken over":
             raise ServerHeldError("receive on http://rollout: held by the run r2")
         if self.trouble == "fails in a worker":
@@ -74,7 +86,7 @@ class Servers:
         if self.trouble == "fails in a worker, later":
             await asyncio.sleep(0.05)
             raise WeightSyncError("receive on http://rollout answered 500: worker 1: no room")
-        if self.trouble == "never answers":
+        if self.trouble in ("never answers", "breaks, and never says why"):
             await asyncio.sleep(3600)
         if self.trouble == "breaks":
             await asyncio.sleep(0.05)
@@ -89,7 +101,8 @@ class Servers:
         self.events.append("canary")
         if self.trouble == "is silent":
             raise WeightSyncError("canary on http://rollout failed")
-        scores = [self._score(sequence, 0.02 if self.trouble == "garbles" else 0.0) for sequence in sequences]
+        shift = {"garbles": 0.02, "garbles a little": 0.002}.get(self.trouble, 0.0)
+        scores = [self._score(sequence, shift) for sequence in sequences]
         label = "3.1@yours" if self.trouble == "answers for another run" else self.label
         engines = {
             "has no engine": [],
@@ -154,10 +167,14 @@ class Sender:
             raise RuntimeError("Connection closed by peer\nand a long story")
         if servers.trouble == "breaks without a word":
             raise TimeoutError
+        if servers.trouble == "breaks, and never says why":
+            raise GroupLostError("Connection closed by peer")
         if servers.trouble in ("fails in a worker", "fails in a worker, later", "never answers", "is taken over"):
             if servers.trouble == "fails in a worker, later":
                 raise GroupLostError("Connection closed by peer")  # heard of before the server's own word
             assert servers.aborted.wait(10.0), "nobody ends the broadcast"
+            with servers.busy:
+                servers.events.append("broadcast ended")
             raise GroupLostError("aborted")
         return ["a checksum"]
 
@@ -221,6 +238,34 @@ async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sample
     )
 
 
+async def test_a_push_and_its_canary_are_timed(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = attach(Servers())
+    monkeypatch.setattr(weight_sync, "time", SimpleNamespace(monotonic=iter([10.0, 12.5, 13.0]).__next__))
+    metrics = await trainer.push(0)
+    assert (metrics["push_s"], metrics["canary_s"]) == (2.5, 0.5)
+
+
+@pytest.mark.parametrize(("given", "port"), [({}, 0), ({"master_port": 29555}, 29555)])
+async def test_workers_are_met_at_the_configured_address(given: dict[str, int], port: int, attach: Attach) -> None:
+    servers = Servers()
+    options = {"master_address": "10.1.2.3", "stage_timeout_s": 7.0, "bucket_mib": 3}
+    attach(servers, weight_sync=options | given)
+    assert servers.sender_arguments == ("gloo", "10.1.2.3", port, 2, 7.0, 3 << 20, CPU)
+
+
+async def test_a_later_canary_may_differ_by_what_the_first_one_showed(attach: Attach) -> None:
+    """0.002 is rounding at first, and after a first push that showed none it is not."""
+    small = "garbles a little"
+    trainer = attach(Servers([small] * 2))
+    assert [(await trainer.push(version))["canary_residual"] for version in (0, 1)] == pytest.approx(
+        [0.002] * 2, rel=0.01
+    )
+    trainer = attach(Servers(["works", small, small]))
+    await trainer.push(0)
+    with pytest.raises(WeightSyncError, match=r"by 0\.002, more than 0\.0001 \(float32\)"):
+        await trainer.push(1)
+
+
 async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach) -> None:
     servers = Servers()
     trainer = attach(servers, output={"dir": "outputs/x"}, weight_sync={"take_over": True})
@@ -234,13 +279,14 @@ async def test_the_servers_are_asked_as_this_run_from_its_hold_on(attach: Attach
     ["breaks", "breaks without a word", "loses a byte", "garbles", "is silent", "fails in a worker", "has no engine"],
 )
 async def test_a_failed_push_is_repeated_in_full_over_a_new_connection_under_a_new_label(
-    trouble: str, attach: Attach
+    trouble: str, attach: Attach, caplog: pytest.LogCaptureFixture
 ) -> None:
     servers = Servers([trouble, "works"])
     trainer = attach(servers)
     async with asyncio.timeout(8.0):  # whoever fails first ends the broadcast
         assert (await trainer.push(4))["canary_residual"] <= 1e-5
     assert servers.label == "4.2@mine" and "connect 2" in servers.events
+    assert "push of version 4 failed, repeating it in full: " in caplog.text
     assert servers.events.count("sample") == 1 and servers.events.count("resume") == 1  # nobody samples under the first
     with pytest.raises(PeerError, match=r"4\.1@mine"):
         trainer.versions.oldest(
@@ -272,6 +318,19 @@ async def test_a_push_that_fails_twice_stops_the_run(trouble: str, message: str,
     assert "resume" not in servers.events
 
 
+async def test_servers_that_do_not_say_why_a_broadcast_broke_are_given_up(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_sync, "_REASON_S", 0.05)
+    servers = Servers(["breaks, and never says why"] * 2)
+    with pytest.raises(WeightSyncError, match=r"push of version 4: Connection closed by peer$"):
+        await attach(servers).push(4)
+    async with asyncio.timeout(5.0):
+        while servers.num_receiving:
+            await asyncio.sleep(0)
+    assert servers.events.count("receive") == 2
+
+
 async def test_what_one_server_samples_before_another_has_resumed_counts(attach: Attach) -> None:
     trainer = attach(Servers(["does not resume everywhere", "works"]))
     await trainer.push(4)
@@ -294,15 +353,23 @@ async def test_a_server_that_another_run_has_taken_is_not_pushed_to_again(attach
     assert servers.events.count("pause") == 1
 
 
-async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach: Attach) -> None:
-    servers = Servers(["never answers"])
-    trainer = attach(servers)
+async def hanging(trainer: Pushing, servers: Servers) -> "asyncio.Task[dict[str, float]]":
+    """A push whose broadcast is under way and does not end by itself."""
     pushing = asyncio.create_task(trainer.push(4))
     while "send" not in servers.events:
         await asyncio.sleep(0.01)
+    return pushing
+
+
+async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    trainer = attach(servers)
+    pushing = await hanging(trainer, servers)
+    assert all(thread.daemon for thread in trainer.sync._threads)  # the process may end without it
     started = time.monotonic()
     pushing.cancel()
     await asyncio.wait({pushing})
+    assert servers.num_receiving == 0
     await trainer.sync.close()
     assert pushing.cancelled() and time.monotonic() - started < 5.0 and servers.events[-2:] == ["release", "close"]
     assert not any(thread.is_alive() for thread in trainer.sync._threads)
@@ -311,21 +378,47 @@ async def test_a_close_ends_a_push_that_hangs_and_gives_the_servers_back(attach:
 async def test_a_close_beside_a_push_that_nobody_cancelled_ends_it_too(attach: Attach) -> None:
     servers = Servers(["never answers", "never answers"])
     trainer = attach(servers)
-    pushing = asyncio.create_task(trainer.push(4))
-    while "send" not in servers.events:
-        await asyncio.sleep(0.01)
-    await trainer.sync.close()
+    pushing = await hanging(trainer, servers)
+    async with asyncio.timeout(5.0):
+        await trainer.sync.close()
+    assert "broadcast ended" in servers.events
     pushing.cancel()
     await asyncio.wait({pushing})
+
+
+async def test_a_close_gives_the_servers_back_when_the_broadcast_has_ended(attach: Attach) -> None:
+    servers = Servers(["never answers"])
+    trainer = attach(servers)
+    pushing = await hanging(trainer, servers)
+    with servers.busy:
+        pushing.cancel()
+        closing = asyncio.create_task(trainer.sync.close())
+        await asyncio.wait({pushing, closing}, timeout=0.1)
+        assert pushing.cancelled() and "release" not in servers.events
+    await closing
+    assert servers.events[-3:] == ["broadcast ended", "release", "close"]
+
+
+async def test_a_broadcast_that_ends_after_its_push_was_cancelled_is_no_error(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unhandled: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+    servers = Servers(["never answers"])
+    trainer = attach(servers)
+    pushing = await hanging(trainer, servers)
+    with servers.busy:
+        pushing.cancel()
+        await asyncio.wait({pushing})
+    await trainer.sync.close()
+    assert "broadcast ended" in servers.events and not unhandled
 
 
 @pytest.mark.alone
 async def test_the_loop_answers_while_a_push_is_on_its_way(attach: Attach) -> None:
     servers = Servers(["never answers"])
     trainer = attach(servers)
-    pushing = asyncio.create_task(trainer.push(4))
-    while "send" not in servers.events:
-        await asyncio.sleep(0.01)
+    pushing = await hanging(trainer, servers)
     lags = []
     for _ in range(5):
         before = time.monotonic()
@@ -363,6 +456,21 @@ async def test_every_server_is_scored(attach: Attach) -> None:
     with pytest.raises(WeightSyncError, match="canary of version 0 on http://rollout"):
         await attach(servers).push(0)
     assert servers.world_sizes == [1, 1] and servers.sender_arguments[3] == 3
+
+
+@pytest.mark.parametrize(("device", "tolerance"), [("cpu", 1e-2), ("cuda:1", 0.1)])
+async def test_a_student_in_half_precision_is_compared_as_such(
+    device: str, tolerance: float, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside half-precision rollouts it is so on a GPU, whatever the dtype of a server that others have started."""
+    sync = attach(Servers(), {"dtype": "float32"}, rollout={"dtype": "bfloat16"}).sync
+    monkeypatch.setattr(sync, "_device", torch.device(device))
+    await sync.canary()
+    assert sync._canary is not None and sync._canary.tolerance == tolerance
+
+
+def test_weights_are_sent_in_the_servers_dtype(attach: Attach) -> None:
+    assert attach(Servers(), {"dtype": "bfloat16"}).sync.rollout_dtype == torch.bfloat16
 
 
 def test_servers_of_different_dtypes_are_refused(folder: str) -> None:
