@@ -9,8 +9,8 @@ class BatchFeed:
     """Batch after batch, from documents.
 
     Args:
-        read: waits for the next document. Of one process that of the pipeline beside it; with several ranks each reads the
-            same bytes, and a recorded run reads files.
+        read: waits for the next document, which the pipeline beside this process makes. Another rank would read the same
+            bytes, and a recorded run its files.
     """
 
     def __init__(self, read: Callable[[], bytes]) -> None:

@@ -46,9 +46,10 @@ class PromptGroup:
     """The samples of one prompt.
 
     Attributes:
-        place: of the prompt in the step. It, not the row, tells groups apart: a step over two epochs can hold a row twice.
-        rollouts: by sample, without those that are quarantined.
-        samples: the rollouts with their scores; empty until they are scored.
+        place: index of the prompt in the step, which identifies the group: a step over two epochs can hold a row twice.
+        rollouts: by sample, without those that the rollout server spoilt.
+        samples: rollouts with their scores, without those that the teacher could not score; empty until they are asked for.
+        quarantined: what neither of them has.
     """
 
     place: int

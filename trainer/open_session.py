@@ -55,7 +55,7 @@ def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Sess
     """Check everything, attach to the servers, load the student; close all of it at the end.
 
     Args:
-        interruption: deferred once the session is open: until then there is nothing to bring to an end.
+        interruption: its signals are raised at once until the session is open, and deferred afterwards.
 
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
@@ -65,16 +65,16 @@ def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Sess
         stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
         progress = stack.enter_context(Progress())
         event_loop = stack.enter_context(EventLoopThread(interruption))
-        with progress.doing("reading the data and loading the student"):
-            inputs = _read_inputs(config)
-        with progress.doing("waiting for the servers"):
-            servers = _attach(inputs, event_loop, stack)
-        session = _assemble(inputs, servers, interruption, event_loop, progress, stack)
-        interruption.defer()
         try:
+            with progress.doing("reading the data and loading the student"):
+                inputs = _read_inputs(config)
+            with progress.doing("waiting for the servers"):
+                servers = _attach(inputs, event_loop, stack)
+            session = _assemble(inputs, servers, interruption, event_loop, progress, stack)
+            interruption.defer()
             yield session
         finally:
-            interruption.end()
+            interruption.end()  # servers are given back in order, whatever comes
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def _assemble(
         event_loop=event_loop,
         learner=learner,
         pipeline=pipeline,
+        weights=weights,
         evaluator=evaluator,
         record=record,
         students=students,

@@ -12,8 +12,6 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import torch
-
 from services.clients import RolloutClient
 from services.clients.base import all_or_first_error
 from services.config import RunConfig
@@ -26,7 +24,7 @@ from trainer.rollouts import completion_metrics, generate_groups, training_sampl
 from trainer.scoring import Scoring
 from trainer.staleness_buffer import StalenessBuffer
 from trainer.teacher_scores import Quarantine
-from trainer.weights.snapshot import GivenTokens, WeightSnapshot
+from trainer.weights.snapshot import WeightSnapshot
 from trainer.weights.weight_sync import WeightSync
 
 
@@ -57,7 +55,7 @@ class Pipeline:
         self._producing: asyncio.Task[None] | None = None
 
     async def next(self) -> bytes:
-        """The batch of the next step; the first call begins to make them.
+        """The batch of the next step. Production starts at the first call.
 
         Raises:
             PeerError: a server failed, or sampled under weights that were not live.
@@ -65,7 +63,8 @@ class Pipeline:
         """
         if self._producing is None:
             self._producing = asyncio.create_task(self._produce())
-            self._producing.add_done_callback(_notice)
+            # asyncio prints an error that nobody has asked for, and a run may end without asking
+            self._producing.add_done_callback(lambda task: task.cancelled() or task.exception())
         batch = asyncio.create_task(self._buffer.get())
         try:
             await asyncio.wait({batch, self._producing}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,15 +73,6 @@ class Pipeline:
             return await batch
         finally:
             batch.cancel()
-
-    @property
-    def rollout_dtype(self) -> torch.dtype:
-        """Of the weights that are published."""
-        return self._weights.rollout_dtype
-
-    async def canary(self) -> GivenTokens:
-        """As WeightSync.canary."""
-        return await self._weights.canary()
 
     async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
         """As WeightSync.publish; then one more batch may be made."""
@@ -109,9 +99,17 @@ class Pipeline:
         started, busy_s, times = time.monotonic(), scoring.busy_s, {}
 
         async def generate() -> None:
-            sizes = pipeline.samples_per_prompt, scoring.support.student_top_k
-            versions, arrive = self._weights.versions, arriving.put_nowait
-            groups.extend(await generate_groups(self._client, prompts, self._sampling, versions, *sizes, arrive))
+            groups.extend(
+                await generate_groups(
+                    self._client,
+                    prompts,
+                    self._sampling,
+                    self._weights.versions,
+                    samples_per_prompt=pipeline.samples_per_prompt,
+                    student_top_k=scoring.support.student_top_k,
+                    on_group=arriving.put_nowait,
+                )
+            )
             times["rollout_s"] = time.monotonic() - started
             arriving.put_nowait(None)
 
@@ -123,9 +121,3 @@ class Pipeline:
         metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
         batch = collect(groups, metrics)
         self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())
-
-
-def _notice(producing: "asyncio.Task[None]") -> None:
-    """Look at how it has ended: asyncio prints what nobody has asked for, and a run may end without asking."""
-    if not producing.cancelled():
-        producing.exception()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from services.config import RunConfig
 from services.errors import DistillServeError, EvaluationError
 from services.process.event_loop import EventLoopThread
-from services.process.signals import Interruption
+from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.feed import BatchFeed
@@ -18,6 +18,7 @@ from trainer.output.report import FailedEvaluation, RunRecord, Summary
 from trainer.output.saving import SavedStudents
 from trainer.pipeline import Pipeline
 from trainer.staleness_buffer import staleness
+from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Session:
     event_loop: EventLoopThread
     learner: Learner
     pipeline: Pipeline
+    weights: WeightSync
     evaluator: Evaluator | None
     record: RunRecord
     students: SavedStudents
@@ -42,30 +44,34 @@ class Session:
         self.feed = BatchFeed(lambda: self.event_loop.run(self.pipeline.next))
 
     def begin(self) -> None:
-        """Make the servers' weights ours from the first token on; then this run's files replace those of an earlier one."""
+        """Push version 0; then this run's files replace those of an earlier one."""
         with self.progress.doing("sending the student's weights for the first time"):
             self.push(0)
         self.record.begin()
+        self.step_began = self.record.wall_s
 
     def push(self, version: int) -> dict[str, float]:
         """Make the student's weights live on every rollout server; returns what the push cost.
 
         Raises:
-            WeightSyncError: the push failed twice.
+            WeightSyncError: the push failed twice, or another run has taken a server over.
         """
-        canary = self.event_loop.run(self.pipeline.canary)
-        snapshot = self.learner.snapshot(version, self.pipeline.rollout_dtype, canary)
+        canary = self.event_loop.run(self.weights.canary)
+        snapshot = self.learner.snapshot(version, self.weights.rollout_dtype, canary)
         return self.event_loop.run(self.pipeline.publish, snapshot)
 
     def finish_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """The student holds the step: save it where it is due, push it, write it down.
 
         Raises:
-            WeightSyncError: the push failed twice.
+            WeightSyncError: the push failed twice, or another run has taken a server over.
             OutputError: a file cannot be written.
         """
         self.students.step_finished(step)
-        self._record_step(step, batch, metrics | self.push(step))
+        try:
+            metrics = metrics | self.push(step)
+        finally:  # a step whose push fails was trained all the same
+            self._record_step(step, batch, metrics)
 
     @contextmanager
     def saving_the_student(self) -> Iterator[None]:
@@ -76,12 +82,15 @@ class Session:
         """
         try:
             yield
-        except BaseException:
-            if self.learner.finished_step:
+        except BaseException as reason:
+            if step := self.learner.finished_step:
+                if isinstance(reason, Interrupted):
+                    logger.info("%s: saving the student of step %d, which a second Ctrl-C gives up", reason, step)
                 try:
-                    self.students.save(self.learner.finished_step)
-                except Exception as error:
-                    logger.error("the student of step %d is lost: %s", self.learner.finished_step, error)
+                    with self.interruption.raising():
+                        self.students.save(step)
+                except (Exception, Interrupted) as error:
+                    logger.error("the student of step %d is lost: %s", step, error)
             raise
         self.students.save(self.learner.finished_step)
 

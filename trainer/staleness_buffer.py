@@ -2,7 +2,7 @@
 
     producer   waits in `slot()` until a batch may be started, then calls `put()`
     consumer   waits in `get()` for a batch
-    unblocked  the producer by `weights_live()`, that is by a finished weight push; the consumer by `put()`
+    woken      the producer by `weights_live()`, that is by a finished weight push; the consumer by `put()`
 
 With max_staleness S there are S + 1 slots, and a slot is free again only when newer weights are live, so no
 sample is born too old: the batch trained at version v was started at version v - S or later. S = 0 makes
@@ -44,7 +44,7 @@ class StalenessBuffer(Generic[Batch]):
         self._queue.put_nowait((policy_versions, batch))
 
     async def get(self) -> Batch:
-        """The next batch, its age checked once more at consumption.
+        """The next batch; its age is checked here, for the slots bound only when it was begun.
 
         Raises:
             PeerError: a server has sampled under weights that were no longer, or not yet, live.

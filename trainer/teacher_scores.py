@@ -184,7 +184,6 @@ class Quarantine:
 
     def __init__(self, path: Path, max_rate: float) -> None:
         self._path, self._max_rate = path, max_rate
-        self.count = 0
 
     def add(self, quarantined: list[Quarantined], num_samples: int) -> None:
         """Record one step's set-aside samples.
@@ -195,7 +194,6 @@ class Quarantine:
         """
         if not quarantined:
             return
-        self.count += len(quarantined)
         for item in quarantined:
             completion = item.completion.token_ids.tolist()
             record = {"row": item.prompt.row, "reason": item.reason, "completion": completion}

@@ -4,9 +4,8 @@
     train()       buffer ─► loss ─► optimizer ─► push weights            waits for a batch, then for the push
                                                     └─► frees a slot     unblocks the pipeline
 
-The pipeline works in an event loop of its own, in a thread beside this one, which alone touches the student.
-`StalenessBuffer` decides how far the two may be apart; with max_staleness 0 they take turns, and an asynchronous run is the
-same with more slots.
+The pipeline works in an event loop of its own, in a second thread; only this one trains the student. `StalenessBuffer` decides
+how far the two may be apart: with max_staleness 0 they take turns, and an asynchronous run would be the same with more slots.
 """
 
 from services.config import RunConfig

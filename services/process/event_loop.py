@@ -24,7 +24,15 @@ class EventLoopThread:
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="event-loop", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="event-loop", daemon=True)
+
+    def _work(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)  # no descriptors are left, say
 
     async def _serve(self) -> None:
         is_over = asyncio.Event()
@@ -33,6 +41,7 @@ class EventLoopThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._started.result()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,28 +50,33 @@ class EventLoopThread:
         self._thread.join()
 
     def run(self, function: Callable[..., Coroutine[Any, Any, Result]], *arguments: Any) -> Result:
-        """The result of `function(*arguments)`, a coroutine; who is interrupted meanwhile leaves only when it has ended.
+        """The result of `function(*arguments)`, a coroutine. On a signal it is cancelled, and has cleaned up when this ends.
 
         Raises:
-            Interrupted: a signal came; the coroutine was cancelled.
+            Interrupted: a signal came.
         """
         loop, _ = self._started.result()
-        created: Future[asyncio.Task[Result]] = Future()
+        tasks: list[asyncio.Task[Result]] = []
         ended: Future[Result] = Future()
 
-        def create() -> None:
-            task = loop.create_task(function(*arguments))
-            task.add_done_callback(partial(_hand_over, ended))
-            created.set_result(task)
+        def begin() -> None:
+            tasks.append(loop.create_task(function(*arguments)))
+            tasks[0].add_done_callback(partial(_hand_over, ended))
 
-        loop.call_soon_threadsafe(create)
-        task = created.result()
+        def cancel() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:
+                ended.set_exception(asyncio.CancelledError())
+
         try:
             with self._interruption.raising():
+                loop.call_soon_threadsafe(begin)
                 return ended.result()
         except BaseException:
-            loop.call_soon_threadsafe(task.cancel)
-            wait([ended])
+            with self._interruption.raising():
+                loop.call_soon_threadsafe(cancel)
+                wait([ended])
             raise
 
 

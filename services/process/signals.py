@@ -39,28 +39,29 @@ def handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
         yield
     finally:
         for number in mine:
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: nobody's of Python
 
 
 class Interruption:
-    """What a signal does to the main thread: raises `Interrupted` at once or, after `defer`, at the next `check` and in the
-    next block of `raising`, so that nothing is torn elsewhere.
+    """What a signal does to the main thread.
 
-    Only a second Ctrl-C does not wait for what is done in order after that. Other signals come twice without anybody
-    being in a hurry: a terminal that closes, a service manager that signals a whole group.
+    Before `defer` it raises `Interrupted` at once. After `defer` it is remembered, and raised by the next `check` or in the
+    next block of `raising`: nothing is torn elsewhere. Once it has been raised, only a second Ctrl-C raises again, in blocks
+    of `raising` alone. Other signals come twice without anybody being in a hurry: a terminal that closes, a service manager
+    that signals a whole group.
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._num_raising = 1
+        self._depth = 1  # of blocks of `raising`
         self._is_ending = False
 
     def defer(self) -> None:
         """From now on a signal waits for `check` or `raising`."""
-        self._num_raising = 0
+        self._depth = 0
 
     def end(self) -> None:
-        """From now on no first signal is raised any more: what is left is done in order."""
+        """From now on a first signal is not raised any more: what is left is done in order."""
         self._is_ending = True
 
     def check(self) -> None:
@@ -75,25 +76,30 @@ class Interruption:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """A block that may end anywhere, for it only waits or measures; a signal that has come before is raised now.
+        """A block that may end anywhere: it only waits or measures, or what it does may be given up.
 
         Raises:
             Interrupted: a signal came.
         """
-        self._num_raising += 1
+        self._depth += 1
         try:
             self.check()
             yield
+        except Interrupted:
+            self._is_ending = (
+                True  # not before: what is raised in a destructor is lost, and the next signal raises again
+            )
+            raise
         finally:
-            self._num_raising -= 1
+            self._depth -= 1
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of the signals."""
-        if self._number is None:
-            self._number = number
-            if self._num_raising:
-                self.check()
-        elif self._is_ending and number == signal.SIGINT:
+        is_first = self._number is None
+        self._number = number if self._number is None else self._number
+        if self._depth and not self._is_ending:
+            raise Interrupted(self._number)
+        if self._depth and number == signal.SIGINT and not is_first:
             raise Interrupted(number)
 
 

@@ -97,16 +97,20 @@ class WeightControlClient:
             raise
 
     async def _hold_one(self, url: str, take_over: bool, on_wait: Callable[[str, float], None] | None) -> None:
+        self._held.append(url)  # who is cancelled while the server answers may have been given it
         try:
-            await self._claim(self._http, url, take_over)
-        except ServerHeldError as error:
-            # A run that was killed renews no more; one that lives does, and is still there afterwards.
-            left_s = min(error.left_s, _LONGEST_LEASE_S)
-            if on_wait is not None:
-                on_wait(url, left_s)
-            await asyncio.sleep(left_s + 1.0)
-            await self._claim(self._http, url, take_over)
-        self._held.append(url)
+            try:
+                await self._claim(self._http, url, take_over)
+            except ServerHeldError as error:
+                # A run that was killed renews no more; one that lives does, and is still there afterwards.
+                left_s = min(error.left_s, _LONGEST_LEASE_S)
+                if on_wait is not None:
+                    on_wait(url, left_s)
+                await asyncio.sleep(left_s + 1.0)
+                await self._claim(self._http, url, take_over)
+        except ServerHeldError:
+            self._held.remove(url)
+            raise
         self._lease.add(url)
 
     async def _claim(self, http: httpx.AsyncClient, url: str, take_over: bool = False) -> None:
@@ -168,7 +172,7 @@ class WeightControlClient:
 
     async def release(self) -> None:
         """Leave every server as another trainer wants to find it; one that cannot be reached forgets the run by itself."""
-        self._lease.close()
+        await asyncio.to_thread(self._lease.close)  # a renewal that comes after the release would hold a server again
         held, self._held = self._held, []
         with suppress(TimeoutError):
             async with asyncio.timeout(_RELEASE_S):

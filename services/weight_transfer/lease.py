@@ -39,8 +39,10 @@ class Lease:
             self._thread.start()
 
     def close(self) -> None:
-        """Renew no more."""
+        """Renew no more; a renewal that is under way is waited for."""
         self._closed.set()
+        if self._thread is not None:
+            self._thread.join(self._every_s)
 
     def _run(self) -> None:
         with asyncio.Runner() as runner:

@@ -155,9 +155,9 @@ class WeightSender:
 
     def abort(self) -> None:
         """Leave the group, at once, also while `send` runs in another thread; safe to call twice."""
-        if self._channel is not None:
-            self._channel.abort()
-            self._channel = None
+        channel, self._channel = self._channel, None  # two threads may come here at once
+        if channel is not None:
+            channel.abort()
 
 
 def _run(tell: Callable[[dict[str, Any]], object], rendezvous: dict[str, Any], told: "Future[None]") -> None:

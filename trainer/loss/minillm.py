@@ -9,7 +9,7 @@ vocabulary is GKD's loss on student samples (arXiv 2306.13649). Options and form
 The parts, a file each: advantages.py (rewards to advantages), importance.py (from the policy that sampled to the one
 that learns), divergences.py (the single-step term from a few log-probabilities), aggregation.py (denominators over
 micro-batches and ranks), metrics.py (sums of a micro-batch to means of a step). The temperature is applied where the
-logits are (lm_head.py and the teacher).
+logits are (head.py and the teacher).
 
 Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:cu_seqlens[i+1]; K support tokens.
 Position t predicts token_ids[t] given everything before it; a micro-batch holds whole sequences. Log-probabilities are

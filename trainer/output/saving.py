@@ -49,16 +49,19 @@ class SavedStudents:
         checkpoints = min(self._limit + 1, num_steps // self._every) if self._every else 0
         try:
             self.release()  # what a killed run held
+            _put_back(self._dir / "student")
             reserve.mkdir(parents=True)
             self._model.config.save_pretrained(reserve)
             if self._model.generation_config is not None:
                 self._model.generation_config.save_pretrained(reserve)
             self._tokenizer.save_pretrained(reserve)
             weights = sum(p.numel() * p.element_size() for p in self._model.parameters()) + _OTHER_BYTES
-            needed, free = (1 + checkpoints) * weights, shutil.disk_usage(reserve).free
+            # The first step's student is written before that of an earlier run goes.
+            count = 1 + max(checkpoints, self._has_earlier())
+            needed, free = count * weights, shutil.disk_usage(reserve).free
             if needed > free:
                 raise StartupError(
-                    f"output.dir = {str(self._dir)!r} has {free >> 20} MiB left, the run saves {1 + checkpoints} students of "
+                    f"output.dir = {str(self._dir)!r} has {free >> 20} MiB left, the run saves {count} students of "
                     f"{weights >> 20} MiB; free some, or lower output.save_total_limit or set output.save_every_steps = 0"
                 )
             with (reserve / "room").open("wb") as file:
@@ -84,7 +87,7 @@ class SavedStudents:
         """
         if not self._has_begun:
             self._has_begun = True
-            if any((self._dir / name).exists() for name in ("student", "checkpoints")):
+            if self._has_earlier():
                 self._write(self._dir / "student")
                 _remove(self._dir / "checkpoints")
         if not self._every or step % self._every:
@@ -106,8 +109,12 @@ class SavedStudents:
             _remove(self._dir / "checkpoints")
         logger.info("the student of step %d is saved in %s", step, self._dir / "student")
 
+    def _has_earlier(self) -> bool:
+        """Whether another run has left a student in this folder."""
+        return any((self._dir / name).exists() for name in ("student", "checkpoints"))
+
     def _write(self, path: Path) -> None:
-        beside, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.before")
+        beside, before = path.with_name(f".{path.name}.part"), _before(path)
         try:
             _remove(beside)
             self._model.save_pretrained(beside)
@@ -123,7 +130,19 @@ class SavedStudents:
         except Exception as error:  # of safetensors, of a model's own code
             raise OutputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
         finally:
+            _put_back(path)
             _remove(beside)
+
+
+def _before(path: Path) -> Path:
+    """Where the folder that was at `path` is while another takes its place."""
+    return path.with_name(f".{path.name}.before")
+
+
+def _put_back(path: Path) -> None:
+    """After an end between the two renames."""
+    if _before(path).exists() and not path.exists():
+        _before(path).replace(path)
 
 
 def _remove(path: Path) -> None:

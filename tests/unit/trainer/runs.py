@@ -120,6 +120,7 @@ def build_session(config: RunConfig, interruption: Interruption, teacher: Script
         event_loop=event_loop,
         learner=Learner(config, student, num_steps, None, interruption.check),
         pipeline=pipeline,
+        weights=weights,
         evaluator=Evaluator(config, event_loop, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),
         record=record,
         students=students,
@@ -135,7 +136,7 @@ def rollouts_of(session: Session) -> Rollouts:
 
 def pushes_of(session: Session) -> Pushes:
     """The stand-in that a session of `opener` pushes with."""
-    weights: Any = session.pipeline._weights
+    weights: Any = session.weights
     return weights
 
 

@@ -278,7 +278,7 @@ def test_quarantined_samples_are_written_and_counted(tmp_path: Path) -> None:
     assert not (tmp_path / "q.jsonl").exists()
     quarantine.add([bad, bad], 4)
     rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
-    assert quarantine.count == len(rows) == 2
+    assert len(rows) == 2
     assert rows[0] == {"row": 7, "reason": "because", "completion": bad.completion.token_ids.tolist()}
 
 

@@ -222,6 +222,16 @@ def test_an_evaluation_is_made_every_so_many_steps_and_at_both_ends(every: int, 
     assert versions == evaluated
 
 
+def test_the_time_of_the_first_step_is_without_what_was_before_it(run: Run, tmp_path: Path) -> None:
+    def disturb(session: Session) -> None:
+        session.evaluator = None
+        session.record._started -= 100.0  # loading, say
+
+    run(disturb)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["wall_s"] > 100.0 and all(0 < row["step_s"] < 60.0 for row in rows)
+
+
 class _Loaded(Exception):
     """The student is loaded; nothing is there to attach to."""
 

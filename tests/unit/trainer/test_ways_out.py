@@ -183,6 +183,26 @@ def ended_twice_in_the_update(session: Session, run: Run) -> None:
     session.learner.optimizer.step = signalled_step  # type: ignore[method-assign, assignment]
 
 
+def ended_twice_between_two_updates(session: Session, run: Run) -> None:
+    """The weights of the step before are put back, which is not given up half-way."""
+    step, calls = session.learner.optimizer.step, iter(range(1, 100))
+
+    def signalled_step() -> None:
+        step()
+        if next(calls) == 5:  # the first of two of the third step
+            signalled(signal.SIGINT)
+
+    copy_, copies = torch.Tensor.copy_, iter(range(1, 1000))
+
+    def signalled_copy(self: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if session.learner.finished_step == 2 and isinstance(self, torch.nn.Parameter) and next(copies) == 2:
+            signalled(signal.SIGINT)
+        return copy_(self, *arguments)
+
+    session.learner.optimizer.step = signalled_step  # type: ignore[method-assign, assignment]
+    run.monkeypatch.setattr(torch.Tensor, "copy_", signalled_copy)
+
+
 WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (rollouts_fail, PeerError, 2),
     (teacher_fails, PeerError, 2),
@@ -227,6 +247,45 @@ def test_a_step_of_several_updates_is_finished_or_has_not_been(run: Run) -> None
     with pytest.raises(DistillServeError, match="gradient norm is nan"):
         run.go(partial(gradient_is_not_finite, run=run, update=6), pipeline=pipeline)  # the second one of step 3
     assert_same(run.student(), expected[2])
+
+
+def test_weights_that_are_put_back_are_put_back_whole(run: Run) -> None:
+    pipeline = {"updates_per_batch": 2}
+    expected = undisturbed(run, pipeline=pipeline)
+    with pytest.raises(Interrupted):
+        run.go(partial(ended_twice_between_two_updates, run=run), pipeline=pipeline)
+    run.monkeypatch.undo()
+    assert_same(run.student(), expected[2])
+
+
+def test_a_step_whose_push_fails_is_in_the_metrics(run: Run) -> None:
+    with pytest.raises(WeightSyncError):
+        run.go(partial(push_fails, run=run))
+    rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "push_s" in row) for row in rows if "train_s" in row] == [(1, True), (2, False)]
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_who_ends_a_run_is_told_of_the_saving_and_a_second_ctrl_c_gives_it_up(
+    patient: bool, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    def disturb(session: Session) -> None:
+        rollouts_of(session).on_call = at(4, partial(signalled, signal.SIGINT))
+        save = session.students.save
+
+        def slow(step: int) -> None:
+            if not patient:
+                signalled(signal.SIGINT)
+            save(step)
+
+        session.students.save = slow  # type: ignore[method-assign]
+
+    with caplog.at_level("INFO"), pytest.raises(Interrupted, match="ended by SIGINT"):
+        run.go(disturb)
+    said = [record.getMessage() for record in caplog.records]
+    assert "ended by SIGINT: saving the student of step 2, which a second Ctrl-C gives up" in said
+    assert ("the student of step 2 is lost: ended by SIGINT" in said) is not patient
+    assert (run.output / "student").exists() is patient
 
 
 def failing_evaluations(*steps: int) -> Callable[[Session], None]:

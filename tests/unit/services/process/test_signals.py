@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def work(interruption):
     except Interrupted:
         print("interrupted", flush=True)
         if sys.argv[2] == "slow":
-            time.sleep(60)
+            with interruption.raising():
+                time.sleep(60)
         raise
     finally:
         print("cleaned up", flush=True)
@@ -83,10 +85,21 @@ def test_a_deferred_signal_is_raised_where_the_work_may_end_and_once() -> None:
     with pytest.raises(Interrupted, match="ended by SIGTERM"), interruption.raising():
         pytest.fail("the block has begun")
     interruption.check()
+    interruption.handle(signal.SIGINT, None)  # what is done in order outside is not torn
     with interruption.raising():
         interruption.handle(signal.SIGTERM, None)
         with pytest.raises(Interrupted, match="ended by SIGINT"):
             interruption.handle(signal.SIGINT, None)
+
+
+def test_what_was_lost_in_a_destructor_is_raised_by_the_next_signal() -> None:
+    interruption = Interruption()
+    interruption.defer()
+    with pytest.raises(Interrupted, match="ended by SIGHUP"), interruption.raising():
+        with suppress(Interrupted):
+            interruption.handle(signal.SIGHUP, None)
+        interruption.handle(signal.SIGTERM, None)
+        pytest.fail("not raised")
 
 
 def test_at_the_end_only_a_second_ctrl_c_is_in_a_hurry() -> None:

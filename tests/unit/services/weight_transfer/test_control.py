@@ -221,6 +221,45 @@ async def test_a_lease_is_renewed_while_the_trainer_is_busy() -> None:
     await client.close()
 
 
+async def test_a_renewal_that_is_under_way_has_ended_before_a_server_is_given_back() -> None:
+    order: list[str] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        stage = request.url.path.rpartition("/")[2]
+        if stage == "hold" and "hold begun" in order:
+            order.append("renewal begun")
+            await asyncio.sleep(0.2)
+            order.append("renewed")
+        order.append(f"{stage} begun")
+        return httpx.Response(200, json={"boot_id": "of a"})
+
+    client = control(answer, ["http://a"], lease_s=3.0)
+    await client.hold()
+    await soon(lambda: "renewal begun" in order)
+    await client.release()
+    assert order.index("release begun") > max(i for i, event in enumerate(order) if event == "renewed")
+    await client.close()
+
+
+async def test_a_server_that_may_have_been_given_while_the_run_was_ended_is_given_back() -> None:
+    asked: list[str] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path.rpartition("/")[2])
+        if asked[-1] == "hold":
+            await asyncio.sleep(3600)
+        return httpx.Response(200, json={})
+
+    client = control(answer, ["http://a"])
+    holding = asyncio.create_task(client.hold())
+    await soon(lambda: asked == ["hold"])
+    holding.cancel()
+    await asyncio.wait([holding])
+    await client.release()
+    assert asked == ["hold", "release"]
+    await client.close()
+
+
 async def test_a_server_that_stalls_does_not_cost_the_others_their_lease() -> None:
     renewed: list[str] = []
 

@@ -92,6 +92,38 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
     students(tmp_path, model, save_every_steps=0, save_total_limit=3).reserve(100)
 
 
+def test_room_is_counted_for_the_student_of_an_earlier_run_until_it_goes(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("", (), {"free": 7 << 20}))
+    students(tmp_path / "new", model, save_every_steps=0).reserve(5)
+    (tmp_path / "used" / "student").mkdir(parents=True)
+    with pytest.raises(StartupError, match=r"7 MiB left, the run saves 2 students"):
+        students(tmp_path / "used", model, save_every_steps=0).reserve(5)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_whoever_is_ended_between_the_two_renames_has_a_student(
+    is_killed: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students(tmp_path, model).save(1)
+    replace = Path.replace
+
+    def ended(self: Path, target: Path) -> Path:
+        if self.name == ".student.part":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", ended)
+        if is_killed:
+            patched.setattr(saving, "_put_back", lambda path: None)
+        students(tmp_path, model).save(2)
+    assert (tmp_path / "student").exists() is not is_killed
+    students(tmp_path, model).reserve(1)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0
+
+
 def test_a_configuration_that_cannot_be_saved_is_found_before_the_first_step(
     tiny_model_folder: Any, tmp_path: Path
 ) -> None:
