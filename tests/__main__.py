@@ -1,6 +1,6 @@
-"""`make test`: the unit tests in several processes, then one at a time what starts servers or measures time.
+"""`make test`: unit tests in several processes, tests that start servers in two, then one at a time what measures time.
 
-Arguments are pytest's, for both parts; a debugger, and what runs no test, want one process.
+Arguments are pytest's, for all parts; a debugger, and what runs no test, want one process.
 """
 
 import os
@@ -15,16 +15,23 @@ _ONE_PROCESS = ("--pdb", "--trace", "--collect-only", "--co", "--markers", "--fi
 
 
 def main(arguments: list[str]) -> int:
-    """Run both parts; returns the first exit code that is no success, or NOTHING_FOUND where neither found a test."""
+    """Run all parts; returns the first exit code that is no success, or NOTHING_FOUND where none found a test."""
     if any(word.startswith(_ONE_PROCESS) for word in arguments):
         return subprocess.call([*_PYTEST, *arguments])
     # Torch takes all cores in every process, and waits for them with all it has.
-    beside_others = os.environ | {"OMP_NUM_THREADS": "1"}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = str(max(2, min(os.cpu_count() or 1, _MOST_PROCESSES)))
-    parallel = ["--part", "parallel", "-n", processes, "--dist", "worksteal"]
-    codes = [subprocess.call([*_PYTEST, *parallel, *arguments], env=beside_others)]
-    if codes[0] in (0, 1, NOTHING_FOUND):  # else the arguments are wrong, or somebody has pressed Ctrl-C
-        codes.append(subprocess.call([*_PYTEST, "--part", "alone", *arguments]))
+    parts = [
+        (["--part", "unit", "-n", processes, "--dist", "worksteal"], one_thread),
+        # A file's tests share servers. More servers than two at once would only wait for each other, and for memory.
+        (["--part", "servers", "-n", "2", "--dist", "loadfile"], None),
+        (["--part", "alone"], None),
+    ]
+    codes = []
+    for words, environment in parts:
+        codes.append(subprocess.call([*_PYTEST, *words, *arguments], env=environment))
+        if codes[-1] not in (0, 1, NOTHING_FOUND):  # the arguments are wrong, or somebody has pressed Ctrl-C
+            break
     failed = [code for code in codes if code not in (0, NOTHING_FOUND)]
     return failed[0] if failed else min(codes)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 UNIT = Path(__file__).parent / "unit"
+PARTS = ("unit", "servers", "alone")
+"""unit tests; tests that start servers; of both those that measure time, beside which no other may run."""
 
 
 def pytest_sessionstart() -> None:
@@ -14,15 +16,14 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parts = "parallel: unit tests but those marked alone, which may run beside others; alone: all other tests"
-    parser.addoption("--part", choices=("parallel", "alone"), help=parts)
+    parser.addoption("--part", choices=PARTS, help="run the tests of one part of `make test`")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Importing what starts servers takes seconds in every process."""
-    is_outside = collection_path.is_dir() and UNIT.parent in collection_path.parents and collection_path != UNIT
-    is_outside = is_outside and UNIT not in collection_path.parents
-    return True if is_outside and config.getoption("part") == "parallel" else None
+    is_unit = collection_path == UNIT or UNIT in collection_path.parents
+    is_folder = collection_path.is_dir() and UNIT.parent in collection_path.parents
+    return True if is_folder and config.getoption("part") == ("servers" if is_unit else "unit") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,8 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     special = ("gpu", "containers", "long")
 
     def is_left_out(item: pytest.Item) -> bool:
-        is_parallel = UNIT in item.path.parents and item.get_closest_marker("alone") is None
-        if part is not None and is_parallel != (part == "parallel"):
+        own_part = "alone" if item.get_closest_marker("alone") else "unit" if UNIT in item.path.parents else "servers"
+        if part not in (None, own_part):
             return True
         return any(item.get_closest_marker(name) and name not in asked for name in special)
 

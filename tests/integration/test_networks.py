@@ -37,6 +37,7 @@ def test_a_teacher_listens_on_an_address_of_either_family(host: str, models: dic
         assert httpx.get(f"{running.url}/health", trust_env=False).is_success
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("host", available_loopbacks()[-1:])
 def test_up_runs_on_an_address_of_either_family_among_nonsensical_proxies(
     host: str, models: dict[str, str], tmp_path: Path

@@ -12,7 +12,7 @@ from services.http.bounded_connection import BoundedConnection
 from tests.integration.processes import Server, wait_until
 from tests.integration.raw_http import connection, read_answer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 LARGE = 64 << 20
 

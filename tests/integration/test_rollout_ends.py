@@ -65,6 +65,7 @@ def busy(running: Server, model: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_signal_ends_a_server_whatever_it_is_doing(models: dict[str, str], tmp_path: Path) -> None:
     with two_workers(models["qwen3"], tmp_path / "log") as (running, family), busy(running, models["qwen3"]):
@@ -76,6 +77,7 @@ def test_a_signal_ends_a_server_whatever_it_is_doing(models: dict[str, str], tmp
         assert len(lines) < 15 and "Traceback" not in "".join(lines), lines
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_second_ctrl_c_ends_a_busy_server_at_once(models: dict[str, str], tmp_path: Path) -> None:
     with two_workers(models["qwen3"], tmp_path / "log") as (running, family), busy(running, models["qwen3"]):
@@ -98,6 +100,7 @@ def test_an_idle_server_ends_in_order(models: dict[str, str], tmp_path: Path) ->
         assert len(lines) < 10 and all("[shutdown]" in line or "resource_tracker" in line for line in lines), lines
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_nothing_outlives_a_server_that_is_killed(models: dict[str, str], tmp_path: Path) -> None:
     with two_workers(models["qwen3"], tmp_path / "log") as (running, family), busy(running, models["qwen3"]):

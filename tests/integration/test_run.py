@@ -63,6 +63,7 @@ async def test_three_steps_of_an_untied_llama_on_chat_messages(tmp_path: Path, m
     await check_student_loads(output / "student", Path(models["llama"]), tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_students_support_texts_and_two_updates_a_batch(tmp_path: Path, models: dict[str, str]) -> None:
     """The options that reach through all three processes at once: the rollout server sends the student's top-k, the
@@ -93,6 +94,7 @@ def test_students_support_texts_and_two_updates_a_batch(tmp_path: Path, models: 
         assert row["student_support_mass"] > row["teacher_support_mass"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict[str, str]) -> None:
     """`up` starts the one of the rows without a name; the recorded scores are those of each teacher's own weights."""

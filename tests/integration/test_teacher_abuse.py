@@ -17,7 +17,7 @@ from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from tests.integration.processes import Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head, read_answer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 SEQUENCE = {"token_ids": [60, 61, 62], "prompt_length": 1}
 GOOD = {"sequences": [SEQUENCE], "top_k": 2}

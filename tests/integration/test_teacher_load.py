@@ -23,7 +23,7 @@ from tests.integration.processes import KEY, Engine, Server, server, wait_until
 from tests.integration.raw_http import JSON, connection, head
 from tests.scoring import score_alone
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 NUM_CLIENTS = 200
 FLOOD_S = 4.0

@@ -90,6 +90,7 @@ def test_it_scores_like_transformers_refuses_what_it_cannot_and_ends_cleanly(
     assert "Traceback" not in teacher.log.read_text()
 
 
+@pytest.mark.long
 def test_a_killed_engine_ends_the_server(teacher: Server) -> None:
     core = next(pid for pid, line in members(teacher.process.pid).items() if "EngineCore" in line)
     os.kill(core, signal.SIGKILL)

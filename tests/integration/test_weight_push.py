@@ -29,6 +29,7 @@ from tests.pushing import Pushing, learner_of
 pytestmark = pytest.mark.integration
 
 CASES = [("qwen3", "float32"), ("llama", "float32"), ("qwen3", "bfloat16"), ("llama", "bfloat16")]
+LONG = [("llama", "float32"), ("qwen3", "bfloat16")]
 NUM_PUSHES = 5
 NUM_TRIES = 20
 
@@ -58,7 +59,9 @@ async def break_off(pushing: Pushing, monkeypatch: pytest.MonkeyPatch, running: 
     assert status(running)["policy_version"] == "mixed"  # seen when the second attempt cleared what the first left
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [pytest.param(*case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES]
+)
 @pytest.mark.timeout(400)
 async def test_server_and_trainer_agree_after_every_push(
     architecture: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,8 +54,15 @@ def run_workers(size: int, old: str, new: str, folder: Path) -> list[dict[str, A
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("qwen3", 1),
+        ("qwen2", 1),
+        ("qwen3_moe", 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("qwen3", 2), ("qwen2", 2), ("qwen3_moe", 1))),
+    ],
+)
 def test_vllms_model_holds_what_was_pushed_and_names_what_was_not(architecture: str, size: int, tmp_path: Path) -> None:
     old, new = (save(tmp_path / name, architecture, seed) for seed, name in enumerate(("old", "new")))
     for found in run_workers(size, old, new, tmp_path):

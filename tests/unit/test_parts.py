@@ -1,4 +1,4 @@
-"""`make test` in two parts: what runs, and with which exit code it ends."""
+"""`make test` in its parts: what runs, and with which exit code it ends."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,15 +18,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ((0, 0), 0),
-        ((1, 0), 1),
-        ((0, 1), 1),
+        ((0, 0, 0), 0),
+        ((1, 0, 0), 1),
+        ((0, 0, 1), 1),
         ((1, 3), 1),
-        ((0, 5), 0),  # 5: no test of the selection is in that part
-        ((5, 0), 0),
-        ((5, 1), 1),
-        ((5, 5), 5),
-        ((2,), 2),  # Ctrl-C: the second part does not begin
+        ((0, 5, 5), 0),  # 5: no test of the selection is in that part
+        ((5, 0, 5), 0),
+        ((5, 5, 1), 1),
+        ((5, 5, 5), 5),
+        ((2,), 2),  # Ctrl-C: the next part does not begin
+        ((0, 2), 2),
         ((4,), 4),
     ],
 )
@@ -38,11 +39,12 @@ def test_the_exit_code_is_that_of_the_part_that_failed(
     assert main([]) == expected and left == []
 
 
-def test_both_parts_get_the_arguments_and_only_the_first_has_several_processes(calls: Any) -> None:
+def test_all_parts_get_the_arguments_and_what_measures_time_has_one_process(calls: Any) -> None:
     assert main(["-k", "batch"]) == 0
-    (parallel, alone) = calls
-    assert parallel[:2] == ["--part", "parallel"] and int(parallel[parallel.index("-n") + 1]) >= 2
-    assert alone == ["--part", "alone", "-k", "batch"] and parallel[-2:] == ["-k", "batch"]
+    (unit, servers, alone) = calls
+    assert unit[:2] == ["--part", "unit"] and int(unit[unit.index("-n") + 1]) >= 2
+    assert servers[:4] == ["--part", "servers", "-n", "2"]
+    assert alone == ["--part", "alone", "-k", "batch"] and unit[-2:] == servers[-2:] == ["-k", "batch"]
 
 
 @pytest.mark.parametrize("word", ["--pdb", "--collect-only", "--help"])
