@@ -30,6 +30,10 @@ def with_value(name: str, value: float) -> ScoredSample:
     return changed(**{name: array})
 
 
+def test_only_a_students_support_is_asked_of_the_rollout_servers() -> None:
+    assert (Support("student_topk", 4, 9).student_top_k, Support("teacher_topk", 4, 9).student_top_k) == (4, 0)
+
+
 def test_a_good_sample_has_no_defect() -> None:
     assert defect(sample(0, 2, 3), SUPPORT) is None
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from services.config import RunConfig
 from services.errors import PeerError
 from services.wire.policy_label import PolicyLabel
-from services.wire.rollout import RolloutSampling
+from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.models import save_model
 from tests.pushing import learner_of
 from tests.unit.trainer.attached import CallersLoop, measured, scored, teacher_of
@@ -22,6 +22,7 @@ from trainer import scoring
 from trainer.data.prompts import Prompt
 from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluator, ReverseKL
+from trainer.evaluation.exact_match import ExactMatch
 from trainer.groups import ScoredSample
 from trainer.learner import Learner
 from trainer.teacher_scores import Support
@@ -249,6 +250,90 @@ async def test_how_many_logprobs_are_asked_for(
         asking = evaluator(None, [teacher], PROMPTS, **({} if given is None else {"top_k": given}))
         support = asking._support(vocab)
     assert (support.size, support.has_tail) == (size, size < vocab)
+
+
+async def test_with_embeddings_of_two_sizes_one_token_is_outside(tmp_path: Path) -> None:
+    async with teacher_of(save_model(tmp_path / "m", "qwen3", vocab_size=261)) as teacher:
+        support = evaluator(None, [teacher], PROMPTS)._support(300)
+    assert (support.size, support.has_tail) == (260, True)
+
+
+class Says:
+    """Rollout servers that complete each prompt with given ids, at temperature 0 with others than at 1.
+
+    Attributes:
+        reasons: what the completion of a prompt ends with, where it is not "stop".
+    """
+
+    def __init__(self, greedy: list[list[int]], version: str = "7.1@mine") -> None:
+        self.greedy, self.version, self.reasons = greedy, version, dict[int, str]()
+
+    async def generate(self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any) -> None:
+        for index, prompt in enumerate(prompts):
+            ids = self.greedy[prompt[0] - 1] if sampling.temperature == 0 else [50, 256]
+            tokens, logprobs = np.array(ids, np.int32), np.full(len(ids), -1.0, np.float32)
+            reason: Any = self.reasons.get(index, "stop")
+            spans = [VersionSpan(self.version, 0, len(ids))]
+            on_completion(RolloutCompletion(index, 0, tokens, logprobs, reason, spans))
+
+
+def graded(count: int, without_answer: int = 0) -> list[Prompt]:
+    """Prompts 1, 2, ... whose answer is always 7; behind them some without an answer."""
+    answers = ["7"] * count + [None] * without_answer
+    return [Prompt(row, [row, 61], "", answer=answer) for row, answer in enumerate(answers, 1)]
+
+
+async def test_exact_match_is_the_share_of_rows_with_an_answer_that_greedy_decoding_answers(folder: str) -> None:
+    right, wrong, endless, foreign_end = [55, 256], [56, 256], [55] * 6, [55, 257]
+    rollouts = Says([right, wrong, endless, right, foreign_end, right])
+    learner = learner_of(folder)
+    async with teacher_of(folder) as teacher:
+        found = await measured(evaluator(rollouts, [teacher], graded(5, without_answer=1)), learner, 7)
+    assert found.exact_match == 2 / 5 and found.num_prompts == 6
+
+
+async def test_the_teachers_exact_match_is_that_of_each_rows_own_and_is_measured_once(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str | None, list[int], frozenset[int]]] = []
+
+    async def count(teacher: Teacher, prompts: list[Prompt], rule: ExactMatch) -> int:
+        asked.append((teacher.name, [prompt.row for prompt in prompts], rule.end_token_ids))
+        return 1 if teacher.name is None else 2
+
+    monkeypatch.setattr(evaluate, "count_teacher_matches", count)
+    prompts = [replace(p, teacher="maths" if p.row % 2 == 0 else None) for p in graded(5, without_answer=1)]
+    learner = learner_of(folder)
+    async with teacher_of(folder) as own, teacher_of(folder, "maths") as maths:
+        own = replace(own, info=own.info.model_copy(update={"eos_token_ids": [258]}))
+        measuring = evaluator(Says([[55, 256]] * 6), [own, maths], prompts)
+        first, second = [await measured(measuring, learner, 7) for _ in range(2)]
+    assert first.teacher_exact_match == second.teacher_exact_match == 3 / 5
+    assert asked[0] == (None, [1, 3, 5], {258, 256}) and asked[1][:2] == ("maths", [2, 4]) and len(asked) == 2
+
+
+async def test_the_first_of_several_reasons_is_told(folder: str) -> None:
+    rollouts = Says([[55, 256]] * 3)
+    rollouts.reasons = {0: "abort", 1: "abort", 2: "abort"}
+    generate = rollouts.generate
+
+    async def one_without_tokens(*asked: Any, on_completion: Any) -> None:
+        def arrive(c: RolloutCompletion) -> None:
+            on_completion(c if c.prompt_index != 1 else replace(c, token_ids=c.token_ids[:0], finish_reason="stop"))
+
+        await generate(*asked, on_completion=arrive)
+
+    rollouts.generate = one_without_tokens  # type: ignore[method-assign]
+    learner = learner_of(folder)
+    async with teacher_of(folder) as teacher:
+        with pytest.raises(PeerError, match="no prompt could be completed, the first one because .*gave up on it"):
+            await measured(evaluator(rollouts, [teacher], graded(0, without_answer=3)), learner, 7)
+
+
+def test_the_standard_error_worked_by_hand() -> None:
+    """Mean 12 / 6; what completions are off by: -1, -1 and 2 nats; sqrt(6 * 3 / 2) / 6."""
+    assert ReverseKL([(3.0, 2), (1.0, 1), (8.0, 3)]).stderr == pytest.approx(0.5)
+    assert ReverseKL([(3.0, 2), (1.0, 2)]).stderr == pytest.approx(0.5)
 
 
 async def test_the_number_of_prompts_is_bounded_by_the_option(folder: str) -> None:
