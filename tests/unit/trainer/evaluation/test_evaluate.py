@@ -326,7 +326,7 @@ async def test_the_first_of_several_reasons_is_told(folder: str) -> None:
     rollouts.generate = one_without_tokens  # type: ignore[method-assign]
     learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
-        with pytest.raises(PeerError, match="no prompt could be completed, the first one because .*gave up on it"):
+        with pytest.raises(PeerError, match=r"no prompt could be completed, the first one because .*gave up on it"):
             await measured(evaluator(rollouts, [teacher], graded(0, without_answer=3)), learner, 7)
 
 
