@@ -3,6 +3,7 @@
 Synchronous, in the main thread; whatever is collective over ranks happens in the order of the calls.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from trainer.optimizer import build_optimizer, build_schedule
 from trainer.student import Student, evaluating
 from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
+logger = logging.getLogger(__name__)
+
 
 class Learner:
     """The student with its optimizer.
@@ -56,6 +59,7 @@ class Learner:
         self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
+        self._skipped_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -66,9 +70,11 @@ class Learner:
             metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
             sampled; of clipping, that of the last update. "loss" is without the texts' part, which is alpha_lm times
             "lm_loss". Only the counts when there is nothing to train on. "train_s" is the time of the call in seconds.
+            An update whose gradient is not finite is skipped, with those after it on this batch: the weights and the
+            optimizer stay as they are, and "num_skipped_updates" counts it.
 
         Raises:
-            DistillServeError: the gradient is not finite; the weights are those of the step before.
+            DistillServeError: more than `optimizer.max_skipped_updates` in a row were not finite.
         """
         started = time.monotonic()
         with self._all_updates_or_none():
@@ -89,14 +95,24 @@ class Learner:
             return {"num_valid_tokens": 0.0}
         # Log-probabilities before the first update: those of its own forward passes.
         old: list[torch.Tensor] | None = None
-        updates = []
+        updates: list[dict[str, float]] = []
+        num_skipped = 0
         for _ in range(config.pipeline.updates_per_batch):
             metrics, of_update = self._backward(micro_batches, totals, old)
             old = of_update if old is None else old
-            updates.append(metrics | self._backward_texts(text_batches) | {"grad_norm": self._apply()})
+            metrics |= self._backward_texts(text_batches)
+            norm = self._apply()
+            if not math.isfinite(norm):
+                num_skipped = config.pipeline.updates_per_batch - len(updates)
+                self._count_skipped(norm)
+                break
+            self._skipped_in_a_row = 0
+            updates.append(metrics | {"grad_norm": norm})
         self.schedule.step()
-        clipped = {name: value for name, value in updates[-1].items() if name == "policy_ratio_clipped_fraction"}
-        return updates[0] | clipped | {"learning_rate": float(learning_rate)}
+        # Of no update there are no numbers: they may be no numbers.
+        of_step = updates[0] if updates else {"num_valid_tokens": float(totals.num_valid_tokens)}
+        clipped = {name: updates[-1][name] for name in ("policy_ratio_clipped_fraction",) if name in of_step}
+        return of_step | clipped | {"learning_rate": float(learning_rate), "num_skipped_updates": float(num_skipped)}
 
     @contextmanager
     def _all_updates_or_none(self) -> Iterator[None]:
@@ -154,15 +170,24 @@ class Learner:
         return {"lm_loss": total}
 
     def _apply(self) -> float:
-        """Clip and step; returns the gradient's norm."""
+        """Clip and step, unless the gradient's norm is not finite; returns the norm."""
         largest = self.config.optimizer.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest))
-        if not math.isfinite(norm):
-            raise DistillServeError(f"the gradient norm is {norm}; lower optimizer.learning_rate or look at the data")
-        self._check()
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self._check()
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _count_skipped(self, norm: float) -> None:
+        self._skipped_in_a_row += 1
+        most = self.config.optimizer.max_skipped_updates
+        if self._skipped_in_a_row > most:
+            raise DistillServeError(
+                f"the gradient norm is {norm}, and {most} updates before this one were skipped for that reason "
+                "(optimizer.max_skipped_updates); lower optimizer.learning_rate or look at the data"
+            )
+        logger.warning("the gradient norm of step %d is %s: the update is skipped", self.finished_step + 1, norm)
 
     def _forward(self, batch: PaddedSequences, support_ids: torch.Tensor, temperature: float = 1.0) -> HeadOutput:
         output: HeadOutput = self.student(batch.input_ids, batch.positions, batch.token_ids, support_ids, temperature)

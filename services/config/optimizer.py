@@ -28,3 +28,5 @@ class OptimizerConfig(Section):
     """Added to the denominator."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: int = Field(3, ge=0)
+    """Updates in a row that are skipped because their gradient is not finite; one more ends the run."""

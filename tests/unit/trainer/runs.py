@@ -171,7 +171,7 @@ def run_config(folder: str, into: Path, **sections: dict[str, Any]) -> RunConfig
         "student": {"model": folder},
         "teacher_client": {"outage_s": 0.2},
         "sampling": {"max_new_tokens": 4},
-        "optimizer": {"learning_rate": 1e-2},
+        "optimizer": {"learning_rate": 1e-2, "max_skipped_updates": 0},
         "pipeline": {"steps": 3, "prompts_per_step": 4, "max_quarantine_rate": 0.5},
         "output": {"dir": str(into), "trackers": [], "save_every_steps": 0},
     }

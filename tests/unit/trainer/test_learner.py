@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from services.config import RunConfig
 from services.errors import DistillServeError
 from services.wire.batch import TrainingBatch
 from tests.models import save_model
@@ -152,14 +153,64 @@ def test_texts_add_their_mean_cross_entropy(tiny_model_folder) -> None:  # type:
     assert not torch.equal(weights(run), start)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
-    run = learner_of(tiny_model_folder("qwen3"))
-    start = weights(run)
-    with torch.no_grad():
-        next(run.student.parameters())[0, 0] = math.nan
-    with pytest.raises(DistillServeError, match="gradient norm is nan"):
-        run.step(BATCH)
-    assert torch.equal(weights(run)[1:], start[1:])
+def with_value(value: float) -> TrainingBatch:
+    """The batch, with one impossible number of the teacher."""
+    logprobs = BATCH.teacher_token_logprobs.copy()
+    logprobs[3] = value
+    return replace(BATCH, teacher_token_logprobs=logprobs)
+
+
+def adam(folder: str, **sections: Any) -> Learner:
+    config = RunConfig(
+        student={"model": folder}, optimizer={"learning_rate": 1e-2} | sections.pop("optimizer", {}), **sections
+    )
+    return Learner(config, load_student(config.student), 9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(value: float, tiny_model_folder: Any) -> None:
+    """Weights and optimizer are, byte for byte, those of a run without it."""
+    run, without = adam(tiny_model_folder("qwen3")), adam(tiny_model_folder("qwen3"))
+    for learner in (run, without):
+        assert metrics_of(learner, BATCH)["num_skipped_updates"] == 0.0
+    skipped = metrics_of(run, with_value(value))
+    num_tokens = len(BATCH.token_ids)
+    assert skipped == {
+        "num_valid_tokens": num_tokens,
+        "learning_rate": skipped["learning_rate"],
+        "num_skipped_updates": 1,
+    }
+    assert torch.equal(weights(run), weights(without)) and run.finished_step == 2
+    without.schedule.step()
+    for learner in (run, without):
+        assert "loss" in metrics_of(learner, BATCH)
+    assert torch.equal(weights(run), weights(without))
+
+
+def test_of_several_updates_those_from_the_bad_one_on_are_skipped(tiny_model_folder: Any) -> None:
+    once = adam(tiny_model_folder("qwen3"))
+    often = adam(tiny_model_folder("qwen3"), pipeline={"updates_per_batch": 3})
+    apply, norms = often._apply, iter([False, True])
+
+    def second_is_bad() -> float:
+        if next(norms):
+            next(iter(often.student.parameters())).grad[0] = math.nan  # type: ignore[index]
+        return apply()
+
+    often._apply = second_is_bad  # type: ignore[method-assign]
+    expected, found = metrics_of(once, BATCH), metrics_of(often, BATCH)
+    assert found == pytest.approx(expected | {"num_skipped_updates": 2.0})
+    assert torch.equal(weights(once), weights(often))
+
+
+def test_too_many_in_a_row_end_the_run_and_good_ones_between_do_not_count(tiny_model_folder: Any) -> None:
+    run, bad = adam(tiny_model_folder("qwen3"), optimizer={"max_skipped_updates": 2}), with_value(math.nan)
+    for batch in (bad, bad, BATCH, bad, bad):
+        run.step(batch)
+    before = weights(run)
+    with pytest.raises(DistillServeError, match=r"norm is nan, and 2 updates before .*optimizer\.max_skipped_updates"):
+        run.step(bad)
+    assert torch.equal(weights(run), before) and run.finished_step == 5
 
 
 def test_a_batch_without_trained_tokens_changes_nothing(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]

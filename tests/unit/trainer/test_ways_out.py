@@ -288,6 +288,14 @@ def test_who_ends_a_run_is_told_of_the_saving_and_a_second_ctrl_c_gives_it_up(
     assert (run.output / "student").exists() is patient
 
 
+def test_a_step_that_is_skipped_costs_itself_alone(run: Run) -> None:
+    optimizer = {"max_skipped_updates": 1, "learning_rate": 1e-2}
+    run.go(partial(gradient_is_not_finite, run=run, update=2), optimizer=optimizer)
+    rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["step"], row["num_skipped_updates"], "loss" in row) for row in rows if "train_s" in row]
+    assert steps == [(1, 0.0, True), (2, 1.0, False), (3, 0.0, True)]
+
+
 def failing_evaluations(*steps: int) -> Callable[[Session], None]:
     def disturb(session: Session) -> None:
         assert session.evaluator is not None
