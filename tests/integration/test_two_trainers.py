@@ -75,7 +75,7 @@ def check_undisturbed(trainer: Trainer, student: str, other: str) -> None:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "num_steps" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
-    assert max(row.get("canary_residual", 0.0) for row in steps)  # the last push may have been ended <= 1e-4
+    assert max(row.get("canary_residual", 0.0) for row in steps) <= 1e-4  # the last push may have been ended
     assert max(abs(row["importance_ratio_mean"] - 1) for row in steps) <= 1e-3
     assert max(row["importance_ratio_max"] for row in steps) <= 1 + 1e-3
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_bytes().splitlines()]
