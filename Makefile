@@ -42,7 +42,7 @@ test: $(STAMP)  ## all tests, real vLLM included (ARGS="-k name")
 	@$(BIN)/python -m tests $(ARGS)
 
 test-long: $(STAMP)  ## the tests that take many minutes
-	@$(BIN)/python -m pytest -m long $(ARGS)
+	@$(BIN)/python -m pytest -m long -n 2 --dist loadfile $(ARGS)
 
 test-containers: $(STAMP)  ## the CPU stack in real containers, from a new clone; needs Docker
 	@$(BIN)/python -m pytest -m containers $(ARGS)
