@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parts = [
         (["--part", "unit", "-n", processes, "--dist", "worksteal"], one_thread),
         # A file's tests share servers. More servers than two at once would only wait for each other, and for memory.
-        (["--part", "servers", "-n", "2", "--dist", "loadfile"], None),
+        (["--part", "servers", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"], None),
         (["--part", "alone"], None),
     ]
     codes = []

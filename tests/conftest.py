@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not is_left_out(item)]
+    if part == "servers":
+        # Two processes take file after file: the few long tests first, so that neither waits for the other at the end.
+        tests_in_file = Counter(item.path for item in items)
+        items.sort(key=lambda item: tests_in_file[item.path])

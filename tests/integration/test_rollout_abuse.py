@@ -12,7 +12,7 @@ from services.http.bounded_connection import BoundedConnection
 from tests.integration.processes import Server, wait_until
 from tests.integration.raw_http import connection, read_answer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = pytest.mark.integration
 
 LARGE = 64 << 20
 
@@ -46,6 +46,7 @@ def num_descriptors(running: Server) -> int:
     return len(os.listdir(f"/proc/{running.process.pid}/fd"))
 
 
+@pytest.mark.alone
 def test_bodies_of_64_mib_without_sense_cost_others_no_time_and_no_memory(rollout_server: Server) -> None:
     bodies = [b"1," * (LARGE // 2), b'{"prompts": [[' + b"1," * (LARGE // 2 - 16), b"[" * LARGE]
     with rollout_server.client() as client:

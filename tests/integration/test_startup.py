@@ -53,6 +53,7 @@ def test_a_public_address_without_a_key_is_refused(models: dict[str, str]) -> No
     assert done.returncode == 2 and "DISTILLSERVE_TEACHER_KEY is not set" in done.stderr
 
 
+@pytest.mark.long
 def test_up_ends_the_servers_when_the_trainer_cannot_start(models: dict[str, str], tmp_path: Path) -> None:
     """The trainer finds its data missing; the servers, real ones, are ended and the exit code is the trainer's."""
     done = refused(

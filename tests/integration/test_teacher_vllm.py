@@ -106,6 +106,7 @@ def test_a_killed_engine_ends_the_server(teacher: Server) -> None:
     assert wait_until_gone(teacher.process.pid) == {}
 
 
+@pytest.mark.long
 def test_a_plain_vllm_server_is_a_teacher(models: dict[str, str], tmp_path: Path) -> None:
     options = ("--max-logprobs", "30", "--max-model-len", "129", "--kv-cache-memory-bytes", str(1 << 28))
     rng = np.random.default_rng(1)
