@@ -6,6 +6,7 @@ Rows, not packed sequences: sdpa has no variable-length path and would build a d
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 
 # Any id does: on the right, causal attention keeps it from every token, and nobody reads what comes out at it.
@@ -52,10 +53,11 @@ class PaddedSequences:
 def pad_sequences(sequences: list[list[int]], prompt_lengths: list[int]) -> PaddedSequences:
     """Pad sequences, at least one, on the right; each is a prompt of at least one token and the tokens to predict behind it."""
     longest = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), longest), _PAD_ID, dtype=torch.int64)
+    input_ids = np.full((len(sequences), longest), _PAD_ID, np.int64)
     of_rows = []
     for row, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        of_rows.append(torch.arange(prompt_length - 1, len(sequence) - 1) + row * longest)
-    positions = torch.cat(of_rows)
-    return PaddedSequences(input_ids, positions, token_ids=input_ids.flatten()[positions + 1])
+        input_ids[row, : len(sequence)] = sequence
+        of_rows.append(np.arange(prompt_length - 1, len(sequence) - 1) + row * longest)
+    positions = np.concatenate(of_rows)
+    columns = (input_ids, positions, input_ids.ravel()[positions + 1])
+    return PaddedSequences(*map(torch.from_numpy, columns))
