@@ -14,8 +14,8 @@ from services.config import LossConfig
 from services.models.padding import PaddedSequences, cut_by_padded_tokens, pad_sequences
 from services.wire.batch import TrainingBatch
 from trainer.groups import PromptGroup
+from trainer.loss import LossInputs
 from trainer.loss.head import HeadOutput
-from trainer.loss.minillm import LossInputs
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from services.weight_transfer.source import CheckpointSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
-from trainer.loss.head import HeadOutput
-from trainer.loss.minillm import (
+from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
     language_model_loss,
     merge_metrics,
     minillm_loss,
 )
+from trainer.loss.head import HeadOutput
 from trainer.optimizer import build_optimizer, build_schedule
 from trainer.student import Student, evaluating
 from trainer.weights.snapshot import GivenTokens, WeightSnapshot

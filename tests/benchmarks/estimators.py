@@ -20,8 +20,8 @@ from services.models.causal_lm import hidden_states, load_tokenizer, output_head
 from services.models.padding import pad_sequences
 from tests.benchmarks import results
 from trainer.data.prompts import read_prompts
+from trainer.loss import LossInputs, minillm_loss
 from trainer.loss.head import HeadOutput
-from trainer.loss.minillm import LossInputs, minillm_loss
 from trainer.student import Student, load_student
 from trainer.tiny.pair import build_tiny_pair
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from services.config import LossConfig
 from tests.ranks import leave
 from tests.unit.trainer.policies import random_batch, take
-from trainer.loss.minillm import LossInputs, LossTotals, minillm_loss
+from trainer.loss import LossInputs, LossTotals, minillm_loss
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 SEQUENCES_OF_RANK = [[0, 1, 2], [3, 4]]

@@ -22,24 +22,11 @@ import torch
 from torch import Tensor
 
 from services.config import LossConfig
-from trainer.loss.advantages import reward_advantages, reward_to_go, token_advantages
+from trainer.loss.advantages import token_advantages
 from trainer.loss.aggregation import LossTotals, token_weights, tokens_per_sequence
 from trainer.loss.divergences import bucketed, single_step_divergence, tail_correction
 from trainer.loss.importance import Importance, importance_weights, policy_gradient, policy_ratio
-from trainer.loss.metrics import LossMetrics, merge_metrics
-
-__all__ = [
-    "LossInputs",
-    "LossMetrics",
-    "LossTotals",
-    "estimate_reverse_kl",
-    "language_model_loss",
-    "merge_metrics",
-    "minillm_loss",
-    "reward_advantages",
-    "reward_to_go",
-]
-
+from trainer.loss.metrics import LossMetrics
 
 _OF_SUPPORT = ("student_support_logprobs", "teacher_support_logprobs", "support_ids")
 _OF_TAIL = ("student_tail_logprob", "teacher_tail_logprob")

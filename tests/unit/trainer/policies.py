@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from services.config import LossConfig
-from trainer.loss.minillm import LossInputs, minillm_loss
+from trainer.loss import LossInputs, minillm_loss
 
 F64 = torch.float64
 PURE_PG = {"single_step_decomposition": False, "gamma": 1.0, "length_normalization": False}

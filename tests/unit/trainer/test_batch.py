@@ -12,7 +12,7 @@ from tests.models import LONGROPE_SWITCH, save_model
 from tests.unit.trainer.samples import BATCH, SAMPLES, batch_of, sample
 from trainer.batch import MicroBatch, collect, loss_inputs, pack, pack_texts
 from trainer.groups import PromptGroup
-from trainer.loss.minillm import LossTotals, minillm_loss
+from trainer.loss import LossTotals, minillm_loss
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample
 

@@ -17,7 +17,7 @@ from tests.unit.trainer.sgd_learners import WINDOWS, learner_of
 from trainer.batch import loss_inputs, pack, pack_texts
 from trainer.data.stream import RowStream
 from trainer.learner import Learner
-from trainer.loss.minillm import LossTotals, minillm_loss
+from trainer.loss import LossTotals, minillm_loss
 from trainer.student import load_student
 
 TEXTS: dict[str, Any] = {"loss": {"alpha_lm": 0.5}, "data": {"lm_path": "texts.jsonl"}}

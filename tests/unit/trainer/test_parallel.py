@@ -15,7 +15,7 @@ from tests.models import save_model
 from tests.ranks import leave
 from tests.unit.trainer.samples import SAMPLES, batch_of
 from trainer.batch import loss_inputs, pack
-from trainer.loss.minillm import LossTotals, minillm_loss
+from trainer.loss import LossTotals, minillm_loss
 from trainer.parallel import spread
 from trainer.student import Student, load_student
 from trainer.teacher_scores import ScoredSample

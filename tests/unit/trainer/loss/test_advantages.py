@@ -20,7 +20,7 @@ from tests.unit.trainer.policies import (
     random_batch,
     sequence_logprob,
 )
-from trainer.loss.minillm import minillm_loss, reward_advantages, reward_to_go
+from trainer.loss import minillm_loss, reward_advantages, reward_to_go
 
 # --- section 2 and oracle 8: reward to go ---
 

@@ -7,7 +7,7 @@ import torch
 
 from services.config import LossConfig
 from tests.unit.trainer.policies import F64, assert_close, inputs_of, random_batch
-from trainer.loss.minillm import LossTotals, language_model_loss, minillm_loss
+from trainer.loss import LossTotals, language_model_loss, minillm_loss
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from services.config import LossConfig
 from tests.unit.trainer.policies import F64, assert_close, exact, inputs_of
+from trainer.loss import minillm_loss
 from trainer.loss.divergences import FORWARD_KL, REVERSE_KL, jensen_shannon, single_step_divergence
-from trainer.loss.minillm import minillm_loss
 
 DIVERGENCES = [
     {"single_step_divergence": "reverse_kl"},

@@ -9,7 +9,7 @@ import torch
 from services.config import LossConfig
 from tests.unit.trainer.policies import F64, assert_close, exact, exact_kl, inputs_of, sequence_logprob
 from tests.unit.trainer.policies import enumerate_sequences as all_sequences
-from trainer.loss.minillm import merge_metrics, minillm_loss, reward_to_go
+from trainer.loss import merge_metrics, minillm_loss, reward_to_go
 
 PG = {"single_step_decomposition": False}
 

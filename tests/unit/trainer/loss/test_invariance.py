@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.config import LossConfig
 from tests.unit.trainer.policies import F64, assert_close, per_position, random_batch, take
-from trainer.loss.minillm import LossInputs, LossMetrics, LossTotals, merge_metrics, minillm_loss
+from trainer.loss import LossInputs, LossMetrics, LossTotals, merge_metrics, minillm_loss
 
 STUDENT = ("student_token_logprobs", "student_support_logprobs", "student_tail_logprob")
 

@@ -21,7 +21,7 @@ from tests.unit.trainer.policies import (
     inputs_of,
     random_batch,
 )
-from trainer.loss.minillm import merge_metrics, minillm_loss
+from trainer.loss import merge_metrics, minillm_loss
 
 # --- oracle 1 and 2: binary tokens ---
 

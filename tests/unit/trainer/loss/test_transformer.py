@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from services.config import LossConfig
 from services.models.padding import pad_sequences
 from tests.unit.trainer.policies import DECOMPOSED, F64, PURE_PG, assert_close, exact
+from trainer.loss import LossInputs, minillm_loss
 from trainer.loss.head import HeadOutput
-from trainer.loss.minillm import LossInputs, minillm_loss
 from trainer.student import Student
 
 VOCAB, END, LONGEST, PROMPT = 4, 3, 3, [1, 2]
