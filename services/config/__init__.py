@@ -16,6 +16,7 @@ from services.config.server import ServerSection
 from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
 from services.config.teacher_client import TeacherClientConfig
+from services.config.trainer import TrainerConfig
 from services.config.weight_sync import WeightSyncConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "StudentConfig",
     "TeacherClientConfig",
     "TeacherConfig",
+    "TrainerConfig",
     "WeightSyncConfig",
     "check_output_dir",
 ]

@@ -34,7 +34,11 @@ _TAKEN: dict[Role, Mapping[str, frozenset[str]]] = {
         "teacher_client": _EVERY,
         "teacher": frozenset({"host", "port", "model", "trust_remote_code", "cuda_devices"}),
         **dict.fromkeys(
-            ("data", "sampling", "loss", "optimizer", "pipeline", "weight_sync", "evaluation", "output", "seed"), _EVERY
+            (
+                *("trainer", "data", "sampling", "loss", "optimizer", "pipeline"),
+                *("weight_sync", "evaluation", "output", "seed"),
+            ),
+            _EVERY,
         ),
     },
 }

@@ -11,6 +11,8 @@ class RolloutConfig(ServerSection):
 
     port: Port = 8100
     """TCP port to listen on; `up` takes a free one when it is in use."""
+    num_servers: int = Field(1, ge=1)
+    """Servers that `up` starts, each with GPUs of its own, which share the completions of a step."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus completion, tokens; default: what data.max_prompt_tokens leaves room for, else 4096 or twice the
     longest completion (less on a GPU without that much room), at most what the model's config says."""

@@ -25,6 +25,7 @@ from services.config.section import Section
 from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
 from services.config.teacher_client import TeacherClientConfig
+from services.config.trainer import TrainerConfig
 from services.config.weight_sync import WeightSyncConfig
 from services.errors import ConfigError
 
@@ -37,6 +38,7 @@ class RunConfig(Section):
     rollout_client: RolloutClientConfig = RolloutClientConfig()
     teacher: TeacherConfig = TeacherConfig()
     teacher_client: TeacherClientConfig = TeacherClientConfig()
+    trainer: TrainerConfig = TrainerConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()

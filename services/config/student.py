@@ -21,7 +21,11 @@ class StudentConfig(Section):
     a GPU when rollout.dtype is half precision, else `dtype`."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time; default: on a GPU."""
+    attn_implementation: str | None = None
+    """Attention of transformers, e.g. "sdpa", "eager" or "flash_attention_2"; a flash attention takes packed sequences instead
+    of padded rows. Default: transformers' own choice."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings along; off unless you have read that code."""
     cuda_devices: str | None = None
-    """GPUs of the trainer, as CUDA_VISIBLE_DEVICES takes them, e.g. "1" or "GPU-8932f937"; "": none. Default: the first one."""
+    """GPUs of the trainer, as CUDA_VISIBLE_DEVICES takes them, e.g. "1", "0,1" or "GPU-8932f937"; "": none. The ranks of a
+    machine take the first ones, one each. Default: those that it sees."""

@@ -1,0 +1,21 @@
+"""`[trainer]`: the ranks over which the student is spread."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.config.section import Section
+
+
+class TrainerConfig(Section):
+    """The ranks over which the student is spread: one for each GPU, or each share of a CPU."""
+
+    num_processes: int = Field(1, ge=1)
+    """Ranks that `up` starts on this machine; torchrun and `accelerate launch` say themselves how many there are."""
+    parallelism: Literal["fsdp2", "ddp"] = "fsdp2"
+    """fsdp2 shards parameters, gradients and optimizer state, a layer at a time; ddp keeps all of them on every rank."""
+    shard_degree: int | None = Field(None, ge=1)
+    """Ranks that hold one copy of the student together under fsdp2; a divisor of their number. Default: those of one machine,
+    so that over several machines only gradients travel between them."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and bring them to the GPU a layer at a time."""
