@@ -39,7 +39,6 @@ def follow(ranks: Ranks) -> None:
     Raises:
         RankLostError: rank 0 was killed; the student of the last version that was pushed is saved, by one rank of its machine.
     """
-    logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     follower = _Follower(ranks)
@@ -115,7 +114,9 @@ class _Follower:
         student = self._config.student
         tokenizer = load_tokenizer(student.model or "", trust_remote_code=student.trust_remote_code)
         logging.getLogger().setLevel(logging.INFO)
-        SavedStudents(self._config.output, self._learner.student.model, tokenizer, has_begun=True).save(state)
+        model: Any = self._learner.student.model
+        model.should_save_on_this_rank = lambda is_main_process: True  # transformers lets rank 0 alone
+        SavedStudents(self._config.output, model, tokenizer, has_begun=True).save(state)
 
 
 def _snapshot(learner: Learner, document: bytes) -> None:

@@ -1,6 +1,7 @@
 """The learner of rank 0: what it is asked, the learners of all ranks do."""
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -19,6 +20,8 @@ from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks, check_together
 from trainer.student import Student
 from trainer.weights.snapshot import GivenTokens, StudentState, WeightSnapshot
+
+logger = logging.getLogger(__name__)
 
 # A collective over gloo ends by itself when a rank dies; one over nccl may never.
 _STUCK_S = 8.0
@@ -67,10 +70,13 @@ class LeadingLearner(Learner):
 
     def state(self) -> StudentState:
         """As `Learner.state`; of the last version that was pushed, where the ranks have lost one another."""
-        if self._is_broken or self._followers.lost is not None:
-            return self.last_pushed()
-        with self._called("state"):
-            return super().state()
+        if not self._is_broken and self._followers.lost is None:
+            try:
+                with self._called("state"):
+                    return super().state()
+            except RankLostError as error:
+                logger.debug("the student cannot be gathered: %s", error)
+        return self.last_pushed()
 
     @contextmanager
     def _called(self, name: str, document: bytes = b"") -> Iterator[None]:

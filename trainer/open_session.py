@@ -40,9 +40,9 @@ from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
 from trainer.parallel import load_and_place
 from trainer.pipeline import Pipeline
-from trainer.scoring import Scoring
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks
+from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import Student
 from trainer.teacher_scores import Quarantine, Support
@@ -144,7 +144,9 @@ def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None) -
             followers.send("load", config.model_dump_json().encode())
             student = load_and_place(config, ranks)
     check_windows_fit(texts, student.model.config.get_text_config())
-    return _Inputs(config, ranks, followers, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student)
+    return _Inputs(
+        config, ranks, followers, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student
+    )
 
 
 def _read_rows(
@@ -209,7 +211,9 @@ def _assemble(
     if inputs.followers is None:
         learner = Learner(config, inputs.student, num_steps, ranks, interruption.check)
     else:
-        learner = LeadingLearner(config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save)
+        learner = LeadingLearner(
+            config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save
+        )
     weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:

@@ -130,10 +130,10 @@ class SavedStudents:
         try:
             _remove(beside)
             # The names of tensors that are given are a checkpoint's already.
-            self._model.save_pretrained(
-                beside, state_dict=state.tensors, save_original_format=state.tensors is None
-            )
+            self._model.save_pretrained(beside, state_dict=state.tensors, save_original_format=state.tensors is None)
             self._tokenizer.save_pretrained(beside)
+            if not any(beside.glob("*.safetensors")):
+                raise OutputError(f"{path} cannot be written: transformers has saved no weights")
             sync_folder(beside)
             if path.exists():
                 _remove(before)
@@ -142,6 +142,8 @@ class SavedStudents:
             _remove(before)
         except OSError as error:
             raise cannot_write(path, error) from error
+        except OutputError:
+            raise
         except Exception as error:  # of safetensors, of a model's own code
             raise OutputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
         finally:

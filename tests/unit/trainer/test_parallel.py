@@ -105,9 +105,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_two_ranks_train_the_student_of_one(
-    architecture: str, way: str, folders: dict[str, str], found: Path
-) -> None:
+def test_two_ranks_train_the_student_of_one(architecture: str, way: str, folders: dict[str, str], found: Path) -> None:
     two: dict[str, Any] = torch.load(found / f"{architecture}-{way}", weights_only=True)
     one = run(folders[architecture], Ranks(), way)
     # In bfloat16 the ranks round sums that one rank makes of other parts.
