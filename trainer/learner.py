@@ -76,6 +76,7 @@ class Learner:
             metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
             sampled; of clipping, that of the last update. "loss" is without the texts' part, which is alpha_lm times
             "lm_loss". Only the counts when there is nothing to train on. "train_s" is the time of the call in seconds.
+            "peak_memory_gib" is the most that a rank has held in the run.
             An update whose gradient is not finite is skipped, with those after it on this batch: the weights and the
             optimizer stay as they are, and "num_skipped_updates" counts it.
 
@@ -86,7 +87,7 @@ class Learner:
         with self._all_updates_or_none():
             metrics = self._update(batch)
         self.finished_step += 1
-        return metrics | {"train_s": time.monotonic() - started}
+        return metrics | {"train_s": time.monotonic() - started, "peak_memory_gib": self.ranks.peak_memory_gib()}
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
@@ -214,7 +215,8 @@ class Learner:
         logger.warning("the gradient norm of step %d is %s: the update is skipped", self.finished_step + 1, norm)
 
     def _forward(self, batch: PaddedSequences, support_ids: torch.Tensor, temperature: float = 1.0) -> HeadOutput:
-        output: HeadOutput = self.student(batch.input_ids, batch.positions, batch.token_ids, support_ids, temperature)
+        ids = batch.input_ids, batch.positions, batch.token_ids, support_ids
+        output: HeadOutput = self.student(*ids, temperature, batch.lengths)
         return output
 
     # ----------------------------------------------------------------------------------------- measuring

@@ -3,12 +3,15 @@
 Sequences run as padded rows (services/models/padding.py). Only positions that predict a completion token reach the head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from services.config import StudentConfig
 from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
+from trainer.attention import choose_attention, pack_rows, packs
 from trainer.dropout import disable_dropout
 from trainer.loss.head import HeadOutput, support_logprobs
 
@@ -35,7 +38,13 @@ class Student(nn.Module):
         self.rope_switch = rope_switch(model)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, token_ids: Tensor, support_ids: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        support_ids: Tensor,
+        temperature: float = 1.0,
+        lengths: Tensor | None = None,
     ) -> HeadOutput:
         """Logprobs at packed completion positions.
 
@@ -45,11 +54,17 @@ class Student(nn.Module):
             token_ids: [N].
             support_ids: [N, K].
             temperature: divides the logits.
+            lengths: [B] of the sequences; needed where attention takes packed rows.
 
         Returns:
             [N], [N, K], [N] and [N] in float32 at least.
         """
-        hidden = hidden_states(self.model, input_ids).flatten(0, 1)[positions]
+        arguments: dict[str, Any] = {"input_ids": input_ids}
+        if packs(self.model):
+            assert lengths is not None, "without lengths, padding cannot be told from tokens"
+            arguments, where = pack_rows(input_ids, lengths)
+            positions = where[positions]
+        hidden = hidden_states(self.model, **arguments).flatten(0, 1)[positions]
         head = output_head(self.model, check=False)
         return support_logprobs(
             hidden.to(torch.promote_types(hidden.dtype, torch.float32)),
@@ -70,6 +85,7 @@ def load_student(config: StudentConfig, *, checkpointing: bool | None = None) ->
         checkpointing: recompute activations in the backward pass; default: where the config says so.
 
     Raises:
+        ConfigError: student.attn_implementation cannot be had.
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
@@ -84,4 +100,7 @@ def load_student(config: StudentConfig, *, checkpointing: bool | None = None) ->
         disable_dropout(model)
     if config.gradient_checkpointing if checkpointing is None else checkpointing:
         model.gradient_checkpointing_enable()
-    return Student(model).train()
+    student = Student(model).train()
+    if config.attn_implementation is not None:  # after the probes of the model, which are made where it was loaded
+        choose_attention(model, config.attn_implementation)
+    return student

@@ -67,6 +67,7 @@ class PaddedSequences:
     input_ids: torch.Tensor  # [B, T] int64, padded on the right
     positions: torch.Tensor  # [N] int64 into the B * T hidden states: those that predict token_ids
     token_ids: torch.Tensor  # [N] int64
+    lengths: torch.Tensor  # [B] int64, without padding; of a row that only fills up, 1
 
     def to(self, device: torch.device) -> Self:
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
@@ -82,5 +83,6 @@ def pad_sequences(sequences: list[list[int]], prompt_lengths: list[int]) -> Padd
         input_ids[row, : len(sequence)] = sequence
         of_rows.append(np.arange(prompt_length - 1, len(sequence) - 1) + row * longest)
     positions = np.concatenate(of_rows)
-    columns = (input_ids, positions, input_ids.ravel()[positions + 1])
+    lengths = np.array([len(sequence) for sequence in sequences] or [1], np.int64)
+    columns = (input_ids, positions, input_ids.ravel()[positions + 1], lengths)
     return PaddedSequences(*map(torch.from_numpy, columns))

@@ -4,6 +4,7 @@ torchrun, `accelerate launch` and `distillserve up` say in the environment which
 """
 
 import os
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from services.process.signals import Interruption
 
 Result = TypeVar("Result")
 
+_CPU = torch.device("cpu")
 # Loading a large student takes its time, and ranks load in turns.
 _JOIN_S = 600.0
 
@@ -36,7 +38,7 @@ class Ranks:
     count: int = 1
     local_index: int = 0
     local_count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     def gather(self, values: Tensor) -> Tensor:
         """[count, ...] from values [...] of the same shape on every rank; on the CPU, since they are few numbers."""
@@ -55,6 +57,14 @@ class Ranks:
                 results.append(work())
             self.gather(torch.tensor(turn))
         return results[0]
+
+    def peak_memory_gib(self) -> float:
+        """The most that any rank has held so far: of its GPU what tensors took, on a CPU the whole process."""
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.device)
+        else:
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return float(self.gather(torch.tensor(held)).max()) / 2**30
 
     def of_first(self, number: int) -> int:
         """The number that rank 0 has."""

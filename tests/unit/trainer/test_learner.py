@@ -27,9 +27,9 @@ def weights(learner: Learner) -> torch.Tensor:
 
 
 def metrics_of(learner: Learner, batch: TrainingBatch) -> dict[str, float]:
-    """Those of a step, without the time that it took."""
+    """Those of a step, without the time and the memory that it took."""
     metrics = learner.step(batch)
-    assert metrics.pop("train_s") > 0
+    assert metrics.pop("train_s") > 0 and 0.05 < metrics.pop("peak_memory_gib") < 64
     return metrics
 
 
