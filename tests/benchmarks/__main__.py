@@ -8,7 +8,18 @@ import importlib
 
 ONLY_WHEN_NAMED = ("objectives",)
 """Half an hour of training runs."""
-NAMES = ("step", "push", "precision", "head", "estimators", "throughput", "latency", "endurance", *ONLY_WHEN_NAMED)
+NAMES = (
+    "step",
+    "ranks",
+    "push",
+    "precision",
+    "head",
+    "estimators",
+    "throughput",
+    "latency",
+    "endurance",
+    *ONLY_WHEN_NAMED,
+)
 
 
 def main() -> None:
