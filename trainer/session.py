@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from services.config import RunConfig
-from services.errors import DistillServeError, EvaluationError
+from services.errors import DistillServeError, EvaluationError, RankLostError
 from services.process.event_loop import EventLoopThread
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
@@ -84,7 +84,9 @@ class Session:
             yield
         except BaseException as reason:
             if step := self.learner.finished_step:
-                if isinstance(reason, Interrupted):
+                if isinstance(reason, RankLostError):
+                    self.interruption.end()  # of the same, which another thread has heard of as well
+                elif isinstance(reason, Interrupted):
                     logger.info("%s: saving the student of step %d, which a second Ctrl-C gives up", reason, step)
                 try:
                     with self.interruption.raising():
