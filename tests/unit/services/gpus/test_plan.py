@@ -4,6 +4,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from services.config import RunConfig
 from services.errors import ConfigError
-from services.gpus.memory import GIB, usable_bytes
+from services.gpus.memory import GIB, Share, usable_bytes
 from services.gpus.options import computed, with_shares
 from services.gpus.plan import MemoryPlan, plan
 from services.gpus.sharing import ROLES, check_nccl, servers_share_a_gpu
@@ -76,8 +77,20 @@ def test_the_run_of_the_containers_fits_one_gpu_in_every_role(total: float, gpus
         assert list(gpu.shares) == list(ROLES) and gpu.needed <= usable_bytes(gpu.gpu.total_bytes)
 
 
+def test_the_page_shows_what_the_readmes_example_comes_to(gpus: Any) -> None:
+    parts = []
+    for total in (24 * GIB, 80e9):
+        gpus(total)
+        parts += planned(run()).gpus[0].shares.values()
+    page = Path("docs/gpu.md").read_text()
+    names = {"kv_cache": "key-value cache", "other": "process, graphs", "total": "together"}
+    for part in (*(field.name for field in fields(Share)), "total"):
+        cells = (f"{value / GIB:.1f}" if (value := getattr(share, part)) else "" for share in parts)
+        row = " | ".join(["", names.get(part, part), *cells, ""]).strip()
+        assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
+
+
 def test_what_the_readmes_example_comes_to_on_24_and_80_gb(gpus: Any) -> None:
-    """The table of docs/gpu.md."""
     gpus(24 * GIB)
     small = planned(run())
     rollout = with_shares(run(), "rollout", small).rollout
