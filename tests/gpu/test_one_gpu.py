@@ -12,7 +12,8 @@ import torch
 
 from services.clients import RolloutClient
 from services.config import RunConfig, TeacherConfig
-from services.gpus.memory import GIB, Share, Sizes, teacher_share, trainer_share
+from services.gpus.memory import GIB, Share, Sizes, teacher_share
+from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import read_shape
 from services.teacher.jobs import EncodedSequence
 from services.teacher.transformers.engine import TransformersEngine
@@ -87,15 +88,9 @@ def test_a_training_step_takes_what_was_computed(wide: str, dtype: str) -> None:
         logprobs(model, random_ids(8), getattr(torch, dtype)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    share = trainer_share(
-        shape,
-        Sizes(max_model_len=LENGTH, tokens_per_micro_batch=8 * LENGTH),
-        master_dtype="float32",
-        compute_dtype=dtype,
-        rollout_dtype=dtype,
-        checkpointing=True,
-        bucket_bytes=config.weight_sync.bucket_bytes,
-    )
+    layout = Layout(compute_dtype=dtype, rollout_dtype=dtype)
+    sizes = Sizes(max_model_len=LENGTH, tokens_per_micro_batch=8 * LENGTH)
+    share = trainer_share(shape, sizes, layout, config.weight_sync.bucket_bytes)
     assert within(torch.cuda.max_memory_allocated(), share)
 
 
