@@ -6,9 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from safetensors.torch import load_file
 
-def test_a_step_a_snapshot_and_a_saved_student_leave_cuda_alone(tiny_model_folder: Any, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "tests.unit.trainer.without_cuda", tiny_model_folder("qwen3"), str(tmp_path)]
-    done = subprocess.run(program, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "student" / "model.safetensors").exists()
+from services.process.startup import free_port
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_snapshots_and_a_saved_student_leave_cuda_alone(
+    num_ranks: int, tiny_model_folder: Any, tmp_path: Path
+) -> None:
+    model, port = tiny_model_folder("qwen3"), free_port()
+    program = [sys.executable, "-m", "tests.unit.trainer.without_cuda", model, str(tmp_path)]
+    ranks = []
+    for rank in range(num_ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        variables = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        ranks.append(subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True))
+    outcomes = [(rank.communicate()[1], rank.returncode) for rank in ranks]
+    assert [code for _, code in outcomes] == [0] * num_ranks, outcomes
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(model), tmp_path / "student"))
+    assert all(not before[name].equal(after[name]) for name in before)

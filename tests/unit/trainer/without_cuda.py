@@ -5,13 +5,16 @@ import sys
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from services.config import RunConfig
 from services.models.causal_lm import load_tokenizer
+from tests.ranks import leave
 from tests.unit.trainer.samples import BATCH
 from trainer.learner import Learner
 from trainer.output.saving import SavedStudents
-from trainer.student import load_student
+from trainer.parallel import load_and_place
+from trainer.ranks.group import join_ranks
 from trainer.weights.snapshot import GivenTokens
 
 # They answer without a GPU: what is there, and a seed that is kept until CUDA is used.
@@ -34,13 +37,20 @@ def forbid_cuda() -> None:
 
 def main(model: str, folder: str) -> None:
     forbid_cuda()
+    ranks = join_ranks()
     config = RunConfig(student={"model": model}, output={"dir": folder})
-    learner = Learner(config, load_student(config.student), num_steps=2)
+    learner, given = Learner(config, load_and_place(config, ranks), 2, ranks), GivenTokens([[1, 2]] * 2, [[3, 4]] * 2)
+    learner.snapshot(0, torch.bfloat16, given)
     assert learner.step(BATCH)["grad_norm"] > 0
-    snapshot = learner.snapshot(1, torch.bfloat16, GivenTokens([[1, 2]], [[3, 4]]))
-    assert {tensor.device.type for _, tensor in snapshot.source} == {"cpu"}
-    SavedStudents(config.output, learner.student.model, load_tokenizer(model)).save(1)
+    sent = dict(learner.snapshot(1, torch.bfloat16, given).source)
+    assert {tensor.device.type for tensor in sent.values()} == {"cpu"}
+    state = learner.state()
+    if ranks.index == 0:
+        SavedStudents(config.output, learner.student.model, load_tokenizer(model)).save(state)
     assert not torch.cuda.is_initialized()
+    if ranks.count > 1:
+        dist.barrier()
+        leave()
 
 
 if __name__ == "__main__":
