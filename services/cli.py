@@ -6,6 +6,7 @@ Role code is imported when its command runs, so that --help answers at once.
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -82,7 +83,19 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     give_up_unwritten()
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """As sys.exit; of several ranks without torch's own end of their group, which now and then aborts, or waits for one that
+    is gone."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Parser(argparse.ArgumentParser):

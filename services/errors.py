@@ -11,6 +11,7 @@
     │   └── ServerHeldError      ... another run holds the rollout server
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
+    ├── RankLostError            another rank of the trainer has ended                             exit 8
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
@@ -112,6 +113,12 @@ class OutputError(DistillServeError):
     """A file of the run cannot be written; what was written before is whole."""
 
     exit_code = 7
+
+
+class RankLostError(DistillServeError):
+    """Another rank of the trainer has ended, and with it the run."""
+
+    exit_code = 8
 
 
 class InputError(DistillServeError, ValueError):

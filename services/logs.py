@@ -22,7 +22,7 @@ FORMATS = ("text", "json")
 
 
 def set_up_logging() -> None:
-    """Log to stderr.
+    """Log to stderr; of several ranks of a trainer, those behind the first one say warnings alone.
 
     Raises:
         ConfigError: the environment names a level or a format that there is not.
@@ -37,6 +37,9 @@ def set_up_logging() -> None:
     handler.addFilter(add_request_id)
     handler.setFormatter(json_formatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # rank 0 has the same machine
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

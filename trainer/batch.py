@@ -5,13 +5,14 @@ The shift, that position prompt_length - 1 + t predicts completion token t, is i
 Shapes: B samples of a micro-batch, T padded length, N completion positions, K teacher candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from services.config import LossConfig
-from services.models.padding import PaddedSequences, cut_by_padded_tokens, pad_sequences
+from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
 from services.wire.batch import TrainingBatch
 from trainer.groups import PromptGroup
 from trainer.loss import LossInputs
@@ -22,6 +23,7 @@ from trainer.loss.head import HeadOutput
 class MicroBatch(PaddedSequences):
     """What one forward and backward pass needs: samples, whose completions are predicted, and what the loss takes of them."""
 
+    samples: torch.Tensor  # [B] int64, places of the samples in the batch
     loss_mask: torch.Tensor  # [N] bool, tokens that count
     cu_seqlens: torch.Tensor  # [B + 1] int64, sample i owns cu_seqlens[i]:cu_seqlens[i + 1]
     rollout_logprobs: torch.Tensor  # [N] float32
@@ -32,18 +34,26 @@ class MicroBatch(PaddedSequences):
 
 
 def pack_texts(
-    windows: list[list[int]], tokens_per_micro_batch: int, boundary: int | None = None
+    windows: list[list[int]],
+    tokens_per_micro_batch: int,
+    boundary: int | None = None,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> list[PaddedSequences]:
     """Cut windows of at least two tokens, all but the first of which are predicted, into micro-batches, as `pack` does."""
-    groups = cut_by_padded_tokens([len(w) for w in windows], tokens_per_micro_batch, boundary=boundary)
+    groups = cut_for_ranks([len(w) for w in windows], tokens_per_micro_batch, rank, num_ranks, boundary)
     return [pad_sequences([windows[index] for index in group], [1] * len(group)) for group in groups]
 
 
-def collect(groups: list[PromptGroup], metrics: dict[str, float] | None = None) -> TrainingBatch:
+def collect(
+    groups: list[PromptGroup], metrics: dict[str, float] | None = None, windows: Sequence[list[int]] = ()
+) -> TrainingBatch:
     """The scored samples of one step as columns.
 
     Args:
         metrics: of how they came about.
+        windows: of text, whose cross-entropy is learned in the step as well.
     """
     places = [group.place for group in groups for _ in group.samples]
     samples = [sample for group in groups for sample in group.samples]
@@ -63,6 +73,8 @@ def collect(groups: list[PromptGroup], metrics: dict[str, float] | None = None) 
         support_ids=_joined([s.support_ids for s in samples], np.int32),
         teacher_support_logprobs=_joined([s.teacher_support_logprobs for s in samples]),
         teacher_tail_logprob=_joined([s.teacher_tail_logprob for s in samples]),
+        window_lengths=np.array([len(window) for window in windows], np.int64),
+        window_ids=_joined([np.array(window) for window in windows], np.int32),
         texts=[prompt.text for prompt in prompts],
         metrics=metrics or {},
     )
@@ -73,9 +85,15 @@ def _joined(arrays: list[np.ndarray], dtype: type = np.float32) -> np.ndarray:
 
 
 def pack(
-    batch: TrainingBatch, config: LossConfig, tokens_per_micro_batch: int, boundary: int | None = None
+    batch: TrainingBatch,
+    config: LossConfig,
+    tokens_per_micro_batch: int,
+    boundary: int | None = None,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of rows of similar length.
+    """Cut a rank's share of a batch into micro-batches of rows of similar length, as many as every other rank has.
 
     Args:
         batch: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
@@ -85,12 +103,13 @@ def pack(
     """
     used = [index for index in range(len(batch)) if config.truncated == "train" or not batch.truncated[index]]
     lengths = (batch.prompt_lengths + batch.completion_lengths)[used].tolist()
-    groups = cut_by_padded_tokens(lengths, tokens_per_micro_batch, boundary=boundary)
+    groups = cut_for_ranks(lengths, tokens_per_micro_batch, rank, num_ranks, boundary)
     return [_pack_group(batch, [used[index] for index in group]) for group in groups]
 
 
 def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
-    rows = np.concatenate([np.arange(*batch.completion(index).indices(len(batch.token_ids))) for index in group])
+    ranges = [np.arange(*batch.completion(index).indices(len(batch.token_ids))) for index in group]
+    rows = np.concatenate([np.zeros(0, np.int64), *ranges])
     sequences = [[*batch.prompt(index).tolist(), *batch.token_ids[batch.completion(index)].tolist()] for index in group]
     padded = pad_sequences(sequences, batch.prompt_lengths[group].tolist())
 
@@ -99,6 +118,7 @@ def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
 
     return MicroBatch(
         **vars(padded),
+        samples=torch.tensor(group, dtype=torch.int64),
         loss_mask=torch.ones(len(rows), dtype=torch.bool),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(batch.completion_lengths[group])])),
         rollout_logprobs=column(batch.rollout_logprobs),

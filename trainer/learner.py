@@ -1,11 +1,13 @@
 """What learns: one batch, one or more optimizer steps; and what is asked of the student besides.
 
-Synchronous, in the main thread; whatever is collective over ranks happens in the order of the calls.
+Synchronous, in the main thread. On several ranks each has a learner, and every call is a collective: all of them are given
+the same arguments, take their own shares of them, and return the same.
 """
 
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,11 +16,10 @@ import torch
 
 from services.config import LossConfig, RunConfig
 from services.errors import DistillServeError
-from services.models.padding import PaddedSequences, cut_by_padded_tokens, pad_sequences
-from services.weight_transfer.source import CheckpointSource
+from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
+from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
-from trainer.data.stream import RowStream
 from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
@@ -28,8 +29,11 @@ from trainer.loss import (
 )
 from trainer.loss.head import HeadOutput
 from trainer.optimizer import build_optimizer, build_schedule
-from trainer.student import Student, evaluating
-from trainer.weights.snapshot import GivenTokens, WeightSnapshot
+from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
+from trainer.ranks.group import Ranks
+from trainer.student import Student
+from trainer.weights.host_copy import HostCopy
+from trainer.weights.snapshot import GivenTokens, StudentState, WeightSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +42,10 @@ class Learner:
     """The student with its optimizer.
 
     Args:
-        student: on the device where it trains.
+        student: where it trains, see `trainer.parallel.place`.
         num_steps: of the run, for the schedule.
-        texts: windows of data.lm_path, whose cross-entropy is learned as well.
-        check: called where a step may be given up, which it is when this raises.
+        ranks: this process among those that train.
+        check: called where a step may be given up, which it is when this raises, on all ranks at the same place.
 
     Attributes:
         finished_step: the step whose updates the student holds.
@@ -52,13 +56,15 @@ class Learner:
         config: RunConfig,
         student: Student,
         num_steps: int,
-        texts: RowStream[list[int]] | None = None,
+        ranks: Ranks | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.student, self.texts, self._check = config, student, texts, check
+        self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
+        self._share = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
         self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
+        self._copy: HostCopy | None = None
         self._skipped_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------ training
@@ -70,6 +76,7 @@ class Learner:
             metrics, means over the batch's trained tokens, of the first update, when the student still is the policy that
             sampled; of clipping, that of the last update. "loss" is without the texts' part, which is alpha_lm times
             "lm_loss". Only the counts when there is nothing to train on. "train_s" is the time of the call in seconds.
+            "peak_memory_gib" is the most that a rank has held in the run.
             An update whose gradient is not finite is skipped, with those after it on this batch: the weights and the
             optimizer stay as they are, and "num_skipped_updates" counts it.
 
@@ -80,18 +87,19 @@ class Learner:
         with self._all_updates_or_none():
             metrics = self._update(batch)
         self.finished_step += 1
-        return metrics | {"train_s": time.monotonic() - started}
+        return metrics | {"train_s": time.monotonic() - started, "peak_memory_gib": self.ranks.peak_memory_gib()}
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
-        micro_batches = pack(batch, config.loss, config.pipeline.micro_batch_tokens, switch)
+        micro_batches = pack(batch, config.loss, config.pipeline.micro_batch_tokens, switch, **self._share)
         longest = config.sampling.max_new_tokens
         totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
-        texts = [] if self.texts is None else self.texts.take(config.pipeline.texts_per_step)
-        text_batches = pack_texts(texts, config.pipeline.micro_batch_tokens, switch)
+        windows = batch.windows()
+        text_batches = pack_texts(windows, config.pipeline.micro_batch_tokens, switch, **self._share)
+        num_text_tokens = sum(len(window) - 1 for window in windows)
         learning_rate = self.schedule.get_last_lr()[0]
-        if totals.num_valid_tokens == 0 and not texts:
-            self.schedule.step()
+        if totals.num_valid_tokens == 0 and not windows:
+            self._advance_schedule()
             return {"num_valid_tokens": 0.0}
         # Log-probabilities before the first update: those of its own forward passes.
         old: list[torch.Tensor] | None = None
@@ -100,7 +108,7 @@ class Learner:
         for _ in range(config.pipeline.updates_per_batch):
             metrics, of_update = self._backward(micro_batches, totals, old)
             old = of_update if old is None else old
-            metrics |= self._backward_texts(text_batches)
+            metrics |= self._backward_texts(text_batches, num_text_tokens)
             norm = self._apply()
             if not math.isfinite(norm):
                 num_skipped = config.pipeline.updates_per_batch - len(updates)
@@ -108,7 +116,7 @@ class Learner:
                 break
             self._skipped_in_a_row = 0
             updates.append(metrics | {"grad_norm": norm})
-        self.schedule.step()
+        self._advance_schedule()
         # Of no update there are no numbers: they may be no numbers.
         of_step = updates[0] if updates else {"num_valid_tokens": float(totals.num_valid_tokens)}
         clipped = {name: updates[-1][name] for name in ("policy_ratio_clipped_fraction",) if name in of_step}
@@ -120,13 +128,13 @@ class Learner:
         if self.config.pipeline.updates_per_batch == 1:
             yield
             return
-        before = [p.detach().to("cpu", copy=True) for p in self.student.parameters()]
+        before = [local(p.detach()).to("cpu", copy=True) for p in self.student.parameters()]
         try:
             yield
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(self.student.parameters(), before, strict=True):
-                    parameter.copy_(value)
+                    local(parameter).copy_(value)
             raise
 
     def _backward(
@@ -138,12 +146,13 @@ class Learner:
             old: [N] of each micro-batch, log q before the first update on this batch; None on that update.
 
         Returns:
-            metrics, and [N] of each micro-batch, the log-probabilities of this pass.
+            metrics of all ranks, and [N] of each micro-batch, the log-probabilities of this pass.
         """
         collected, logprobs, total_loss = [], [], 0.0
         for index, micro_batch in enumerate(micro_batches):
             self._check()
-            batch = micro_batch.to(self.student.device)
+            delay_reduction(self.student, index == len(micro_batches) - 1)
+            batch = micro_batch.to(self.ranks.device)
             output = self._forward(batch, batch.support_ids, self.config.loss.kd_temperature)
             inputs = loss_inputs(batch, output, None if old is None else old[index])
             loss, metrics = minillm_loss(inputs, self.config.loss, totals)
@@ -151,33 +160,49 @@ class Learner:
             collected.append(metrics)
             logprobs.append(output.token_logprobs.detach())
             total_loss += float(loss.detach())  # micro-batch losses add up to the step's
-        merged = merge_metrics(collected) if collected else {"num_valid_tokens": 0.0}
-        return {"loss": total_loss, **merged}, logprobs
+        merged = {"num_valid_tokens": 0.0}
+        if collected:
+            merged = merge_metrics(collected, lambda rows: self.ranks.gather(rows).flatten(0, 1))
+        return {"loss": self._sum(total_loss), **merged}, logprobs
 
-    def _backward_texts(self, batches: list[PaddedSequences]) -> dict[str, float]:
-        """Accumulate the gradient of alpha_lm * L_PT; the cross-entropy per token as a metric where there are texts."""
+    def _backward_texts(self, batches: list[PaddedSequences], num_tokens: int) -> dict[str, float]:
+        """Accumulate the gradient of alpha_lm * L_PT; the cross-entropy per token as a metric where there are texts.
+
+        Args:
+            num_tokens: that are predicted, on all ranks.
+        """
         if not batches:
             return {}
-        num_tokens = sum(len(batch.token_ids) for batch in batches)
         total = 0.0
-        for text_batch in batches:
+        for index, text_batch in enumerate(batches):
             self._check()
-            batch = text_batch.to(self.student.device)
+            delay_reduction(self.student, index == len(batches) - 1)
+            batch = text_batch.to(self.ranks.device)
             nothing = batch.token_ids.new_empty((len(batch.token_ids), 0))
             loss = language_model_loss(self._forward(batch, nothing).token_logprobs, num_tokens)
             (self.config.loss.alpha_lm * loss).backward()
             total += float(loss.detach())
-        return {"lm_loss": total}
+        return {"lm_loss": self._sum(total)}
+
+    def _sum(self, number: float) -> float:
+        """Over all ranks."""
+        return float(self.ranks.gather(torch.tensor(number, dtype=torch.float64)).sum())
 
     def _apply(self) -> float:
         """Clip and step, unless the gradient's norm is not finite; returns the norm."""
         largest = self.config.optimizer.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest)))
         if math.isfinite(norm):
             self._check()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _advance_schedule(self) -> None:
+        """To the next step's learning rate, also after a first step that changed nothing, of which torch warns."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
 
     def _count_skipped(self, norm: float) -> None:
         self._skipped_in_a_row += 1
@@ -190,43 +215,42 @@ class Learner:
         logger.warning("the gradient norm of step %d is %s: the update is skipped", self.finished_step + 1, norm)
 
     def _forward(self, batch: PaddedSequences, support_ids: torch.Tensor, temperature: float = 1.0) -> HeadOutput:
-        output: HeadOutput = self.student(batch.input_ids, batch.positions, batch.token_ids, support_ids, temperature)
+        ids = batch.input_ids, batch.positions, batch.token_ids, support_ids
+        output: HeadOutput = self.student(*ids, temperature, batch.lengths)
         return output
 
     # ----------------------------------------------------------------------------------------- measuring
 
-    @torch.no_grad()
     def logprobs(self, given: GivenTokens) -> list[np.ndarray]:
         """Log-probabilities of the tokens of each completion, [T] float32, at temperature 1 and without dropout."""
-        found: list[np.ndarray] = [np.empty(0)] * len(given.completions)
-        sequences = given.sequences
+        sequences, lengths = given.sequences, [len(completion) for completion in given.completions]
         limit, switch = self.config.pipeline.micro_batch_tokens, self.student.rope_switch
-        with evaluating(self.student):
-            for group in cut_by_padded_tokens([len(s) for s in sequences], limit, boundary=switch):
+        # Each rank fills in its own completions.
+        found = [torch.zeros(length) for length in lengths]
+        with measuring(self.student):
+            for group in cut_for_ranks([len(s) for s in sequences], limit, boundary=switch, **self._share):
                 batch = pad_sequences(
                     [sequences[index] for index in group], [len(given.prompts[index]) for index in group]
-                ).to(self.student.device)
-                scored = self._forward(batch, batch.token_ids.unsqueeze(-1)).token_logprobs.float().cpu().numpy()
-                ends = np.cumsum([len(given.completions[index]) for index in group])
-                for index, part in zip(group, np.split(scored, ends[:-1]), strict=True):
+                ).to(self.ranks.device)
+                scored = self._forward(batch, batch.token_ids.unsqueeze(-1)).token_logprobs.float().cpu()
+                for index, part in zip(group, scored.split([lengths[index] for index in group]), strict=True):
                     found[index] = part
-        return found
+        return [part.numpy() for part in self.ranks.gather(torch.cat(found)).sum(0).split(lengths)]
 
-    @torch.no_grad()
     def reverse_kl(self, batch: TrainingBatch) -> list[tuple[float, int]]:
         """For each completion, sampled at temperature 1: the reverse KL summed over its tokens, nats, and their number."""
-        found = []
-        with evaluating(self.student):
-            # The order of micro-batches does not matter: they are added up.
-            for micro_batch in pack(
-                batch, LossConfig(), self.config.pipeline.micro_batch_tokens, self.student.rope_switch
-            ):
-                lengths = micro_batch.cu_seqlens.diff().tolist()
-                on_device = micro_batch.to(self.student.device)
+        limit, switch = self.config.pipeline.micro_batch_tokens, self.student.rope_switch
+        found = torch.zeros(len(batch), dtype=torch.float64)
+        with measuring(self.student):
+            for micro_batch in pack(batch, LossConfig(), limit, switch, **self._share):
+                on_device = micro_batch.to(self.ranks.device)
                 output = self._forward(on_device, on_device.support_ids)
                 per_token = estimate_reverse_kl(loss_inputs(on_device, output)).double().cpu()
-                found += [(float(part.sum()), len(part)) for part in per_token.split(lengths)]
-        return found
+                parts = per_token.split(micro_batch.cu_seqlens.diff().tolist())
+                for index, part in zip(micro_batch.samples.tolist(), parts, strict=True):
+                    found[index] = part.sum()
+        sums = self.ranks.gather(found).sum(0).tolist()
+        return list(zip(sums, batch.completion_lengths.tolist(), strict=True))
 
     # ------------------------------------------------------------------------------------------- weights
 
@@ -237,4 +261,38 @@ class Learner:
             dtype: of the rollout servers.
             canary: tokens that the servers score under the new weights.
         """
-        return WeightSnapshot(version, CheckpointSource(self.student.model, dtype), self.logprobs(canary))
+        logprobs = self.logprobs(canary)
+        source: WeightSource = CheckpointSource(self.student.model, dtype)
+        if self.ranks.count > 1:
+            source = self._copied(version, source)
+        return WeightSnapshot(version, source, logprobs)
+
+    def _copied(self, version: int, source: WeightSource) -> WeightSource:
+        """Gathered into host memory by rank 0; the others only take part in it."""
+        if version == 0:
+            self._copy = HostCopy.share(self.ranks, source.metadata())
+        if self.ranks.index == 0:
+            assert self._copy is not None, "version 0 comes first"
+            return self._copy.fill(version, iter(source))
+        for _ in source:
+            pass
+        return source
+
+    def state(self) -> StudentState:
+        """The student as it is, to be saved; whole on rank 0, where it is on several."""
+        if not is_spread(self.student):
+            return StudentState(self.finished_step)
+        kept = {}
+        for name, tensor in CheckpointSource(self.student.model, self.student.model.dtype):
+            if self.ranks.index == 0:
+                kept[name] = tensor.to("cpu")
+        return StudentState(self.finished_step, kept)
+
+    def claims_copy(self) -> bool:
+        """Whether this rank is to save what was pushed last: each machine's first one to ask."""
+        return self._copy is not None and self._copy.claim()
+
+    def last_pushed(self) -> StudentState:
+        """Of the last version that was gathered to be pushed, in its dtype; step 0 where there is none."""
+        latest = None if self._copy is None else self._copy.latest()
+        return StudentState(0) if latest is None else StudentState(*latest)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
@@ -24,7 +23,7 @@ from services.gpus.options import computed
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.event_loop import EventLoopThread
 from services.process.folder_lock import lock_folder
-from services.process.signals import Interruption
+from services.process.signals import Interrupted, Interruption
 from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
@@ -34,15 +33,18 @@ from trainer.data.text_limits import TextLimits
 from trainer.data.texts import check_windows_fit, load_texts
 from trainer.evaluation.evaluate import Evaluator
 from trainer.evaluation.exact_match import check_answers
+from trainer.leading import LeadingLearner
 from trainer.learner import Learner
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
-from trainer.parallel import compute_dtype_of
+from trainer.parallel import load_and_place
 from trainer.pipeline import Pipeline
+from trainer.ranks.channel import Followers
+from trainer.ranks.group import Ranks
 from trainer.scoring import Scoring
 from trainer.session import Session
-from trainer.student import Student, load_student
+from trainer.student import Student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teachers, teacher_urls
 from trainer.weights.weight_sync import WeightSync
@@ -51,30 +53,45 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Session]:
+def open_session(config: RunConfig, interruption: Interruption, ranks: Ranks) -> Iterator[Session]:
     """Check everything, attach to the servers, load the student; close all of it at the end.
 
     Args:
         interruption: its signals are raised at once until the session is open, and deferred afterwards.
+        ranks: this process is the first of them.
 
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
     """
     config.require("train")
     with ExitStack() as stack:
+        followers = _lead(ranks, interruption, stack)
         stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
         progress = stack.enter_context(Progress())
         event_loop = stack.enter_context(EventLoopThread(interruption))
         try:
             with progress.doing("reading the data and loading the student"):
-                inputs = _read_inputs(config)
+                inputs = _read_inputs(config, ranks, followers)
             with progress.doing("waiting for the servers"):
                 servers = _attach(inputs, event_loop, stack)
             session = _assemble(inputs, servers, interruption, event_loop, progress, stack)
             interruption.defer()
             yield session
+        except Interrupted as error:
+            if followers is not None and (lost := followers.lost) is not None:
+                raise lost from error  # what has started this rank ends it as well
+            raise
         finally:
             interruption.end()  # servers are given back in order, whatever comes
+
+
+def _lead(ranks: Ranks, interruption: Interruption, stack: ExitStack) -> Followers | None:
+    """The connections to the other ranks, which end with the stack; None where there are none."""
+    if ranks.count == 1:
+        return None
+    followers = Followers(ranks, on_lost=interruption.fail, on_signal=lambda n: interruption.fail(Interrupted(n)))
+    stack.callback(followers.end)
+    return followers
 
 
 @dataclass(frozen=True)
@@ -83,10 +100,13 @@ class _Inputs:
 
     Attributes:
         config: with what was not given computed.
+        followers: None where this rank is alone.
         texts: none without data.lm_path.
     """
 
     config: RunConfig
+    ranks: Ranks
+    followers: Followers | None
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: list[int]
@@ -102,33 +122,31 @@ class _Inputs:
         return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
 
 
-def _read_inputs(config: RunConfig) -> _Inputs:
+def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None) -> _Inputs:
     """Files first: a broken one must not wait for a model, or for the servers, to be reported."""
     Secrets().check()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = ranks.device.type == "cuda"
     check_driver(on_gpu)
     config = computed(config, "trainer")
     accelerator = Accelerator(
         cpu=not on_gpu, log_with=list(config.output.trackers) or None, project_dir=config.output.dir
     )
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"launched with {accelerator.num_processes} processes, but this version trains in one; start it without torchrun"
-        )
-    set_seed(config.seed)
     warn_of_options(config)
     name, trust = config.student.model or "", config.student.trust_remote_code
     tokenizer = load_tokenizer(name, trust_remote_code=trust, key="student.model")
     record = RunRecord(config, accelerator, tokenizer)
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
-    student = load_student(
-        config.student,
-        compute_dtype=compute_dtype_of(config, accelerator.device),
-        checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu),
-    )
+    if followers is None:
+        student = load_and_place(config, ranks)
+    else:
+        with followers.blaming():
+            followers.send("load", config.model_dump_json().encode())
+            student = load_and_place(config, ranks)
     check_windows_fit(texts, student.model.config.get_text_config())
-    return _Inputs(config, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student)
+    return _Inputs(
+        config, ranks, followers, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student
+    )
 
 
 def _read_rows(
@@ -183,14 +201,20 @@ def _assemble(
     stack: ExitStack,
 ) -> Session:
     """The parts of the run; the rollout servers are its own from here on."""
-    config, record, device = inputs.config, inputs.record, inputs.accelerator.device
+    config, record, ranks = inputs.config, inputs.record, inputs.ranks
     room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
     prompts = inputs.prompts.fitting(room)
     num_steps = count_steps(config, len(prompts))
     stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     texts = stream(inputs.texts) if inputs.texts else None
-    learner = Learner(config, inputs.student.to(device), num_steps, texts, interruption.check)
-    weights = _hold(config, device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
+    students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
+    if inputs.followers is None:
+        learner = Learner(config, inputs.student, num_steps, ranks, interruption.check)
+    else:
+        learner = LeadingLearner(
+            config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save
+        )
+    weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = Evaluator(
@@ -203,14 +227,13 @@ def _assemble(
             inputs.end_token_ids,
             weights.versions,
         )
-    students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
     scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature)
     pipeline = Pipeline(
-        config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token
+        config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token, texts
     )
     stack.callback(event_loop.run, pipeline.close)
     return Session(

@@ -1,15 +1,26 @@
-"""How the student is spread over processes, and in which precision it computes; the only place that knows."""
+"""How the student is spread over ranks, and in which precision it computes; the only place that knows.
 
-from typing import Literal
+Master weights, gradients and optimizer state are DTensors: a slice on each rank of a group of `shard` ranks, with `replicate`
+such groups. Before a layer runs its weights are gathered in the compute dtype, and dropped after it; gradients are summed over
+all ranks in float32. `ddp` is a group of one: each rank has everything, and only gradients travel. A single rank takes the
+same way where it computes in another dtype than it keeps, or keeps the student on the host; else the student stays as it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from services.config import RunConfig
-from trainer.student import Student
+from services.config import RunConfig, TrainerConfig
+from services.errors import ConfigError
+from trainer.ranks.group import Ranks
+from trainer.student import Student, load_student
 
 
 def compute_dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -18,18 +29,113 @@ def compute_dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
     return found
 
 
-def spread(student: Student, mesh: DeviceMesh, how: Literal["fsdp2", "ddp"]) -> nn.Module:
-    """What to call in place of the student, with gradients that are means over all ranks of the mesh.
+def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
+    """The student of a run where it trains; the ranks of a machine load it one after another, for each loads all of it.
+
+    Raises:
+        ConfigError: trainer.shard_degree does not divide the number of ranks.
+        StartupError: the model cannot be loaded.
+    """
+    mesh = _mesh_for(config, ranks)
+    checkpointing = config.uses_gradient_checkpointing(on_gpu=ranks.device.type == "cuda")
+    set_seed(config.seed)  # what is missing in the files begins alike on all ranks
+    student = ranks.in_turns(
+        lambda: _put(load_student(config.student, checkpointing=checkpointing), config, ranks, mesh)
+    )
+    set_seed(config.seed + ranks.index)  # dropout does not
+    return student
+
+
+def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
+    """Put a student where it trains, spread over the ranks.
+
+    Raises:
+        ConfigError: trainer.shard_degree does not divide the number of ranks.
+    """
+    return _put(student, config, ranks, _mesh_for(config, ranks))
+
+
+def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
+    """None where a student stays whole."""
+    is_cast = compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype)
+    return mesh_of(config.trainer, ranks) if ranks.count > 1 or is_cast or _offloads(config, ranks) else None
+
+
+def _put(student: Student, config: RunConfig, ranks: Ranks, mesh: DeviceMesh | None) -> Student:
+    if mesh is None:
+        return student.to(ranks.device)
+    spread(student, mesh, compute_dtype_of(config, ranks.device), cpu_offload=_offloads(config, ranks))
+    return student
+
+
+def _offloads(config: RunConfig, ranks: Ranks) -> bool:
+    """On a CPU everything is in host memory anyway."""
+    return config.trainer.cpu_offload and ranks.device.type == "cuda"
+
+
+def mesh_of(config: TrainerConfig, ranks: Ranks) -> DeviceMesh:
+    """The ranks as a mesh of dimensions "replicate" and "shard", the first one left out where there is one group.
+
+    Raises:
+        ConfigError: trainer.shard_degree does not divide the number of ranks.
+    """
+    shard = 1 if config.parallelism == "ddp" else config.shard_degree or ranks.local_count
+    if ranks.count % shard:
+        raise ConfigError(
+            f"trainer.shard_degree = {shard} must divide the number of ranks, {ranks.count}; give a divisor, or leave it out"
+        )
+    if not dist.is_initialized():  # a single rank is a group as well
+        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(ranks.device.type, (ranks.count // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return mesh if ranks.count > shard else mesh["shard"]
+
+
+def spread(student: Student, mesh: DeviceMesh, compute_dtype: torch.dtype, *, cpu_offload: bool = False) -> None:
+    """Shard the student in place, a decoder layer at a time; gradients become sums over all ranks of the mesh.
 
     Args:
-        how: fsdp2 shards parameters, gradients and optimizer state, a decoder layer at a time, and ends what it does with a
-            layer when the layer has run; ddp keeps all of it on every rank.
+        compute_dtype: in which weights are gathered, and the body computes.
+        cpu_offload: keep the shards in host memory.
     """
-    if how == "ddp":
-        return DistributedDataParallel(student, process_group=mesh.get_group())
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     layers = set(getattr(student.model, "_no_split_modules", None) or ())
-    for module in list(student.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
-    fully_shard(student, mesh=mesh)
-    return student
+    for module in [*(m for m in student.modules() if type(m).__name__ in layers), student]:
+        # The root too: what stays gathered after a forward pass alone would be in the way of saving and pushing.
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
+        sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by what was counted over all ranks
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def is_spread(student: nn.Module) -> bool:
+    """Whether its parameters are slices, or on the host, and gathered where they are needed."""
+    return isinstance(student, FSDPModule)
+
+
+def delay_reduction(student: nn.Module, is_last: bool) -> None:
+    """Between groups of ranks, add up gradients at the last micro-batch alone; inside of a group they would need memory."""
+    if isinstance(student, FSDPModule):
+        student.set_requires_all_reduce(is_last)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or gradient gathered from all ranks, which must all ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a parameter or gradient."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def measuring(student: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout, whatever was before afterwards."""
+    was_training = student.training
+    student.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        student.train(was_training)

@@ -35,6 +35,7 @@ class Pipeline:
         prompts: of the data, in the order of the run.
         weights: pushes them.
         spell: a token as text, for the names of metrics.
+        texts: windows of data.lm_path, whose cross-entropy is learned as well.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Pipeline:
         scoring: Scoring,
         quarantine: Quarantine,
         spell: Callable[[int], str],
+        texts: RowStream[list[int]] | None = None,
     ) -> None:
         self._config, self._prompts, self._num_steps, self._client = config, prompts, num_steps, client
         self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
+        self._texts = texts
         self._sampling = training_sampling(config.sampling)
         self._buffer: StalenessBuffer[bytes] = StalenessBuffer(config.pipeline.max_staleness)
         self._producing: asyncio.Task[None] | None = None
@@ -119,5 +122,6 @@ class Pipeline:
         quarantined = [item for group in groups for item in group.quarantined]
         self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt)
         metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
-        batch = collect(groups, metrics)
+        windows = [] if self._texts is None else self._texts.take(pipeline.texts_per_step)
+        batch = collect(groups, metrics, windows)
         self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())

@@ -67,7 +67,7 @@ class Session:
             WeightSyncError: the push failed twice, or another run has taken a server over.
             OutputError: a file cannot be written.
         """
-        self.students.step_finished(step)
+        self.students.step_finished(step, self.learner.state)
         try:
             metrics = metrics | self.push(step)
         finally:  # a step whose push fails was trained all the same
@@ -88,11 +88,15 @@ class Session:
                     logger.info("%s: saving the student of step %d, which a second Ctrl-C gives up", reason, step)
                 try:
                     with self.interruption.raising():
-                        self.students.save(step)
+                        self._save()
                 except (Exception, Interrupted) as error:
                     logger.error("the student of step %d is lost: %s", step, error)
             raise
-        self.students.save(self.learner.finished_step)
+        self._save()
+
+    def _save(self) -> None:
+        if (state := self.learner.state()).step:
+            self.students.save(state)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student is measured after a step that is not the last one."""

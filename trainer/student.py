@@ -3,8 +3,7 @@
 Sequences run as padded rows (services/models/padding.py). Only positions that predict a completion token reach the head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from services.config import StudentConfig
 from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
+from trainer.attention import choose_attention, pack_rows, packs
 from trainer.dropout import disable_dropout
 from trainer.loss.head import HeadOutput, support_logprobs
 
@@ -20,9 +20,8 @@ class Student(nn.Module):
     """A causal LM as the loss needs it.
 
     Args:
-        model: with master weights.
-        compute_dtype: of the body's products; None: that of the weights. The head is computed in float32 at least, as the
-            teacher's and the rollout server's are.
+        model: with master weights. In which dtype its body computes is for trainer/parallel.py to say; the head is computed in
+            float32 at least, as the teacher's and the rollout server's are.
 
     Attributes:
         vocab_size: rows of the output head, padding included.
@@ -32,18 +31,20 @@ class Student(nn.Module):
         StartupError: the model computes its logits in an unknown way.
     """
 
-    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model, self.compute_dtype = model, compute_dtype
+        self.model = model
         self.vocab_size = len(output_head(model).weight)  # refuses an unknown head now, not at the first step
         self.rope_switch = rope_switch(model)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def forward(
-        self, input_ids: Tensor, positions: Tensor, token_ids: Tensor, support_ids: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        support_ids: Tensor,
+        temperature: float = 1.0,
+        lengths: Tensor | None = None,
     ) -> HeadOutput:
         """Logprobs at packed completion positions.
 
@@ -53,11 +54,17 @@ class Student(nn.Module):
             token_ids: [N].
             support_ids: [N, K].
             temperature: divides the logits.
+            lengths: [B] of the sequences; needed where attention takes packed rows.
 
         Returns:
             [N], [N, K], [N] and [N] in float32 at least.
         """
-        hidden = hidden_states(self.model, input_ids, self.compute_dtype).flatten(0, 1)[positions]
+        arguments: dict[str, Any] = {"input_ids": input_ids}
+        if packs(self.model):
+            assert lengths is not None, "without lengths, padding cannot be told from tokens"
+            arguments, where = pack_rows(input_ids, lengths)
+            positions = where[positions]
+        hidden = hidden_states(self.model, **arguments).flatten(0, 1)[positions]
         head = output_head(self.model, check=False)
         return support_logprobs(
             hidden.to(torch.promote_types(hidden.dtype, torch.float32)),
@@ -71,15 +78,14 @@ class Student(nn.Module):
         )
 
 
-def load_student(
-    config: StudentConfig, *, compute_dtype: torch.dtype | None = None, checkpointing: bool | None = None
-) -> Student:
+def load_student(config: StudentConfig, *, checkpointing: bool | None = None) -> Student:
     """The student with master weights in `config.dtype`, ready to train.
 
     Args:
         checkpointing: recompute activations in the backward pass; default: where the config says so.
 
     Raises:
+        ConfigError: student.attn_implementation cannot be had.
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
@@ -94,15 +100,7 @@ def load_student(
         disable_dropout(model)
     if config.gradient_checkpointing if checkpointing is None else checkpointing:
         model.gradient_checkpointing_enable()
-    return Student(model, compute_dtype).train()
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, whatever was before afterwards: dropout that trains must not be in what is measured."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
+    student = Student(model).train()
+    if config.attn_implementation is not None:  # after the probes of the model, which are made where it was loaded
+        choose_attention(model, config.attn_implementation)
+    return student

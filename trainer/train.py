@@ -10,12 +10,18 @@ how far the two may be apart: with max_staleness 0 they take turns, and an async
 
 from services.config import RunConfig
 from services.process.signals import interruptible
+from trainer.following import follow
 from trainer.open_session import open_session
 from trainer.output.report import Summary
+from trainer.ranks.group import join_ranks
+from trainer.session import Session
 
 
-def train(config: RunConfig) -> Summary:
+def train(config: RunConfig) -> Summary | None:
     """Run the whole job; the servers must be up or coming up.
+
+    On several ranks the first one does all of this, and every call of its learner is made on all of them; the others return
+    None at the end.
 
     However it ends after the first step, short of being killed, the student of the last finished step is in output.dir.
 
@@ -24,15 +30,24 @@ def train(config: RunConfig) -> Summary:
             EvaluationError.
         Interrupted: SIGINT, SIGTERM or SIGHUP came, which end the run in order where this is the main thread.
     """
-    with interruptible() as interruption, open_session(config, interruption) as run:
-        with run.saving_the_student():
-            run.begin()
-            before = run.evaluate(step=0)
-            for step in range(1, run.num_steps + 1):
-                batch = run.feed.next()
-                metrics = run.learner.step(batch)
-                run.finish_step(step, batch, metrics)
-                if run.is_evaluated(step):
-                    run.evaluate(step)
-        after = run.evaluate(step=run.num_steps)
-        return run.finish(before, after)
+    with interruptible() as interruption:
+        ranks = join_ranks()
+        if ranks.index > 0:
+            follow(ranks)
+            return None
+        with open_session(config, interruption, ranks) as run:
+            return _train(run)
+
+
+def _train(run: Session) -> Summary:
+    with run.saving_the_student():
+        run.begin()
+        before = run.evaluate(step=0)
+        for step in range(1, run.num_steps + 1):
+            batch = run.feed.next()
+            metrics = run.learner.step(batch)
+            run.finish_step(step, batch, metrics)
+            if run.is_evaluated(step):
+                run.evaluate(step)
+    after = run.evaluate(step=run.num_steps)
+    return run.finish(before, after)

@@ -143,22 +143,17 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False, key: str = "m
         raise StartupError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}{hub_hint(model)}") from error
 
 
-def hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, compute_dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Run the body alone, without a mask, which lets attention take its fastest way.
 
     Args:
         input_ids: [B, T], padded on the right, where a causal model's tokens do not see it.
-        compute_dtype: of the products, where it is not that of the weights; sums and norms stay as the weights are.
+        arguments: further ones of the body.
 
     Returns:
         [B, T, H] states after the final norm; position t predicts token t + 1. At padding they mean nothing.
     """
-    is_cast = compute_dtype is not None and compute_dtype != model.dtype
-    # Accelerate's autocast is around the model's own forward, which is not called.
-    with torch.autocast(input_ids.device.type, dtype=compute_dtype, enabled=is_cast):
-        return model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return model.get_decoder()(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
 
 
 def rope_switch(model: PreTrainedModel) -> int | None:

@@ -11,6 +11,8 @@ from services.process.signals import Interruption
 
 Result = TypeVar("Result")
 
+_POLL_S = 0.2
+
 
 class EventLoopThread:
     """Runs coroutines for the main thread; leaving the block cancels those that are left, and waits for them.
@@ -54,6 +56,7 @@ class EventLoopThread:
 
         Raises:
             Interrupted: a signal came.
+            Exception: that of the coroutine, or what the interruption was given by another thread.
         """
         loop, _ = self._started.result()
         tasks: list[asyncio.Task[Result]] = []
@@ -72,6 +75,8 @@ class EventLoopThread:
         try:
             with self._interruption.raising():
                 loop.call_soon_threadsafe(begin)
+                while not wait([ended], timeout=_POLL_S).done:
+                    self._interruption.check()  # of what another thread has found
                 return ended.result()
         except BaseException:
             with self._interruption.raising():

@@ -12,7 +12,7 @@ from typing import Any
 
 Handler = Callable[[int, FrameType | None], Any]
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,7 +52,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._number: int | None = None
+        self._reason: BaseException | None = None
         self._depth = 1  # of blocks of `raising`
         self._is_ending = False
 
@@ -64,15 +64,35 @@ class Interruption:
         """From now on a first signal is not raised any more: what is left is done in order."""
         self._is_ending = True
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `check` would raise."""
+        return self._reason is not None and not self._is_ending
+
     def check(self) -> None:
         """A place where the work may end.
 
         Raises:
             Interrupted: a signal has come.
+            Exception: what `fail` was given.
         """
-        if self._number is not None and not self._is_ending:
+        if self._reason is not None and not self._is_ending:
             self._is_ending = True
-            raise Interrupted(self._number)
+            raise self._reason
+
+    def fail(self, reason: BaseException) -> None:
+        """From another thread: the next `check` raises this; who waits for an event loop checks a few times a second."""
+        if self._reason is None or isinstance(self._reason, Interrupted):
+            self._reason = reason
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """A block inside of `raising` that must not be torn."""
+        depth, self._depth = self._depth, 0
+        try:
+            yield
+        finally:
+            self._depth = depth
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -95,10 +115,10 @@ class Interruption:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of the signals."""
-        is_first = self._number is None
-        self._number = number if self._number is None else self._number
+        is_first = self._reason is None
+        self._reason = self._reason or Interrupted(number)
         if self._depth and not self._is_ending:
-            raise Interrupted(self._number)
+            raise self._reason
         if self._depth and number == signal.SIGINT and not is_first:
             raise Interrupted(number)
 
@@ -110,5 +130,5 @@ def interruptible() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    with handling(interruption.handle, *_ENDING):
+    with handling(interruption.handle, *ENDING):
         yield interruption

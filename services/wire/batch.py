@@ -4,7 +4,7 @@ The learner may be in another process, or on another rank; whoever reads a recor
 """
 
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from services.wire.document import decode_document, encode_document
 @dataclass(frozen=True)
 class TrainingBatch:
     """Scored completions of one step: B of them, in all P prompt tokens and N completion tokens, K candidates a position.
+    With them W windows of text, in all M tokens.
 
     Attributes:
         groups: index of the prompt in the step; the samples of one prompt share it, those of a row that comes twice do not.
@@ -37,6 +38,8 @@ class TrainingBatch:
     support_ids: np.ndarray  # [N, K] int32
     teacher_support_logprobs: np.ndarray  # [N, K]
     teacher_tail_logprob: np.ndarray  # [N] log of the mass outside the support
+    window_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # [W] int64
+    window_ids: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [M] int32
     texts: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +63,11 @@ class TrainingBatch:
         """Where among the N completion tokens those of one completion are."""
         end = int(self._completion_ends[index])
         return slice(end - int(self.completion_lengths[index]), end)
+
+    def windows(self) -> list[list[int]]:
+        """Token ids of each window of text."""
+        parts = np.split(self.window_ids, np.cumsum(self.window_lengths))[:-1]
+        return [part.tolist() for part in parts]
 
 
 _ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in ("texts", "metrics"))
@@ -97,7 +105,11 @@ def decode_batch(document: bytes) -> TrainingBatch:
         for name in names:
             if len(arrays[name]) != length:
                 raise PeerError(f"the batch holds {len(arrays[name])} {name} for {length}")
-    for lengths, name in (("prompt_lengths", "prompt_ids"), ("completion_lengths", "token_ids")):
+    for lengths, name in (
+        ("prompt_lengths", "prompt_ids"),
+        ("completion_lengths", "token_ids"),
+        ("window_lengths", "window_ids"),
+    ):
         if arrays[lengths].sum() != len(arrays[name]):
             raise PeerError(
                 f"the batch holds {len(arrays[name])} {name}, its {lengths} come to {arrays[lengths].sum()}"

@@ -32,7 +32,8 @@ from services.models.padding import pad_sequences
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from tests.benchmarks import results
 from tests.integration.processes import KEY, server
-from trainer.student import Student, evaluating, load_student
+from trainer.parallel import measuring
+from trainer.student import Student, load_student
 from trainer.tiny.pair import build_tiny_pair, build_tokenizer
 
 PAIR = Path("outputs/tiny-pair")
@@ -81,17 +82,16 @@ def cases() -> Iterator[dict[str, Case]]:
         yield {"tiny": Case(str(PAIR / "student"), sums, 5), "random": Case(random_model, prompts, 48)}
 
 
-@torch.no_grad()
 def trainer_logprobs(student: Student, case: Case, completions: list[RolloutCompletion]) -> dict[str, np.ndarray]:
     """[N] logprobs of the sampled tokens by the head's dtype, and the logits themselves at "logits"."""
     prompts = [case.prompts[c.prompt_index] for c in completions]
     sequences = [[*p, *c.token_ids.tolist()] for p, c in zip(prompts, completions, strict=True)]
     batch = pad_sequences(sequences, [len(p) for p in prompts])
     tokens = batch.token_ids
-    with evaluating(student):
+    with measuring(student):
         full = student(batch.input_ids, batch.positions, tokens, tokens[:, None]).token_logprobs
-        hidden = hidden_states(student.model, batch.input_ids, torch.bfloat16).flatten(0, 1)[batch.positions].bfloat16()
-    logits = (hidden @ output_head(student.model, check=False).weight.bfloat16().t()).float()
+        hidden = hidden_states(student.model, batch.input_ids).flatten(0, 1)[batch.positions]
+        logits = (hidden @ output_head(student.model, check=False).weight.bfloat16().t()).float()
     half = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     return {FULL: full.numpy(), HALF: half.numpy(), "logits": logits.gather(1, tokens[:, None]).squeeze(1).numpy()}
 
@@ -128,7 +128,7 @@ def teacher_options(engine: str, head: str) -> list[str]:
 
 
 def measure(case: Case, logs: Path) -> dict[str, Any]:
-    student = load_student(RunConfig(student={"model": case.folder}).student, compute_dtype=torch.bfloat16)
+    student = load_student(RunConfig(student={"model": case.folder, "dtype": "bfloat16"}).student)
     differences: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     limits = ["--rollout.max_model_len", "128", "--sampling.max_new_tokens", str(case.max_new_tokens)]

@@ -80,7 +80,7 @@ async def attached(
     async with RolloutClient([url], key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in prompts[: RunConfig().weight_sync.canary_prompts]]
         sync = WeightSync(
-            RunConfig(), learner.student.device, client, await client.info(), canaries, KEY, run="benchmark"
+            RunConfig(), learner.ranks.device, client, await client.info(), canaries, KEY, run="benchmark"
         )
         try:
             await sync.hold()

@@ -35,7 +35,7 @@ async def attached(
     config = RunConfig(weight_sync=options, sampling={"max_new_tokens": 16})
     async with RolloutClient(list(urls), key=KEY) as client:
         canaries = [Prompt(row=1, token_ids=ids, text="") for ids in PROMPTS[:4]]
-        device, infos = learner.student.device, await client.info()
+        device, infos = learner.ranks.device, await client.info()
         sync = WeightSync(config, device, client, infos, canaries, KEY, run or uuid.uuid4().hex[:8])
         try:
             await sync.hold()

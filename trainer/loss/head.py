@@ -313,4 +313,5 @@ def support_logprobs(
     token, support, tail, entropy = _SupportLogprobs.apply(
         hidden, weight, bias, token_ids.unsqueeze(-1), support_ids, options, chunk_tokens or CHUNK_TOKENS
     )
-    return HeadOutput(token, support[:, :num_support], tail, entropy)
+    # Not a view of the column of pads: FSDP2 puts its hooks on what a forward pass returns.
+    return HeadOutput(token, support if num_support else support.new_empty((num_positions, 0)), tail, entropy)

@@ -4,7 +4,7 @@ Shape legend: N completion positions, packed; B sequences, i owns cu_seqlens[i]:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,20 @@ class LossMetrics:
         )
 
 
-def merge_metrics(parts: Sequence[LossMetrics]) -> dict[str, float]:
-    """Combine the metrics of the micro-batches (of all ranks) of a step, at least one.
+def merge_metrics(
+    parts: Sequence[LossMetrics], gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> dict[str, float]:
+    """Combine the metrics of the micro-batches of a step, at least one.
+
+    Args:
+        gather: rows [n, k] of this rank to those of all ranks, [m, k], float64 on the CPU.
 
     Returns:
         Means over the step's trained tokens and "advantage_std" (divided by their number), NaN where there is none;
         "importance_ratio_max" and the counts, of the whole step.
     """
     names = list(parts[0].sums)
-    # Stacked, so that each micro-batch's values leave its device in one copy.
+    # Stacked, so that all values leave their device in one copy.
     rows = [
         torch.stack(
             [
@@ -77,10 +82,11 @@ def merge_metrics(parts: Sequence[LossMetrics]) -> dict[str, float]:
                 part.num_sequences,
                 *(part.sums[name] for name in names),
             ]
-        ).tolist()
+        )
         for part in parts
     ]
-    advantages, advantage_squares, ratio_maxima, tokens, sequences, *sums = zip(*rows, strict=True)
+    columns = zip(*gather(torch.stack(rows).cpu()).tolist(), strict=True)
+    advantages, advantage_squares, ratio_maxima, tokens, sequences, *sums = columns
     num_tokens = math.fsum(tokens)
 
     def mean(column: tuple[float, ...]) -> float:

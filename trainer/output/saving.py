@@ -11,6 +11,7 @@ A folder is written beside its place and renamed into it, so under these names t
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.config import OutputConfig
 from services.errors import OutputError, StartupError
 from services.process.files import cannot_write, sync_folder
+from trainer.weights.snapshot import StudentState
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,21 @@ class SavedStudents:
     """The students of one run.
 
     Args:
-        model: saved as it is at the time of each call.
+        has_begun: a student of this run is in the place of those of an earlier one.
     """
 
-    def __init__(self, output: OutputConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        output: OutputConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        has_begun: bool = False,
+    ) -> None:
         self._dir, self._limit = Path(output.dir), output.save_total_limit
         self._every = output.save_every_steps
         self._model, self._tokenizer = model, tokenizer
-        self._has_begun = False
+        self._has_begun = has_begun
         self._checkpoints: list[Path] = []
 
     def reserve(self, num_steps: int) -> None:
@@ -77,10 +86,13 @@ class SavedStudents:
         """Give up the reserved room."""
         _remove(self._dir / ".reserve")
 
-    def step_finished(self, step: int) -> None:
+    def step_finished(self, step: int, state: Callable[[], StudentState]) -> None:
         """Keep the student of `step` in checkpoints/ if it is one's turn.
 
         The first step's student takes the place of those of an earlier run in this folder.
+
+        Args:
+            state: called where the student is written.
 
         Raises:
             OutputError: it cannot be written.
@@ -88,37 +100,40 @@ class SavedStudents:
         if not self._has_begun:
             self._has_begun = True
             if self._has_earlier():
-                self._write(self._dir / "student")
+                self._write(self._dir / "student", state())
                 _remove(self._dir / "checkpoints")
         if not self._every or step % self._every:
             return
         self._checkpoints.append(self._dir / "checkpoints" / f"step-{step}")
-        self._write(self._checkpoints[-1])
+        self._write(self._checkpoints[-1], state())
         while len(self._checkpoints) > self._limit:
             _remove(self._checkpoints.pop(0))
 
-    def save(self, step: int) -> None:
-        """Put the student of `step` into student/.
+    def save(self, state: StudentState) -> None:
+        """Put a student into student/.
 
         Raises:
             OutputError: it cannot be written.
         """
         self.release()
-        self._write(self._dir / "student")
+        self._write(self._dir / "student", state)
         if not self._has_begun:
             _remove(self._dir / "checkpoints")
-        logger.info("the student of step %d is saved in %s", step, self._dir / "student")
+        logger.info("the student of step %d is saved in %s", state.step, self._dir / "student")
 
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""
         return any((self._dir / name).exists() for name in ("student", "checkpoints"))
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, state: StudentState) -> None:
         beside, before = path.with_name(f".{path.name}.part"), _before(path)
         try:
             _remove(beside)
-            self._model.save_pretrained(beside)
+            # The names of tensors that are given are a checkpoint's already.
+            self._model.save_pretrained(beside, state_dict=state.tensors, save_original_format=state.tensors is None)
             self._tokenizer.save_pretrained(beside)
+            if not any(beside.glob("*.safetensors")):
+                raise OutputError(f"{path} cannot be written: transformers has saved no weights")
             sync_folder(beside)
             if path.exists():
                 _remove(before)
@@ -127,6 +142,8 @@ class SavedStudents:
             _remove(before)
         except OSError as error:
             raise cannot_write(path, error) from error
+        except OutputError:
+            raise
         except Exception as error:  # of safetensors, of a model's own code
             raise OutputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
         finally:

@@ -1,8 +1,11 @@
 """What a push takes from the learner: it knows no model."""
 
+import json
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+from torch import Tensor
 
 from services.weight_transfer.source import WeightSource
 
@@ -13,6 +16,13 @@ class GivenTokens:
 
     prompts: list[list[int]]
     completions: list[list[int]]
+
+    def to_json(self) -> bytes:
+        return json.dumps([self.prompts, self.completions]).encode()
+
+    @classmethod
+    def from_json(cls, document: bytes) -> Self:
+        return cls(*json.loads(document))
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -32,3 +42,16 @@ class WeightSnapshot:
     version: int
     source: WeightSource
     canary_logprobs: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """The student to be saved.
+
+    Attributes:
+        step: after which it was so.
+        tensors: its weights, whole, under the names of a checkpoint; None: those of the model itself, which holds all of them.
+    """
+
+    step: int
+    tensors: dict[str, Tensor] | None = None

@@ -24,6 +24,7 @@ from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
 from trainer.pipeline import Pipeline
+from trainer.ranks.group import Ranks
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import load_student
@@ -118,7 +119,7 @@ def build_session(config: RunConfig, interruption: Interruption, teacher: Script
         num_steps=num_steps,
         interruption=interruption,
         event_loop=event_loop,
-        learner=Learner(config, student, num_steps, None, interruption.check),
+        learner=Learner(config, student, num_steps, check=interruption.check),
         pipeline=pipeline,
         weights=weights,
         evaluator=Evaluator(config, event_loop, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),
@@ -148,7 +149,7 @@ def opener(teacher: ScriptedTeacher, prepare: Callable[[Session], None]) -> Any:
     """
 
     @contextmanager
-    def open_session(config: RunConfig, interruption: Interruption) -> Iterator[Session]:
+    def open_session(config: RunConfig, interruption: Interruption, ranks: Ranks) -> Iterator[Session]:
         with ExitStack() as stack:
             session = build_session(config, interruption, teacher, stack)
             prepare(session)

@@ -1,5 +1,7 @@
 """Scored samples with random columns, each unlike every other, for tests of batches and losses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from services.wire.batch import TrainingBatch
@@ -37,10 +39,11 @@ def sample(seed: int, prompt_length: int, length: int, finish_reason: str = "sto
     )
 
 
-def batch_of(samples: list[ScoredSample]) -> TrainingBatch:
-    """A batch of groups of one sample each."""
+def batch_of(samples: list[ScoredSample], windows: Sequence[list[int]] = ()) -> TrainingBatch:
+    """A batch of groups of one sample each, with windows of text."""
     rollouts = [sample.rollout for sample in samples]
-    return collect([PromptGroup(place, r.prompt, [r], [samples[place]]) for place, r in enumerate(rollouts)])
+    groups = [PromptGroup(place, r.prompt, [r], [samples[place]]) for place, r in enumerate(rollouts)]
+    return collect(groups, windows=windows)
 
 
 SAMPLES = [sample(i, prompt, length) for i, (prompt, length) in enumerate([(3, 5), (1, 1), (7, 2), (2, 9), (4, 4)])]

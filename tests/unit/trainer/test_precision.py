@@ -1,4 +1,4 @@
-"""bfloat16 around the body over float32 master weights: in training, in the canary and in the evaluation alike."""
+"""bfloat16 bodies over float32 master weights: in training, in the canary and in the evaluation alike."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,18 @@ from tests.unit.trainer.samples import BATCH, SAMPLES
 from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
 from trainer.batch import pack
-from trainer.parallel import compute_dtype_of
-from trainer.student import load_student
+from trainer.parallel import place, whole
+from trainer.ranks.group import Ranks
+from trainer.student import Student, load_student
 from trainer.weights.snapshot import GivenTokens
 
 HALF = {"compute_dtype": "bfloat16"}
 
 
-@pytest.fixture
-def student(tiny_model_folder: Any) -> Any:
-    return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student)
+def student_of(folder: str, checkpointing: bool = False, **options: Any) -> Student:
+    """Where a run on one rank would have it."""
+    config = RunConfig(student={"model": folder, **options})
+    return place(load_student(config.student, checkpointing=checkpointing), config, Ranks())
 
 
 @pytest.fixture
@@ -54,34 +56,36 @@ def product_dtypes(model: Any) -> set[torch.dtype]:
     return seen
 
 
-def logprobs(student: Any, dtype: torch.dtype | None) -> Tensor:
-    student.compute_dtype = dtype
+def logprobs(student: Student) -> Tensor:
     (batch,) = pack(BATCH, RunConfig().loss, 10_000)
     ids = batch.input_ids, batch.positions, batch.token_ids, batch.support_ids
     output: Any = student(*ids)
     return output.token_logprobs
 
 
-def test_the_body_is_in_half_precision_and_the_head_is_not(student: Any, head_dtypes: list[torch.dtype]) -> None:
+def test_the_body_is_in_half_precision_and_the_head_is_not(
+    tiny_model_folder: Any, head_dtypes: list[torch.dtype]
+) -> None:
+    """A float32 master under bfloat16 computes what a student with bfloat16 weights does, bit for bit."""
+    folder = tiny_model_folder("qwen3")
+    student = student_of(folder, **HALF)
     seen = product_dtypes(student)
-    half = logprobs(student, torch.bfloat16)
+    half = logprobs(student)
     assert seen == {torch.bfloat16} and head_dtypes == [torch.float32] and half.dtype == torch.float32
-    exact = logprobs(student, None)
-    difference = (half - exact).abs()
-    assert 0 < difference.max().item() < 0.05 and not torch.equal(half, exact)
-    torch.testing.assert_close(logprobs(student, torch.float32), exact, rtol=0, atol=0)
+    exact, rounded = (logprobs(student_of(folder, **options)) for options in ({}, {"dtype": "bfloat16"}))
+    assert 0 < (half - exact).abs().max().item() < 0.05 and torch.equal(half, rounded)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_near_those_of_float32_and_masters_stay(checkpointing: bool, tiny_model_folder: Any) -> None:
     gradients = []
-    for dtype in (None, torch.bfloat16):
-        config = RunConfig(student={"model": tiny_model_folder("qwen3")}).student
-        model = load_student(config, checkpointing=checkpointing)
-        assert model.model.is_gradient_checkpointing is checkpointing
-        logprobs(model, dtype).sum().backward()
-        assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}  # type: ignore[union-attr]
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    for options in ({}, HALF):
+        student = student_of(tiny_model_folder("qwen3"), checkpointing, **options)
+        assert student.model.is_gradient_checkpointing is checkpointing
+        logprobs(student).sum().backward()
+        found = [(p, p.grad) for p in student.parameters() if p.grad is not None]
+        assert {t.dtype for pair in found for t in pair} == {torch.float32}
+        gradients.append(torch.cat([whole(gradient).flatten() for _, gradient in found]))
     exact, half = gradients
     assert torch.nn.functional.cosine_similarity(exact, half, dim=0).item() > 0.999
     assert not torch.equal(exact, half)
@@ -90,8 +94,7 @@ def test_gradients_are_near_those_of_float32_and_masters_stay(checkpointing: boo
 def test_half_precision_masters_have_a_float32_head_as_well(
     tiny_model_folder: Any, head_dtypes: list[torch.dtype]
 ) -> None:
-    config = RunConfig(student={"model": tiny_model_folder("llama"), "dtype": "bfloat16"})
-    logprobs(load_student(config.student), compute_dtype_of(config, torch.device("cpu"))).sum().backward()
+    logprobs(student_of(tiny_model_folder("llama"), dtype="bfloat16")).sum().backward()
     assert head_dtypes == [torch.float32]
 
 
@@ -125,9 +128,10 @@ def save_with_large_logits(folder: Path, architecture: str, prompts: list[list[i
     return str(folder)
 
 
+@pytest.mark.parametrize("student", [{"dtype": "bfloat16"}, HALF], ids=["half_masters", "half_compute"])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied, untied
 async def test_student_and_teacher_of_the_same_bfloat16_weights_agree_where_logits_are_large(
-    architecture: str, tmp_path: Path
+    architecture: str, student: dict[str, str], tmp_path: Path
 ) -> None:
     """At 40 the logits of a bfloat16 head would have steps of 0.25. The teacher's forward passes hold fewer sequences."""
     random = np.random.default_rng(0)
@@ -139,8 +143,7 @@ async def test_student_and_teacher_of_the_same_bfloat16_weights_agree_where_logi
     completions = [c.token_ids[:length].tolist() for c, length in zip(sampled, lengths, strict=True)]
     given = GivenTokens(prompts, completions)
     assert 30 < largest_logit(model, given.sequences) < 60
-    learner = learner_of(folder, student={"dtype": "bfloat16"})
-    assert learner.student.compute_dtype == learner.student.model.dtype == torch.bfloat16
+    learner = learner_of(folder, student=student)
     ours = np.concatenate(learner.logprobs(given))
     async with teacher_of(folder, dtype="bfloat16", device="cpu") as teacher:
         sequences = [(sequence, len(prompt)) for sequence, prompt in zip(given.sequences, prompts, strict=True)]

@@ -7,7 +7,8 @@ import torch
 
 from services.config import RunConfig
 from tests.models import save_model
-from trainer.student import evaluating, load_student
+from trainer.parallel import measuring
+from trainer.student import load_student
 
 
 @pytest.mark.parametrize("disable", [True, False])
@@ -27,8 +28,8 @@ def test_what_is_measured_is_measured_without_dropout(training: bool, tmp_path) 
     options = {"model": folder, "disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.5}}
     student = load_student(RunConfig(student=options).student).train(training)
     ids, model = torch.arange(40).unsqueeze(0), student.model
-    with pytest.raises(ZeroDivisionError), evaluating(student):
-        assert torch.equal(model(ids).logits, model(ids).logits)
+    with pytest.raises(ZeroDivisionError), measuring(student):
+        assert torch.equal(model(ids).logits, model(ids).logits) and not model(ids).logits.requires_grad
         raise ZeroDivisionError
     assert all(module.training == training for module in student.modules())
 

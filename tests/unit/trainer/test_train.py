@@ -17,9 +17,10 @@ from services.process.signals import Interruption
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import PROMPTS, opener, pushes_of, rollouts_of, run_config
-from trainer import open_session as opening
+from trainer import parallel
 from trainer import train as training
 from trainer.open_session import open_session
+from trainer.ranks.group import Ranks
 from trainer.session import Session
 from trainer.train import train
 
@@ -240,19 +241,19 @@ class _Loaded(Exception):
 def test_a_run_opens_its_student_with_the_checkpointing_of_its_options(
     given: bool | None, expected: bool, tiny_model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, found = opening.load_student, []
+    load, found = parallel.load_student, []
 
     def loading(*arguments: Any, **options: Any) -> None:
         found.append(load(*arguments, **options).model.is_gradient_checkpointing)
         raise _Loaded
 
-    monkeypatch.setattr(opening, "load_student", loading)
+    monkeypatch.setattr(parallel, "load_student", loading)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1="}) + "\n")
     folder, data = tiny_model_folder("llama"), {"path": str(tmp_path / "rows.jsonl")}
     student = {"model": folder, "gradient_checkpointing": given}
     with (
         pytest.raises(_Loaded),
-        open_session(run_config(folder, tmp_path / "out", student=student, data=data), Interruption()),
+        open_session(run_config(folder, tmp_path / "out", student=student, data=data), Interruption(), Ranks()),
     ):
         pass
     assert found == [expected]

@@ -1,6 +1,7 @@
 """Students on disk: whole, loadable, replaced only by whole ones, and with room for the last one."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainer.output import saving
 from trainer.output.saving import SavedStudents
 from trainer.student import load_student
 from trainer.tiny.pair import build_tokenizer
+from trainer.weights.snapshot import StudentState
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_what_is_saved_computes_what_the_trainer_does(model: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
-    students(tmp_path, model).save(3)
+    students(tmp_path, model).save(StudentState(3))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab() == build_tokenizer().get_vocab()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
@@ -43,7 +45,7 @@ def test_what_is_saved_computes_what_the_trainer_does(model: Any, tmp_path: Path
 def test_checkpoints_are_kept_by_number_and_not_by_name(model: Any, tmp_path: Path) -> None:
     saved = students(tmp_path, model, save_every_steps=2, save_total_limit=2)
     for step in range(1, 13):
-        saved.step_finished(step)
+        saved.step_finished(step, partial(StudentState, step))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-10", "step-12"}
 
 
@@ -55,7 +57,7 @@ def test_a_save_that_fails_leaves_the_student_before(
     error: Exception, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = students(tmp_path, model)
-    saved.save(1)
+    saved.save(StudentState(1))
     before = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student"))
 
     def full(folder: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_save_that_fails_leaves_the_student_before(
     with pytest.raises(
         OutputError, match=r"student cannot be written: (No space left|SafetensorError: I/O error|RuntimeError: shared)"
     ):
-        saved.save(2)
+        saved.save(StudentState(2))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), before)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
@@ -74,9 +76,9 @@ def test_a_save_that_fails_leaves_the_student_before(
 def test_room_for_one_student_is_held_until_it_is_saved(model: Any, tmp_path: Path) -> None:
     saved = students(tmp_path, model)
     saved.reserve(10)
-    saved.step_finished(1)
+    saved.step_finished(1, partial(StudentState, 1))
     held = sum(path.stat().st_blocks * 512 for path in (tmp_path / ".reserve").iterdir())
-    saved.save(1)
+    saved.save(StudentState(1))
     assert not (tmp_path / ".reserve").exists()
     assert held >= sum(path.stat().st_size for path in (tmp_path / "student").iterdir())
 
@@ -106,7 +108,7 @@ def test_room_is_counted_for_the_student_of_an_earlier_run_until_it_goes(
 def test_whoever_is_ended_between_the_two_renames_has_a_student(
     is_killed: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    students(tmp_path, model).save(1)
+    students(tmp_path, model).save(StudentState(1))
     replace = Path.replace
 
     def ended(self: Path, target: Path) -> Path:
@@ -118,7 +120,7 @@ def test_whoever_is_ended_between_the_two_renames_has_a_student(
         patched.setattr(Path, "replace", ended)
         if is_killed:
             patched.setattr(saving, "_put_back", lambda path: None)
-        students(tmp_path, model).save(2)
+        students(tmp_path, model).save(StudentState(2))
     assert (tmp_path / "student").exists() is not is_killed
     students(tmp_path, model).reserve(1)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0
@@ -141,7 +143,7 @@ def test_an_earlier_run_is_replaced_by_the_first_finished_step(model: Any, tmp_p
     saved = students(tmp_path, model, save_every_steps=2)
     saved.reserve(4)
     assert (tmp_path / "student").exists() and (tmp_path / "checkpoints" / "step-7").exists()
-    saved.step_finished(1)
+    saved.step_finished(1, partial(StudentState, 1))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
     assert not (tmp_path / "checkpoints").exists()
 
@@ -150,7 +152,7 @@ def test_what_a_killed_save_left_behind_is_no_obstacle(model: Any, tmp_path: Pat
     for name in ("student", ".student.before", ".student.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
-    students(tmp_path, model).save(3)
+    students(tmp_path, model).save(StudentState(3))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").num_parameters() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
@@ -158,5 +160,5 @@ def test_what_a_killed_save_left_behind_is_no_obstacle(model: Any, tmp_path: Pat
 def test_a_first_step_that_is_only_saved_replaces_it_too(model: Any, tmp_path: Path) -> None:
     for name in ("student", "checkpoints/step-7"):
         (tmp_path / name).mkdir(parents=True)
-    students(tmp_path, model).save(1)
+    students(tmp_path, model).save(StudentState(1))
     assert (tmp_path / "student" / "config.json").exists() and not (tmp_path / "checkpoints").exists()
