@@ -8,7 +8,18 @@ import importlib
 
 ONLY_WHEN_NAMED = ("objectives", "trainer")
 """Half an hour of training runs; what needs a GPU."""
-NAMES = ("step", "push", "precision", "head", "estimators", "throughput", "latency", "endurance", *ONLY_WHEN_NAMED)
+NAMES = (
+    "step",
+    "ranks",
+    "push",
+    "precision",
+    "head",
+    "estimators",
+    "throughput",
+    "latency",
+    "endurance",
+    *ONLY_WHEN_NAMED,
+)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import ModelShape
 from services.weight_transfer.source import CheckpointSource
 from tests.benchmarks import results
-from tests.gpu.students import DEVICE, QWEN3, random_batch, run_config
+from tests.gpu.students import DEVICE, PROMPT, QWEN3, batch_of, run_config
 from trainer.learner import Learner
 from trainer.loss.head import support_logprobs
 from trainer.parallel import place
@@ -64,7 +64,7 @@ def measure(size: str, *, checkpointing: bool) -> dict[str, Any]:
     learner = random_learner(size, checkpointing=checkpointing)
     step = (LONGEST - SHORTEST) / (NUM_SAMPLES - 1)
     lengths = [round(SHORTEST + index * step) for index in range(NUM_SAMPLES)]
-    batch, num_tokens = random_batch(lengths), sum(lengths)
+    batch, num_tokens = batch_of(*lengths), sum(lengths)
     torch.cuda.reset_peak_memory_stats()
     step_s = seconds(lambda: learner.step(batch))
     peak = torch.cuda.max_memory_allocated()
@@ -102,7 +102,7 @@ def optimizer_s(learner: Learner) -> float:
 
 def head(size: str, num_positions: int = 16_384) -> dict[str, Any]:
     """Forward and backward of the output head alone, for as many positions as a micro-batch has tokens."""
-    batch = random_batch([num_positions + 64])
+    batch = batch_of(num_positions + PROMPT)
     token_ids, support_ids = (torch.from_numpy(x).long().to(DEVICE) for x in (batch.token_ids, batch.support_ids))
     hidden = torch.randn(num_positions, QWEN3[size]["hidden_size"], device=DEVICE, requires_grad=True)
     weight = torch.randn(QWEN3[size]["vocab_size"], hidden.shape[1], device=DEVICE).mul_(0.03).bfloat16()

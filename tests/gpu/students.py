@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from services.config import RunConfig
 from services.wire.batch import TrainingBatch
 from tests.models import save_model
+from tests.random_batches import random_batch
 from trainer.learner import Learner
 from trainer.parallel import load_and_place
 from trainer.ranks.group import Ranks
@@ -44,31 +44,9 @@ def save_random(folder: Path, size: str, **changes: Any) -> str:
         return save_model(folder, "qwen3", **QWEN3[size] | changes)
 
 
-def random_batch(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> TrainingBatch:
-    """Scored samples of these lengths, of which PROMPT tokens each are the prompt; every second token is the likeliest of
-    the teacher's candidates, the others are none."""
-    random, num_samples = np.random.default_rng(seed), len(lengths)
-    prompt, completion = np.full(num_samples, PROMPT), np.array(lengths) - PROMPT
-    num_tokens = int(completion.sum())
-    candidates = random.integers(0, vocabulary, (num_tokens, 1)) + np.arange(TOP_K) * (vocabulary // TOP_K)
-    logprobs = np.log(random.dirichlet(np.ones(TOP_K + 1), num_tokens)).astype(np.float32)
-    logprobs[:, :TOP_K] = -np.sort(-logprobs[:, :TOP_K])
-    is_candidate = np.arange(num_tokens) % 2 == 0
-    return TrainingBatch(
-        rows=np.arange(1, num_samples + 1),
-        groups=np.arange(num_samples),
-        prompt_lengths=prompt,
-        completion_lengths=completion,
-        truncated=np.zeros(num_samples, np.bool_),
-        policy_versions=np.zeros(num_samples, np.int64),
-        prompt_ids=random.integers(0, vocabulary, int(prompt.sum())).astype(np.int32),
-        token_ids=((candidates[:, 0] + ~is_candidate) % vocabulary).astype(np.int32),
-        rollout_logprobs=np.full(num_tokens, -np.log(vocabulary), np.float32),
-        teacher_token_logprobs=np.where(is_candidate, logprobs[:, 0], logprobs[:, TOP_K - 1] - 1).astype(np.float32),
-        support_ids=(candidates % vocabulary).astype(np.int32),
-        teacher_support_logprobs=logprobs[:, :TOP_K],
-        teacher_tail_logprob=logprobs[:, TOP_K],
-    )
+def batch_of(*lengths: int, seed: int = 0) -> TrainingBatch:
+    """Random samples of so many tokens, PROMPT of each the prompt's."""
+    return random_batch([length - PROMPT for length in lengths], PROMPT, TOP_K, VOCABULARY, seed)
 
 
 def run_config(model: str, **sections: dict[str, Any]) -> RunConfig:

@@ -20,15 +20,15 @@ from services.gpus.memory import Sizes
 from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import read_shape
 from services.wire.batch import TrainingBatch
-from tests.gpu.students import DEVICE, learner_of, random_batch, save_random
+from tests.gpu.students import DEVICE, batch_of, learner_of, save_random
 from trainer.learner import Learner
 from trainer.parallel import local
 from trainer.weights.snapshot import GivenTokens
 
 pytestmark = pytest.mark.gpu
 
-BATCH = random_batch([512, 448, 320, 200])
-GIVEN = GivenTokens([[1, 2, 3]] * 4, [random_batch([96], seed=seed).token_ids.tolist() for seed in range(4)])
+BATCH = batch_of(512, 448, 320, 200)
+GIVEN = GivenTokens([[1, 2, 3]] * 4, [batch_of(96, seed=seed).token_ids.tolist() for seed in range(4)])
 FLOAT32 = {"rollout": {"dtype": "float32"}}
 # Updates are about as large as gradients: a sum that another order of additions rounds otherwise moves no weight far.
 SMOOTH = {"optimizer": {"learning_rate": 1e-2, "eps": 1e-3}}
@@ -80,6 +80,19 @@ def test_small_updates_reach_float32_masters_under_bfloat16_products(model: str)
     assert shares["half"] < 0.1
     for name in ("loss", "grad_norm", "single_step_kl"):
         assert metrics["mixed"][name] == pytest.approx(metrics["exact"][name], rel=0.03), name
+
+
+def test_packed_rows_train_as_padded_ones_do(shallow: str) -> None:
+    """Torch's kernel for packed rows against its usual one, at lengths whose rows are half padding."""
+    batch, metrics, changes = batch_of(1024, 700, 333, 256, 130, 65), {}, {}
+    for name in ("sdpa", "varlen"):
+        learner = learner_of(shallow, student={"attn_implementation": name}, **SMOOTH)
+        before = masters(learner)
+        metrics[name] = learner.step(batch)
+        changes[name] = torch.cat([(b - a).flatten() for a, b in zip(before, masters(learner), strict=True)])
+    for name in ("loss", "grad_norm", "single_step_kl", "student_entropy"):
+        assert metrics["varlen"][name] == pytest.approx(metrics["sdpa"][name], rel=0.01), name
+    assert torch.nn.functional.cosine_similarity(*changes.values(), dim=0).item() > 0.99
 
 
 def test_the_host_keeps_what_an_offloaded_student_is_made_of(model: str) -> None:
@@ -180,7 +193,7 @@ def test_a_step_takes_the_memory_that_was_computed(checkpointing: bool, tokens: 
     assert shape is not None
     options = {"pipeline": {"tokens_per_micro_batch": tokens}, "student": {"gradient_checkpointing": checkpointing}}
     learner = learner_of(model, **options)
-    held, peak = gpu_bytes(learner, random_batch([1024] * (2 * tokens // 1024)))
+    held, peak = gpu_bytes(learner, batch_of(*[1024] * (2 * tokens // 1024)))
     sizes = Sizes(max_model_len=1024, tokens_per_micro_batch=tokens)
     layout = Layout.of(learner.config, 1, 1, on_gpu=True)
     share = trainer_share(shape, sizes, layout, learner.config.weight_sync.bucket_bytes)
@@ -193,12 +206,13 @@ def test_attention_takes_no_memory_that_grows_with_the_square_of_the_length(shal
     """The control, attention by its formula, holds a weight for every pair of tokens."""
     length, sections = 8192, {"pipeline": {"tokens_per_micro_batch": 8192}}
     peaks = {}
-    for name in ("sdpa", "eager"):
+    for name in ("sdpa", "varlen", "eager"):
         student = {"attn_implementation": name, "gradient_checkpointing": False}
         learner = learner_of(shallow, student=student, **sections)
-        peaks[name] = [gpu_bytes(learner, random_batch(lengths))[1] for lengths in ([1024] * 8, [length])]
+        peaks[name] = [gpu_bytes(learner, batch_of(*lengths))[1] for lengths in ([1024] * 8, [length])]
         del learner
         gc.collect()
     pairs = 2 * 16 * length**2  # bytes of one layer's weights in bfloat16, of 16 heads
-    assert peaks["sdpa"][1] - peaks["sdpa"][0] < 0.1 * pairs
+    print(peaks)  # shown where it fails
+    assert all(peaks[name][1] - peaks[name][0] < 0.1 * pairs for name in ("sdpa", "varlen"))
     assert peaks["eager"][1] - peaks["eager"][0] > pairs
