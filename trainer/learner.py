@@ -81,11 +81,18 @@ class Learner:
             optimizer stay as they are, and "num_skipped_updates" counts it.
 
         Raises:
-            DistillServeError: more than `optimizer.max_skipped_updates` in a row were not finite.
+            DistillServeError: more than `optimizer.max_skipped_updates` in a row were not finite, or no GPU memory is left.
         """
         started = time.monotonic()
-        with self._all_updates_or_none():
-            metrics = self._update(batch)
+        try:
+            with self._all_updates_or_none():
+                metrics = self._update(batch)
+        except torch.OutOfMemoryError as error:
+            raise DistillServeError(
+                f"no GPU memory is left in the step after {self.finished_step}: {str(error).splitlines()[0]} Lower "
+                f"pipeline.tokens_per_micro_batch = {self.config.pipeline.micro_batch_tokens}, or see docs/scaling.md for what "
+                "else a rank may hold less of"
+            ) from error
         self.finished_step += 1
         return metrics | {"train_s": time.monotonic() - started, "peak_memory_gib": self.ranks.peak_memory_gib()}
 

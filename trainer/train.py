@@ -31,7 +31,7 @@ def train(config: RunConfig) -> Summary | None:
         Interrupted: SIGINT, SIGTERM or SIGHUP came, which end the run in order where this is the main thread.
     """
     with interruptible() as interruption:
-        ranks = join_ranks()
+        ranks = join_ranks(config)
         if ranks.index > 0:
             follow(ranks)
             return None

@@ -19,9 +19,9 @@ PROGRESS_LOGGER = "trainer.output.progress"
 _OURS = ("services.", "trainer.")
 _LAST_LINES, _LAST_LINES_BESIDE_CAUSE = 12, 4
 _LONGEST_LAST_LINE = 400
-# The last line of a traceback, behind the prefixes that vLLM's processes give theirs.
+# The last line of a traceback, behind the prefixes that torch's ranks and vLLM's processes give theirs.
 _EXCEPTION = re.compile(
-    r"(?:\([^)]*\) )*(?:ERROR [\d-]+ [\d:]+ \[[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b:? ?.*)"
+    r"(?:\[rank\d+\]: )?(?:\([^)]*\) )*(?:ERROR [\d-]+ [\d:]+ \[[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b:? ?.*)"
 )
 _PROGRESS_BAR = re.compile(r"\d+%\|")
 # Says only that another of vLLM's processes said why.

@@ -93,7 +93,7 @@ def render(
     if row:
         table.add_row(_named(_completions(row)))
         table.add_row(_named({"time": describe_step_time(row)}))
-    table.add_row(_named({role: _role(role, row, stages, now) for role in ("rollout", "teacher", "trainer")}))
+    table.add_row(_named(_roles(row, stages, now)))
     return table
 
 
@@ -121,12 +121,23 @@ def _held_out(evaluation: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _role(role: str, row: Mapping[str, Any], stages: Mapping[str, Stage], now: float) -> str:
-    stage = stages.get(role)
-    if stage is None:
-        return "-"
-    speed = _number(row, f"{role}_tokens_per_s", ",.0f")
-    return f"{stage.doing} {speed} tok/s" if speed != "-" or not stage.is_waiting else stage.describe(now)
+def _roles(row: Mapping[str, Any], stages: Mapping[str, Stage], now: float) -> dict[str, str]:
+    """What each process does, and how fast those of a role are together."""
+    shown = {}
+    for role in ("rollout", "teacher", "trainer"):
+        speed = _number(row, f"{role}_tokens_per_s", ",.0f")
+        names = [name for name in stages if name.split()[0] == role] or [role]
+        for name in names:
+            stage, has_speed = stages.get(name), name == role and (len(names) == 1 or role == "trainer")
+            if stage is None:
+                shown[name] = "-"
+            elif has_speed and (speed != "-" or not stage.is_waiting):
+                shown[name] = f"{stage.doing} {speed} tok/s"
+            else:
+                shown[name] = stage.describe(now) if stage.is_waiting else stage.doing
+        if len(names) > 1 and role != "trainer":
+            shown[f"{role} in all"] = f"{speed} tok/s"
+    return shown
 
 
 def _completions(row: Mapping[str, Any]) -> dict[str, str]:

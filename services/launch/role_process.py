@@ -8,9 +8,12 @@ kill them, with shared memory left behind.
 import asyncio
 import os
 import signal
+import time
+from asyncio.subprocess import SubprocessStreamProtocol
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -19,13 +22,51 @@ from services.errors import StartupError
 from services.process.files import cannot_write
 from services.process.parent import end_with_parent
 
-_POLL_S = 0.25
 _TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
 _LONGEST_LINE = 1 << 20
 _LONGEST_KEPT = 4000  # characters of a line in memory
 
 OnLine = Callable[[str, str], None]
-"""Told of every line: the role and what it said."""
+"""Told of every line: the name of who said it, and what."""
+
+
+@dataclass(frozen=True)
+class RoleId:
+    """Which of a run's processes one is."""
+
+    role: str
+    """"rollout", "teacher" or "trainer"."""
+    number: int = 0
+    """Among the `count` processes of this role; of the trainer the rank."""
+    count: int = 1
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a rank of the trainer."""
+        return self.role == "trainer"
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is rank 0, which says how the run ends."""
+        return self.trains and self.number == 0
+
+    @property
+    def name(self) -> str:
+        """What its lines and its log are called: "rollout", "rollout 2", "trainer", "trainer rank 1"."""
+        if self.number == 0:
+            return self.role
+        return f"trainer rank {self.number}" if self.trains else f"{self.role} {self.number + 1}"
+
+    @property
+    def title(self) -> str:
+        """What sentences call it, after "the": "rollout", "rollout server 1", "trainer's rank 1"."""
+        if self.count == 1:
+            return self.role
+        return f"trainer's rank {self.number}" if self.trains else f"{self.role} server {self.number + 1}"
+
+    @property
+    def log_name(self) -> str:
+        return self.name.replace(" rank", "").replace(" ", "-") + ".log"
 
 
 class RoleLog:
@@ -58,6 +99,24 @@ class RoleLog:
         self._file.close()
 
 
+class _Protocol(SubprocessStreamProtocol):
+    """Knows when the process has ended.
+
+    Process.wait() waits for the pipe as well (python/cpython#119710), which a process that the role left behind, a
+    tracker's or vLLM's engine, may hold open for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_LONGEST_LINE, asyncio.get_running_loop())
+        self.ended = asyncio.Event()
+        self.ended_at = 0.0
+
+    def process_exited(self) -> None:
+        super().process_exited()
+        self.ended_at = time.monotonic()
+        self.ended.set()
+
+
 class RoleProcess:
     """A role that runs.
 
@@ -66,14 +125,17 @@ class RoleProcess:
         on_line: told of every line as well.
     """
 
-    def __init__(self, role: str, process: asyncio.subprocess.Process, log: RoleLog, on_line: OnLine) -> None:
-        self.role, self.process, self.log = role, process, log
+    def __init__(
+        self, role: RoleId, process: asyncio.subprocess.Process, protocol: _Protocol, log: RoleLog, on_line: OnLine
+    ) -> None:
+        self.id, self.process, self.log = role, process, log
+        self._protocol = protocol
         self._reader = asyncio.create_task(self._relay(on_line))
 
     @classmethod
     async def start(
         cls,
-        role: str,
+        role: RoleId,
         command: list[str],
         environment: Mapping[str, str],
         log: RoleLog,
@@ -85,8 +147,10 @@ class RoleProcess:
         Raises:
             StartupError: the system has no room for another process.
         """
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await loop.subprocess_exec(
+                _Protocol,
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -96,28 +160,29 @@ class RoleProcess:
                 # SIGTERM: a role that trains saves its student, a server ends what it started.
                 preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
                 pass_fds=pass_fds,
-                limit=_LONGEST_LINE,
             )
         except OSError as error:
             log.close()
             raise StartupError(
-                f"the {role} cannot be started: {error.strerror or error}; raise this user's limit of processes or open "
+                f"the {role.title} cannot be started: {error.strerror or error}; raise this user's limit of processes or open "
                 "files (`ulimit -a`), or end other programs"
             ) from error
-        return cls(role, process, log, on_line)
+        return cls(role, asyncio.subprocess.Process(transport, protocol, loop), protocol, log, on_line)
 
     @property
     def is_running(self) -> bool:
-        return self.process.returncode is None
+        return not self._protocol.ended.is_set()
+
+    @property
+    def ended_at(self) -> float:
+        """When it ended; monotonic, seconds."""
+        return self._protocol.ended_at
 
     async def wait(self) -> int:
-        """Its exit code, once it has ended.
-
-        Not process.wait(): that waits for the pipe as well (python/cpython#119710), which a process that the role
-        left behind, a tracker's or vLLM's engine, may hold open for ever.
-        """
-        while (code := self.process.returncode) is None:
-            await asyncio.sleep(_POLL_S)
+        """Its exit code, once it has ended."""
+        await self._protocol.ended.wait()
+        code = self.process.returncode
+        assert code is not None
         return code
 
     async def last_words(self, patience_s: float) -> None:
@@ -145,7 +210,7 @@ class RoleProcess:
             text = line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]
             if text:
                 self.log.add(text)
-                on_line(self.role, text)
+                on_line(self.id.name, text)
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -55,7 +55,7 @@ class Screen:
     def say(self, message: str, role: str = "up", style: str = "") -> None:
         """A line, with who it is about."""
         self._spoke = time.monotonic()
-        self._print(Text.assemble((f"{role:<8}| ", _COLOURS.get(role, "bold")), (plain(message), style)))
+        self._print(Text.assemble((f"{role:<7} | ", _COLOURS.get(role.split()[0], "bold")), (plain(message), style)))
 
     def stage(self, role: str, doing: str, more: str = "") -> None:
         """A role begins something.

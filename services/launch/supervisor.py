@@ -1,8 +1,11 @@
 """`distillserve up`: the three roles as processes of this machine, started, watched and ended together.
 
-    starts     rollout and teacher (one after the other when they share a GPU: vLLM asserts when another
-               process frees memory while it measures), waits until both are ready, then the trainer
-    ends       all of them when the trainer is done, when any of them dies, or on Ctrl-C
+    starts     rollout servers and teacher (one after the other when they share a GPU: vLLM asserts when another
+               process frees memory while it measures), waits until all are ready, then the trainer's ranks
+    ends       all of them when the trainer's rank 0 is done, when any of them dies, or on Ctrl-C
+
+Ctrl-C goes to rank 0 alone, which ends the other ranks in order. When a rank is lost, the others notice it themselves, and
+one of them saves the student; they are signalled when they have not ended after a while.
 
 honcho and circus were considered: honcho starts everything at once and cannot wait for readiness, circus
 brings a daemon with sockets of its own. What is needed beyond asyncio's subprocesses is little.
@@ -10,40 +13,36 @@ brings a daemon with sockets of its own. What is needed beyond asyncio's subproc
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from services.config import ClientSection, RunConfig, ServerSection, check_output_dir
+from services.config import RunConfig, check_output_dir
 from services.config.keys import Secrets, make_key, reveal
-from services.config.section import Section
-from services.errors import ConfigError, StartupError
+from services.errors import RankLostError, StartupError
 from services.gpus.plan import plan
 from services.gpus.sharing import check_nccl, servers_share_a_gpu
 from services.http.connections import async_client
 from services.http.guard import LAUNCH_HEADER, LAUNCH_VARIABLE
 from services.launch.digest import cause, how_it_ended, last_lines
 from services.launch.panel import Stage
-from services.launch.role_process import RoleLog, RoleProcess
+from services.launch.ranks import MASTER_ADDRESS, with_rank, without_rank
+from services.launch.role_process import RoleId, RoleLog, RoleProcess
+from services.launch.run_folder import RunFolder, run_folder, written
 from services.launch.screen import Screen
+from services.launch.servers import Server, refuse_urls, rollout_runs, with_free_ports
 from services.launch.summary_table import summary_table
-from services.process.files import write_by_rename
 from services.process.folder_lock import FolderLock, lock_folder
-from services.process.startup import (
-    PortReservation,
-    check_model_folder,
-    check_output_room,
-    check_socket_folder,
-    reserve_port,
-)
+from services.process.startup import check_model_folder, check_output_room, check_socket_folder, reserve_port
 from services.process.streams import say
 
 Command = Callable[[str, Path], list[str]]
@@ -57,6 +56,8 @@ _GRACE_S = 20.0
 _GRACE_AT_START_S = 8.0
 # The trainer saves the student first, which for billions of parameters takes minutes on a slow disk.
 _SAVING_GRACE_S = 600.0
+# Of ranks, when another one has ended: to end by themselves, and then when they are told to.
+_RANKS_GRACE_S, _TOLD_GRACE_S = 12.0, 6.0
 _POLL_S = 0.25
 _LAST_WORDS_S = 1.0
 _USUALLY = {
@@ -96,11 +97,12 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
         moved, reservations = with_free_ports(config)
         for reservation in reservations:
             stack.callback(reservation.release)
-        run_file = stack.enter_context(_run_file(output_dir, moved))
+        folder = stack.enter_context(run_folder(output_dir, moved))
+        servers = _servers(moved, folder.run_file, stack)
         wanted = {name: getattr(config, name).port for name in ("rollout", "teacher")}
 
         async def supervise() -> int:
-            return await Supervisor(moved, run_file, lock, command, grace_s, verbose).run(wanted)
+            return await Supervisor(moved, servers, folder, lock, command, grace_s, verbose).run(wanted)
 
         return asyncio.run(supervise())
 
@@ -117,83 +119,41 @@ def _share_gpus(config: RunConfig) -> None:
         say(line)
 
 
-@contextmanager
-def _run_file(output_dir: Path, config: RunConfig) -> Iterator[Path]:
-    """The run as the roles read it. It becomes the folder's run.json, unless that is of an earlier run which this one
-    has not replaced: its trainer writes config.json once every check has passed."""
-    ours, final = output_dir / f".run.{os.getpid()}.json", output_dir / "run.json"
-    write_by_rename(ours, (config.model_dump_json(indent=2) + "\n").encode())
-    try:
-        yield ours
-    finally:
-        with suppress(OSError):  # somebody has removed the folder meanwhile; how the run ended counts
-            if not final.exists() or _has_begun(output_dir, ours):
-                ours.replace(final)
-            ours.unlink(missing_ok=True)
-
-
-def _has_begun(output_dir: Path, run_file: Path) -> bool:
-    """Whether the trainer of this run trains: it writes config.json when every check has passed."""
-    try:
-        return (output_dir / "config.json").stat().st_mtime_ns >= run_file.stat().st_mtime_ns
-    except OSError:  # not there yet, or somebody has removed the folder
-        return False
-
-
-def refuse_urls(config: RunConfig) -> None:
-    """Refuse a run that `up` would start servers for which it does not use.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    for name in ("rollout", "teacher"):
-        server: ServerSection = getattr(config, name)
-        client: ClientSection = getattr(config, f"{name}_client")
-        # A run.json that `up` wrote names its own servers; that is no contradiction.
-        if client.urls and client.server_urls(server) != [server.url()]:
-            raise ConfigError(
-                f"{name}_client.urls = {client.urls} names servers that run elsewhere, but `distillserve up` starts its own; "
-                f"leave {name}_client.urls out, or attach with `distillserve train`"
-            )
-    if config.teacher_client.protocol == "vllm":
-        raise ConfigError(
-            "teacher_client.protocol = vllm is for servers that others start, but `distillserve up` starts its own teacher; "
-            "leave it out (teacher.engine = vllm runs that teacher in vLLM), or attach with `distillserve train`"
-        )
-
-
-def with_free_ports(config: RunConfig) -> tuple[RunConfig, list[PortReservation]]:
-    """The same run on ports that are free now, with URLs that name them; the ports are ours until they are released."""
-    sections: dict[str, Section] = {}
-    reservations = []
-    for name in ("rollout", "teacher"):
-        section: ServerSection = getattr(config, name)
-        reservation = reserve_port(name, section.host, section.port)
-        reservations.append(reservation)
-        moved = section.model_copy(update={"port": reservation.port})
-        client: ClientSection = getattr(config, f"{name}_client")
-        sections |= {name: moved, f"{name}_client": client.model_copy(update={"urls": [moved.url()]})}
-    return config.model_copy(update=sections), reservations
+def _servers(config: RunConfig, run_file: Path, stack: ExitStack) -> list[Server]:
+    """The servers to start; of several rollout servers each reads a run file of its own, which goes with the stack."""
+    servers, runs = [], rollout_runs(config)
+    for index, run in enumerate(runs):
+        role, path = RoleId("rollout", index, len(runs)), run_file
+        if len(runs) > 1:
+            path = stack.enter_context(written(run_file.with_suffix(f".rollout-{index + 1}.json"), run))
+        servers.append(Server(role, run, path))
+    return [*servers, Server(RoleId("teacher"), config, run_file)]
 
 
 class Supervisor:
     """Starts, watches and ends the roles of one run."""
 
     def __init__(
-        self, config: RunConfig, run_file: Path, lock: FolderLock, command: Command, grace_s: float, verbose: bool
+        self,
+        config: RunConfig,
+        servers: Sequence[Server],
+        folder: RunFolder,
+        lock: FolderLock,
+        command: Command,
+        grace_s: float,
+        verbose: bool,
     ) -> None:
-        self._config, self._run_file, self._lock = config, run_file, lock
+        self._config, self._servers, self._folder, self._lock = config, servers, folder, lock
         self._command, self._grace_s, self._verbose = command, grace_s, verbose
-        self._output = Path(config.output.dir)
         self._launch = secrets.token_hex(16)
         self._keys = _keys()
-        self._roles: dict[str, RoleProcess] = {}
+        self._roles: list[RoleProcess] = []
         self._failed: RoleProcess | None = None
         self._why = ""
         loop = asyncio.get_running_loop()
         self._interrupted: asyncio.Future[int] = loop.create_future()
         self._hurried: asyncio.Future[None] = loop.create_future()  # by a second Ctrl-C
-        metrics = self._output / "metrics.jsonl"
+        metrics = self._folder.path / "metrics.jsonl"
         self.screen = Screen(
             verbose=verbose, metrics=metrics, on_reader_gone=lambda: self._interrupt(int(signal.SIGPIPE))
         )
@@ -220,7 +180,7 @@ class Supervisor:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
             self._explain()
-            for role in self._roles.values():
+            for role in self._roles:
                 role.close()
 
     def _interrupt(self, number: int) -> None:
@@ -232,30 +192,30 @@ class Supervisor:
             self._hurried.set_result(None)
 
     async def _run_roles(self) -> int:
-        config = self._config
-        self.screen.say(f"this run is in {self._output}, what its roles say in {self._output / 'logs'}")
-        ready = []
-        for role, server, client in (
-            ("rollout", config.rollout, config.rollout_client),
-            ("teacher", config.teacher, config.teacher_client),
-        ):
-            await self._start(role)
-            wait = asyncio.create_task(self._wait_ready(role, server.url(), client.startup_timeout_s))
-            if servers_share_a_gpu(config):
-                if (code := await self._first(wait)) is not None:
-                    return code
-            else:
-                ready.append(wait)
-        if ready and (code := await self._first(asyncio.gather(*ready))) is not None:
-            return code
-        await self._start("trainer")
-        code = await self._first(None)
+        self.screen.say(f"this run is in {self._folder.path}, what its roles say in {self._folder.path / 'logs'}")
+        groups = [self._servers]
+        if any(servers_share_a_gpu(server.config) for server in self._servers):
+            groups = [[one for one in self._servers if one.role.role == role] for role in ("rollout", "teacher")]
+        for group in groups:
+            ready = []
+            for server in group:
+                process = await self._start(server.role, server.run_file)
+                ready.append(asyncio.create_task(self._wait_ready(process, server)))
+            if (code := await self._first(asyncio.gather(*ready))) is not None:
+                return code
+        count, master = self._config.trainer.num_processes, reserve_port("trainer", MASTER_ADDRESS, 0)
+        try:
+            for rank in range(count):
+                await self._start(RoleId("trainer", rank, count), self._folder.run_file, master.port)
+            code = await self._first(None)
+        finally:
+            master.release()
         assert code is not None
         return code
 
     async def _first(self, goal: "asyncio.Future[Any] | None") -> int | None:
         """Wait for `goal`, an interruption, or the end of any role; returns None when the goal came first."""
-        exits = {asyncio.create_task(role.wait()): role for role in self._roles.values()}
+        exits = [asyncio.create_task(self._ended(role)) for role in self._roles]
         waiting: set[asyncio.Future[Any]] = {*exits, self._interrupted, *([goal] if goal is not None else [])}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in exits:
@@ -273,54 +233,74 @@ class Supervisor:
         goal.result()
         return None
 
+    async def _ended(self, role: RoleProcess) -> None:
+        """Wait for an end that ends the run: a rank that is done waits for rank 0, which may have more to do."""
+        if await role.wait() == 0 and role.id.trains:
+            await self._ranks()[0].wait()
+
+    def _ranks(self) -> list[RoleProcess]:
+        return [role for role in self._roles if role.id.trains]
+
     async def _first_cause(self) -> RoleProcess:
         """Of the roles that have ended, the one that is to blame. A trainer fails at once when a server breaks off, the
         server may need a moment more to end."""
-        servers = [role for role in self._roles.values() if role.role != "trainer"]
         for _ in range(round(_LAST_WORDS_S / _POLL_S)):
-            role = min((role for role in self._roles.values() if not role.is_running), key=_cause_first)
-            if role in servers or role.process.returncode == 0:
+            role = min((role for role in self._roles if not role.is_running), key=_cause_first)
+            if not role.id.trains or role.process.returncode == 0:
                 break
             await asyncio.sleep(_POLL_S)
         return role
 
     def _note_end(self, role: RoleProcess) -> int:
         code = role.process.returncode or 0
-        if role.role == "trainer" and code == 0:
+        if role.id.leads and code == 0:
             return 0
-        said, how = cause(role.log.tail), f"the {role.role} {how_it_ended(code)}"
-        self._failed, self._why = role, how if said is None or code < 0 else f"the {role.role} failed: {said}"
+        title = role.id.title
+        said, how = cause(role.log.tail), f"the {title} {how_it_ended(code)}"
+        self._failed, self._why = role, how if said is None or code < 0 else f"the {title} failed: {said}"
         self.screen.say(f"{how}; ending the others", style="bold red")
         # A server that ends by itself has failed, whatever code it gives.
         return code if code > 0 else 128 - code if code < 0 else StartupError.exit_code
 
-    async def _start(self, role: str) -> None:
-        environment = {**_SHARED_CORES, **os.environ, **self._keys, LAUNCH_VARIABLE: self._launch}
+    async def _start(self, role: RoleId, run_file: Path, master_port: int = 0) -> RoleProcess:
+        """Start a process of the run.
+
+        Args:
+            master_port: at which the trainer's ranks find each other.
+        """
+        environment = {**_SHARED_CORES, **without_rank(os.environ), **self._keys, LAUNCH_VARIABLE: self._launch}
         # The trainer alone writes into the folder. What a server may leave behind when `up` is killed must not hold it.
-        works_in_folder = role == "trainer"
-        self._roles[role] = await RoleProcess.start(
+        works_in_folder = role.trains
+        if works_in_folder:
+            environment |= self._lock.environment()
+            environment = with_rank(environment, role.number, role.count, master_port)
+        process = await RoleProcess.start(
             role,
-            self._command(role, self._run_file),
-            environment | (self._lock.environment() if works_in_folder else {}),
-            RoleLog(self._output / "logs" / f"{role}.log"),
+            self._command(role.role, run_file),
+            environment,
+            RoleLog(self._folder.path / "logs" / role.log_name),
             self.screen.role_said,
             pass_fds=(self._lock.descriptor,) if works_in_folder else (),
         )
-        self.screen.stage(role, "starting", f"({_USUALLY[role]})")
+        self._roles.append(process)
+        if role.leads or not role.trains:  # of the other ranks there is nothing to say while all is well
+            self.screen.stage(role.name, "starting", f"({_USUALLY[role.role]})")
+        return process
 
-    async def _wait_ready(self, role: str, url: str, timeout_s: float) -> None:
+    async def _wait_ready(self, process: RoleProcess, server: Server) -> None:
+        role, url, timeout_s = server.role, server.url, server.startup_timeout_s
         async with async_client([url], timeout_s=5.0) as client:
             try:
                 async with asyncio.timeout(timeout_s):
-                    while not await self._is_ready(client, role, url):
+                    while not await self._is_ready(client, role.role, url):
                         await asyncio.sleep(_POLL_S)
             except TimeoutError:
-                self._failed = self._failed or self._roles[role]  # of two, the one that the error names
+                self._failed = self._failed or process  # of two, the one that the error names
                 raise StartupError(
-                    f"the {role} server at {url} is not ready after {timeout_s:.0f} s; look at its log or raise "
-                    f"{role}_client.startup_timeout_s"
+                    f"the {role.role} server at {url} is not ready after {timeout_s:.0f} s; look at its log or raise "
+                    f"{role.role}_client.startup_timeout_s"
                 ) from None
-        self.screen.stage(role, "ready", f"at {url}")
+        self.screen.stage(role.name, "ready", f"at {url}")
 
     async def _is_ready(self, client: httpx.AsyncClient, role: str, url: str) -> bool:
         try:
@@ -336,41 +316,67 @@ class Supervisor:
 
     async def _end_all(self) -> None:
         """The trainer first, so that it can save the student and say goodbye to servers that still live; then the servers."""
-        for names in (("trainer",), ("rollout", "teacher")):
-            roles = [self._roles[name] for name in names if name in self._roles]
-            await asyncio.gather(*(self._end(role) for role in roles))
+        await self._end_ranks()
+        servers = [role for role in self._roles if not role.id.trains]
+        await asyncio.gather(*(self._end(server, self._grace()) for server in servers))
 
-    async def _end(self, role: RoleProcess) -> None:
-        has_begun = _has_begun(self._output, self._run_file)
-        grace_s = self._grace_s if has_begun else min(self._grace_s, _GRACE_AT_START_S)
+    async def _end_ranks(self) -> None:
+        """Rank 0 ends the others; where a rank was lost, the others end by themselves. Then whoever is left."""
+        ranks = self._ranks()
+        if ranks and self._failed not in ranks:
+            saves = self._folder.has_begun()
+            await self._end(ranks.pop(0), _SAVING_GRACE_S if saves else self._grace(), saves=saves)
+        for rank in ranks:
+            if rank.is_running:
+                self.screen.stages[rank.id.name] = Stage("ending", time.monotonic())
+        await self._wait_for(ranks, self._grace(_RANKS_GRACE_S))
+        await asyncio.gather(*(self._end(rank, self._grace(_TOLD_GRACE_S)) for rank in ranks))
+
+    async def _end(self, role: RoleProcess, grace_s: float, *, saves: bool = False) -> None:
+        """Tell it to end, and kill it if it does not.
+
+        Args:
+            saves: whether it saves the student first.
+        """
+        name = role.id.name
         if role.is_running:
-            if role.role == "trainer" and has_begun:
-                grace_s = _SAVING_GRACE_S
-                self.screen.stage("trainer", "saving the student", "first; another Ctrl-C ends everything at once")
+            if saves:
+                self.screen.stage(name, "saving the student", "first; another Ctrl-C ends everything at once")
             else:
-                self.screen.stages[role.role] = Stage("ending", time.monotonic())
+                self.screen.stages[name] = Stage("ending", time.monotonic())
             role.signal(signal.SIGTERM)
-        ended = asyncio.create_task(role.wait())
-        waiting: list[asyncio.Future[Any]] = [ended, self._hurried]
-        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            ended.cancel()
+        await self._wait_for([role], grace_s)
+        if role.is_running:
             late = "is not waited for" if self._hurried.done() else f"did not end within {grace_s:g} s"
-            self.screen.say(f"the {role.role} {late}, killing it", role.role, style="red")
+            self.screen.say(f"the {role.id.title} {late}, killing it", name, style="red")
         await role.kill()
         await role.last_words(_LAST_WORDS_S)
-        self.screen.stages.pop(role.role, None)
+        self.screen.stages.pop(name, None)
+
+    def _grace(self, most_s: float = math.inf) -> float:
+        """How long a role may take to end, seconds."""
+        return min(self._grace_s, most_s, math.inf if self._folder.has_begun() else _GRACE_AT_START_S)
+
+    async def _wait_for(self, roles: Sequence[RoleProcess], grace_s: float) -> None:
+        """Until roles have ended, a second Ctrl-C comes, or the time is over; a rank that writes the student has more."""
+        began, may_save = time.monotonic(), any(role.id.trains for role in roles)
+        while any(role.is_running for role in roles) and not self._hurried.done():
+            waited_s = time.monotonic() - began
+            is_saving = may_save and waited_s < _SAVING_GRACE_S and self._folder.is_saving()
+            if waited_s >= grace_s and not is_saving:
+                return
+            await asyncio.sleep(_POLL_S)
 
     def _explain(self) -> None:
         """What came of the run: the table, or why there is none."""
-        if _has_begun(self._output, self._run_file):
+        if self._folder.has_begun():
             self._show_results()
-        for role in self._roles.values():
+        for role in self._roles:
             if role.log.problem is not None:
-                self.screen.say(f"{role.log.path} is not complete: {role.log.problem}", role.role, style="red")
+                self.screen.say(f"{role.log.path} is not complete: {role.log.problem}", role.id.name, style="red")
         if self._failed is None:
             return
-        name, log = self._failed.role, self._failed.log
+        name, log = self._failed.id.name, self._failed.log
         if not self._verbose:
             for line in last_lines(log.tail):
                 self.screen.say(f"... {line}", name)
@@ -379,13 +385,13 @@ class Supervisor:
             self.screen.say(self._why, style="bold red")
 
     def _show_results(self) -> None:
-        summary, student = self._output / "summary.json", self._output / "student"
+        summary, student = self._folder.path / "summary.json", self._folder.path / "student"
         if summary.exists():
             content = json.loads(summary.read_text())
             self.screen.table(summary_table(content))
             for failed in content["failed_evaluations"]:
                 self.screen.say(f"not measured after step {failed['step']}: {failed['reason']}", "trainer")
-        if student.exists() and student.stat().st_mtime_ns >= self._run_file.stat().st_mtime_ns:
+        if self._folder.is_ours(student):
             what = "student" if summary.exists() else "student of the last finished step"
             self.screen.say(f"{what} saved in {student}", "trainer")
 
@@ -399,8 +405,16 @@ def _keys() -> dict[str, str]:
     return variables | {f"{name}_FILE": "" for name in keys}
 
 
-def _cause_first(role: RoleProcess) -> int:
-    """Of several that ended at once: a trainer that is done, then servers, then a trainer that failed for want of one."""
-    if role.role != "trainer":
-        return 1
-    return 0 if role.process.returncode == 0 else 2
+def _cause_first(role: RoleProcess) -> tuple[int, float]:
+    """Of several that ended at once: a trainer that is done, then servers, then what failed for want of another: of ranks
+    one that was killed, else the first that does not say itself that it has lost another. One that aborts may have, too."""
+    code = role.process.returncode or 0
+    if not role.id.trains:
+        place = 1
+    elif code == 0:
+        place = 0 if role.id.leads else 5
+    elif code == RankLostError.exit_code:
+        place = 4
+    else:
+        place = 2 if code < 0 and code != -signal.SIGABRT else 3
+    return place, role.ended_at

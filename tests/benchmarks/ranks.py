@@ -32,9 +32,9 @@ STEPS, ROUNDS, TOP_K = 3, 2, 32
 def steps_of_one_rank(folder: str, parallelism: str, answer: Path) -> None:
     """What each process runs: the seconds of a step, after one that warms up."""
     torch.set_num_threads(1)
-    ranks = join_ranks()
-    os.sched_setaffinity(0, {ranks.index % (os.cpu_count() or 1)})
     config = RunConfig(student={"model": folder}, trainer={"parallelism": parallelism})
+    ranks = join_ranks(config)
+    os.sched_setaffinity(0, {ranks.index % (os.cpu_count() or 1)})
     learner = Learner(config, load_and_place(config, ranks), STEPS + 1, ranks)
     batch = random_batch([NEW_TOKENS] * NUM_PROMPTS, PROMPT_TOKENS, TOP_K, learner.student.vocab_size)
     seconds, peak = [], 0.0

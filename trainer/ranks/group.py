@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from services.config import RunConfig
 from services.errors import ConfigError, StartupError
 from services.process.signals import Interruption
 
@@ -100,15 +101,21 @@ def is_of_ranks(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def join_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+def join_ranks(config: RunConfig, environment: Mapping[str, str] = os.environ) -> Ranks:
     """Wait for the other ranks that the environment speaks of.
 
     Raises:
-        ConfigError: the environment is incomplete, or a rank has no GPU of its own.
+        ConfigError: the environment is incomplete, speaks of one rank where the run asks for several, or a rank has no GPU of
+            its own.
         StartupError: the others have not come.
     """
     on_gpu = torch.cuda.is_available()
     count = _number(environment, "WORLD_SIZE", 1)
+    if count == 1 and (wanted := config.trainer.num_processes) > 1:
+        raise ConfigError(
+            f"trainer.num_processes = {wanted}, but this trainer was started alone; start it with `distillserve up`, or with "
+            f"`torchrun --nproc-per-node {wanted} -m services.cli train`"
+        )
     if count == 1:
         return Ranks(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
     index, local_index = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from services.errors import StartupError
+from services.weight_transfer.source import ParamMeta, WeightSource
 from trainer.ranks.group import Ranks
 
 _ALIGNMENT = 64

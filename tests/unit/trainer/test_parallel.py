@@ -1,14 +1,17 @@
 """A learner on two ranks, spread in every way, against one on a single rank that sees everything."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from services.config import RunConfig
+from services.models.padding import share_out
 from services.wire.batch import TrainingBatch
 from tests.models import save_model
 from tests.ranks import leave
@@ -55,13 +58,13 @@ def run(folder: str, ranks: Ranks, way: str) -> dict[str, Any]:
     )
     student = load_and_place(config, ranks)
     learner = Learner(config, student, NUM_STEPS, ranks)
-    held = sum(local(p).numel() for p in student.parameters())
+    num_held = sum(local(p).numel() for p in student.parameters())
     steps = [learner.step(batch) for batch in batches()]
     moments = [v for state in learner.optimizer.state.values() for v in state.values() if v.ndim > 0]
     snapshot = learner.snapshot(0, torch.float32, CANARY)
     return {
-        "share": held / sum(p.numel() for p in student.parameters()),
-        "moments": sum(local(m).numel() for m in moments) / held,
+        "share": num_held / sum(p.numel() for p in student.parameters()),
+        "moments": sum(local(m).numel() for m in moments) / num_held,
         "loss": [step.get("loss", 0.0) for step in steps],
         "grad_norm": [step.get("grad_norm", 0.0) for step in steps],
         "metrics": [{k: v for k, v in step.items() if k not in ("train_s", "peak_memory_gib")} for step in steps],
@@ -70,6 +73,30 @@ def run(folder: str, ranks: Ranks, way: str) -> dict[str, Any]:
         "canary": [torch.from_numpy(part) for part in snapshot.canary_logprobs],
         "reverse_kl": learner.reverse_kl(batches()[0]),
     }
+
+
+def held(learner: Learner) -> list[torch.Tensor]:
+    """All that a step may change on this rank."""
+    moments = [v for state in learner.optimizer.state.values() for v in state.values()]
+    return [local(t.detach()).clone() for t in (*learner.student.parameters(), *moments)]
+
+
+def skipped(folder: str, ranks: Ranks, parallelism: str) -> dict[str, Any]:
+    """What a step with a gradient that is not finite on one rank changes on this one; and what the next step is."""
+    config = RunConfig(student={"model": folder}, trainer={"parallelism": parallelism})
+    learner = Learner(config, load_and_place(config, ranks), 9, ranks)
+    good = batches()[0]
+    lengths = (good.prompt_lengths + good.completion_lengths).tolist()
+    (of_rank_1, *_) = share_out(lengths, NUM_RANKS)[1]
+    logprobs = good.teacher_token_logprobs.copy()
+    logprobs[good.completion(of_rank_1)] = np.nan
+    learner.step(good)
+    before = held(learner)
+    metrics = learner.step(replace(good, teacher_token_logprobs=logprobs))
+    is_same = all(map(torch.equal, before, held(learner)))
+    num_skipped = metrics["num_skipped_updates"]
+    after = learner.step(good)
+    return {"is_same": is_same, "num_skipped": num_skipped, "loss": after["loss"], "then": after["num_skipped_updates"]}
 
 
 def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
@@ -81,6 +108,8 @@ def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
             found = run(folder, ranks, way)
             if rank == 0:
                 torch.save(found, f"{into}/{architecture}-{way}")
+    for parallelism in ("fsdp2", "ddp"):
+        torch.save(skipped(folders["qwen3"], ranks, parallelism), f"{into}/skipped-{parallelism}-{rank}")
     dist.barrier()
     leave()
 
@@ -97,6 +126,13 @@ def found(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     into = tmp_path_factory.mktemp("ranks")
     mp.spawn(on_one_rank, (folders, str(into)), NUM_RANKS)
     return into
+
+
+@pytest.mark.parametrize("parallelism", ["fsdp2", "ddp"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_both(parallelism: str, found: Path) -> None:
+    of_ranks = [torch.load(found / f"skipped-{parallelism}-{rank}", weights_only=True) for rank in range(NUM_RANKS)]
+    assert all(side["is_same"] and side["num_skipped"] == 1 and side["then"] == 0 for side in of_ranks)
+    assert of_ranks[0] == of_ranks[1] and np.isfinite(of_ranks[0]["loss"])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

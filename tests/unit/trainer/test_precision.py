@@ -19,6 +19,7 @@ from tests.unit.trainer.samples import BATCH, SAMPLES
 from tests.unit.trainer.sgd_learners import learner_of
 from trainer import student as student_module
 from trainer.batch import pack
+from trainer.learner import Learner
 from trainer.parallel import place, whole
 from trainer.ranks.group import Ranks
 from trainer.student import Student, load_student
@@ -182,3 +183,22 @@ def test_checkpointing_is_on_by_default_on_a_gpu_alone() -> None:
     ):
         config = RunConfig(student={"gradient_checkpointing": given})
         assert config.uses_gradient_checkpointing(on_gpu=on_gpu) is expected
+
+
+def test_small_updates_move_float32_masters_as_they_do_in_float32(tiny_model_folder: Any) -> None:
+    """At a learning rate of 1e-6 most updates are below what a bfloat16 weight can take."""
+    moved = {}
+    for name, options in (("float32", {}), ("compute", HALF), ("masters", {"dtype": "bfloat16"})):
+        config = RunConfig(
+            student={"model": tiny_model_folder("qwen3"), **options},
+            optimizer={"learning_rate": 1e-6, "schedule": "constant"},
+        )
+        student = place(load_student(config.student), config, Ranks())
+        before = [whole(p.detach()).clone() for p in student.parameters()]
+        learner = Learner(config, student, 10)
+        for _ in range(3):
+            learner.step(BATCH)
+        pairs = list(zip(before, (whole(p.detach()) for p in student.parameters()), strict=True))
+        moved[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+    assert moved["compute"] == pytest.approx(moved["float32"], abs=0.01) and moved["float32"] > 0.5
+    assert moved["masters"] < 0.2

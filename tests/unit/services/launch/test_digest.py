@@ -115,6 +115,11 @@ def test_colours_do_not_hide_the_cause() -> None:
     assert cause(["\x1b[0;36m(EngineCore pid=9)\x1b[0;0m ValueError: too big"]) == "ValueError: too big"
 
 
+def test_the_rank_that_torch_puts_before_a_traceback_does_not_hide_the_cause() -> None:
+    tail = ["[rank1]: Traceback (most recent call last):", "[rank1]: torch.cuda.OutOfMemoryError: CUDA out of memory."]
+    assert cause(tail) == "torch.cuda.OutOfMemoryError: CUDA out of memory."
+
+
 def test_what_is_shown_does_nothing_to_a_terminal_but_appear() -> None:
     assert plain("\x1b[2J\x1b[31mnaïve\x1b[0m\x07\ta\nb\x0e") == "naïve a b "
 

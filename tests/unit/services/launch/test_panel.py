@@ -135,6 +135,18 @@ def test_a_role_without_a_speed_is_shown_with_how_long_it_takes() -> None:
     assert "rollout starting for 1:05  teacher ready - tok/s" in text
 
 
+def test_several_servers_are_shown_each_and_their_speed_once() -> None:
+    text = shown(ROW, {"rollout": "ready", "teacher": "ready", "rollout 2": "starting", "trainer": "training"})
+    assert "rollout ready  rollout 2 starting for 1:05  rollout in all 12,346 tok/s  teacher ready 987 tok/s" in text
+    before = shown({}, {"rollout": "ready", "rollout 2": "ready"})
+    assert "rollout ready  rollout 2 ready  rollout in all - tok/s" in before
+
+
+def test_a_rank_that_is_late_is_shown_beside_the_trainer() -> None:
+    text = shown(ROW, {"trainer": "training", "trainer rank 1": "ending"})
+    assert "trainer training 0 tok/s  trainer rank 1 ending for 1:05" in text and "in all" not in text
+
+
 def test_the_last_evaluation_is_found_among_the_rows_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     evaluations = [{"step": n, "eval_reverse_kl": n / 100, "eval_exact_match": n / 1000} for n in (0, 100)]

@@ -40,6 +40,16 @@ def test_a_warning_is_shown_once_with_its_role(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+def test_a_warning_of_several_ranks_is_shown_once_with_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = shows(tmp_path)
+    for rank in (1, 2):
+        console.role_said(f"trainer rank {rank}", line(logging.WARNING, "no room"))
+        console.role_said(f"trainer rank {rank}", line(logging.INFO, "loaded"))
+    assert capsys.readouterr().out == "trainer rank 1 | warning: no room\n"
+
+
 def test_verbose_shows_every_line_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shows(tmp_path, verbose=True).role_said("rollout", "\x1b[31m[bold]FutureWarning[/]\x1b[0m")
     assert capsys.readouterr().out == "rollout | [bold]FutureWarning[/]\n"

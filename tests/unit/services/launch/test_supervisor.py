@@ -7,41 +7,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from services.config import RunConfig
-from services.errors import ConfigError, StartupError
-from services.launch.supervisor import refuse_urls, up, with_free_ports
-from services.process.startup import free_port
+from services.errors import StartupError
+from services.launch.supervisor import up
+from tests.unit.services.launch.roles import (
+    SERVER,
+    SILENT,
+    Replaced,
+    Roles,
+    living,
+    start_up,
+    state,
+    until,
+    wait_until_nobody_lives,
+    wait_until_training,
+)
 
-# A server that answers /ready on the port that the run file gives it, and starts a child of its own, as vLLM does.
-SERVER = """
-import http.server, json, os, signal, subprocess, sys
-role, run_file, folder, ignores = sys.argv[1:5]
-if ignores == "ignores":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(f"{folder}/{role}.pids", "w").write(f"{os.getpid()} {grandchild.pid}")
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "0")
-        self.send_header("x-distillserve-launch", os.environ["DISTILLSERVE_LAUNCH"]); self.end_headers()
-    def log_message(self, *args): pass
-print("listening", flush=True)
-http.server.HTTPServer(("127.0.0.1", json.load(open(run_file))[role]["port"]), Handler).serve_forever()
-"""
-TRAINER = """
-import os, sys, time
-open(f"{sys.argv[1]}/trainer.pids", "w").write(str(os.getpid()))
-print("training", flush=True)
-time.sleep(float(sys.argv[2]))
-sys.exit(int(sys.argv[3]))
-"""
-DIES = "import sys; print('out of luck'); sys.exit(9)"
 # Ends after a while, and leaves a process behind that keeps its output open, as trackers and vLLM's engine can.
 LEAVES_A_HOLDER = """
 import os, subprocess, sys, time
@@ -50,86 +35,6 @@ open(f"{sys.argv[1]}/holder.pids", "w").write(f"{os.getpid()} {holder.pid}")
 time.sleep(1.0)
 sys.exit(int(sys.argv[2]))
 """
-SILENT = """
-import os, sys, time
-open(f"{sys.argv[1]}/silent.pids", "w").write(str(os.getpid()))
-time.sleep(600)
-"""
-# Saves for a while when it is told to end, or for ever.
-SAVES = """
-import os, signal, sys, time
-def save(number, frame):
-    time.sleep(float(sys.argv[2]))
-    open(f"{sys.argv[1]}/saved", "w").close()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, save)
-open(f"{sys.argv[1]}/out/config.json", "w").close()
-open(f"{sys.argv[1]}/trainer.pids", "w").write(str(os.getpid()))
-time.sleep(600)
-"""
-CHATTY = "while True: print('x' * 1000)"
-
-
-class Roles:
-    """A command factory: what each role does."""
-
-    def __init__(self, folder: Path, *, trainer_s: float = 0.0, exit_code: int = 0, ignores: str = "", dies: str = ""):
-        self._folder, self._trainer = str(folder), [str(trainer_s), str(exit_code)]
-        self._ignores, self._dies = ignores, dies
-
-    def __call__(self, role: str, run_file: Path) -> list[str]:
-        if role == self._dies:
-            return [sys.executable, "-c", DIES]
-        if role == "trainer":
-            return [sys.executable, "-c", TRAINER, self._folder, *self._trainer]
-        ignores = "ignores" if role == self._ignores else "heeds"
-        return [sys.executable, "-c", SERVER, role, str(run_file), self._folder, ignores]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()
-    model = str(tmp_path / "model")
-    # Ports of its own: another run on this machine may be about to take the default ones.
-    rollout_port = free_port("127.0.0.1", 0)
-    teacher_port = free_port("127.0.0.1", 0, frozenset({rollout_port}))
-    return RunConfig(
-        student={"model": model},
-        rollout={"port": rollout_port},
-        teacher={"model": model, "port": teacher_port},
-        output={"dir": str(tmp_path / "out")},
-    )
-
-
-class Replaced(Roles):
-    """Roles, with another script for one of them."""
-
-    def __init__(self, folder: Path, role: str, *script: str, trainer_s: float = 600.0):
-        super().__init__(folder, trainer_s=trainer_s)
-        self._role, self._script = role, script
-
-    def __call__(self, role: str, run_file: Path) -> list[str]:
-        return [sys.executable, "-c", *self._script] if role == self._role else super().__call__(role, run_file)
-
-
-def living(folder: Path) -> list[int]:
-    pids = [int(pid) for file in folder.glob("*.pids") for pid in file.read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
-
-
-def wait_until_nobody_lives(folder: Path) -> None:
-    """A killed process needs a moment to be gone, a longer one on a busy machine."""
-    for _ in _until(10.0):
-        if not living(folder):
-            return
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return "Z"
 
 
 def test_a_trainer_that_succeeds_ends_the_run_and_everybody_else(
@@ -221,24 +126,6 @@ def test_a_process_that_keeps_the_output_open_does_not_hide_the_end_of_its_role(
     wait_until_nobody_lives(tmp_path)
 
 
-def start_up(config: RunConfig, roles: str, tmp_path: Path, **options: Any) -> "subprocess.Popen[bytes]":
-    """`up` as a process of its own; `roles` is the expression of its command factory, with `folder` in scope."""
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom services.config import RunConfig\n"
-        "from services.launch.supervisor import up\nfrom tests.unit.services.launch.test_supervisor import *\n"
-        f"config, folder = RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2])\nsys.exit(up(config, {roles}))"
-    )
-    arguments = [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path)]
-    return subprocess.Popen(arguments, cwd=Path(__file__).parents[4], start_new_session=True, **options)
-
-
-def wait_until_training(process: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
-    for _ in _until(30.0):
-        assert process.poll() is None, "ended too early"
-        if (tmp_path / "trainer.pids").exists():
-            return
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_leaves_no_orphan(number: int, code: int, config: RunConfig, tmp_path: Path) -> None:
     process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
@@ -276,7 +163,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(config: RunConfig, tmp_path: Pa
 
 def test_ctrl_c_while_a_server_is_still_starting_leaves_no_orphan(config: RunConfig, tmp_path: Path) -> None:
     process = start_up(config, "Replaced(folder, 'teacher', SILENT, str(folder))", tmp_path)
-    for _ in _until(30.0):
+    for _ in until(30.0):
         assert process.poll() is None, "ended too early"
         if (tmp_path / "silent.pids").exists():
             break
@@ -293,8 +180,8 @@ def test_the_roles_do_not_outlive_an_up_that_was_killed(config: RunConfig, tmp_p
     process.kill()
     process.wait(timeout=10)
     roles = [int((tmp_path / f"{role}.pids").read_text().split()[0]) for role in ("rollout", "teacher", "trainer")]
-    for _ in _until(10.0):
-        if all(_state(pid) == "Z" for pid in roles):
+    for _ in until(10.0):
+        if all(state(pid) == "Z" for pid in roles):
             break
     for pid in living(tmp_path):  # the servers' own children, which a real server ends itself
         os.kill(pid, signal.SIGKILL)
@@ -313,36 +200,6 @@ def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(config: RunCon
     wait_until_nobody_lives(tmp_path)
 
 
-def _until(patience_s: float) -> Iterator[None]:
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        yield
-        time.sleep(0.05)
-    raise AssertionError(f"did not happen within {patience_s} s")
-
-
-def test_taken_ports_are_replaced(config: RunConfig) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        busy = config.model_copy(update={"rollout": config.rollout.model_copy(update={"port": port})})
-        moved, reservations = with_free_ports(busy)
-    assert moved.rollout.port not in (port, moved.teacher.port)
-    assert moved.rollout_urls() == [f"http://127.0.0.1:{moved.rollout.port}"]
-    assert [reservation.port for reservation in reservations] == [moved.rollout.port, moved.teacher.port]
-
-
-def test_two_runs_that_choose_ports_at_once_never_get_the_same(config: RunConfig) -> None:
-    """Nobody listens yet, so a bind alone would tell both that the port is free."""
-    first, held = with_free_ports(config)
-    second, _ = with_free_ports(config)
-    assert len({first.rollout.port, first.teacher.port, second.rollout.port, second.teacher.port}) == 4
-    for reservation in held:
-        reservation.release()
-    assert with_free_ports(config)[0].rollout.port == config.rollout.port
-
-
 def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
     config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,28 +214,6 @@ def test_a_run_whose_port_is_taken_moves_and_leaves_the_new_port_in_its_file(
     out = capfd.readouterr().out
     assert f"teacher.port = {config.teacher.port} is in use, taking {resolved['port']}" in out
     assert f"teacher | ready at {urls[0]}" in out
-
-
-@pytest.mark.parametrize("role", ["rollout", "teacher"])
-def test_urls_of_servers_that_run_elsewhere_are_refused(role: str, config: RunConfig) -> None:
-    section = getattr(config, f"{role}_client").model_copy(update={"urls": ["http://10.0.0.5:8100"]})
-    with pytest.raises(ConfigError, match=rf"{role}_client\.urls = .*10\.0\.0\.5.*distillserve train"):
-        refuse_urls(config.model_copy(update={f"{role}_client": section}))
-
-
-def test_a_teacher_that_others_start_is_refused_even_at_our_own_url(config: RunConfig) -> None:
-    section = config.teacher_client.model_copy(update={"protocol": "vllm", "urls": config.teacher_urls()})
-    with pytest.raises(ConfigError, match=r"teacher_client\.protocol = vllm .* attach with `distillserve train`"):
-        refuse_urls(config.model_copy(update={"teacher_client": section}))
-
-
-def test_a_run_file_that_up_wrote_can_be_run_again(config: RunConfig) -> None:
-    written, held = with_free_ports(config)
-    for reservation in held:
-        reservation.release()
-    refuse_urls(written)
-    again, _ = with_free_ports(written)
-    assert again.rollout_urls() == [f"http://127.0.0.1:{again.rollout.port}"]
 
 
 def test_the_children_get_the_resolved_run(config: RunConfig, tmp_path: Path) -> None:
@@ -455,7 +290,7 @@ def test_a_folder_in_which_another_run_works_is_refused_and_the_other_unharmed(
     process = start_up(config, "Roles(folder, trainer_s=600)", tmp_path)
     wait_until_training(process, tmp_path)
     log = tmp_path / "out" / "logs" / "trainer.log"
-    for _ in _until(30.0):  # what it said is written down by another thread
+    for _ in until(30.0):  # what it said is written down by another thread
         if log.read_text():
             break
     before = log.read_text()
@@ -485,23 +320,9 @@ def test_the_trainer_of_a_run_works_in_the_folder_that_up_holds(config: RunConfi
     assert locked.exists()
 
 
-LEADER = """
-import os, signal, subprocess, sys, time
-child = "import signal, sys, time\\nsignal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1], 'w').close())\\ntime.sleep(600)"
-worker = subprocess.Popen([sys.executable, "-c", child, f"{sys.argv[1]}/worker-was-signalled"])
-def leave(*_):
-    worker.kill(); worker.wait()
-    open(f"{sys.argv[1]}/left-in-order", "w").close()
-    sys.exit(0)
-signal.signal(signal.SIGTERM, leave)
-open(f"{sys.argv[1]}/silent.pids", "w").write(f"{os.getpid()} {worker.pid}")
-time.sleep(600)
-"""
-
-
 def test_a_server_is_left_to_end_its_own_workers(config: RunConfig, tmp_path: Path) -> None:
     process = start_up(config, "Replaced(folder, 'rollout', LEADER, str(folder))", tmp_path)
-    for _ in _until(30.0):
+    for _ in until(30.0):
         if (tmp_path / "silent.pids").exists():
             break
     os.kill(process.pid, signal.SIGINT)
@@ -513,7 +334,7 @@ def test_a_server_is_left_to_end_its_own_workers(config: RunConfig, tmp_path: Pa
 def test_a_start_that_is_given_up_ends_soon_although_a_role_ignores_it(config: RunConfig, tmp_path: Path) -> None:
     ignores = SILENT.replace("import os, sys, time", "import os, signal, sys, time; signal.signal(15, signal.SIG_IGN)")
     process = start_up(config, f"Replaced(folder, 'teacher', {ignores!r}, str(folder))", tmp_path)
-    for _ in _until(30.0):
+    for _ in until(30.0):
         if (tmp_path / "silent.pids").exists():
             break
     os.kill(process.pid, signal.SIGTERM)
