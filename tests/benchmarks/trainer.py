@@ -25,6 +25,7 @@ from services.models.shape import ModelShape
 from services.weight_transfer.source import CheckpointSource
 from tests.benchmarks import results
 from tests.gpu.students import DEVICE, PROMPT, QWEN3, batch_of, run_config
+from trainer.attention import choose_attention
 from trainer.learner import Learner
 from trainer.loss.head import support_logprobs
 from trainer.parallel import place
@@ -35,6 +36,7 @@ from trainer.weights.snapshot import GivenTokens
 NUM_SAMPLES, SHORTEST, LONGEST, WARM_UP, REPEATS = 64, 256, 1024, 1, 3
 PEAK_FLOPS = 990e12
 """Of an H100 and an H200 (SXM) in bfloat16, dense, by their data sheets."""
+WAYS = {"checkpointed": (True, "sdpa"), "checkpointed, varlen": (True, "varlen"), "all kept": (False, "sdpa")}
 
 
 def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -49,19 +51,22 @@ def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     return statistics.median(found[WARM_UP:])
 
 
-def random_learner(size: str, *, checkpointing: bool) -> Learner:
+def random_learner(size: str, checkpointing: bool = True, attention: str = "sdpa") -> Learner:
     """One rank, as a run places it, of a model that was never on disk."""
-    config, ranks = run_config(size, student={"gradient_checkpointing": checkpointing}), Ranks(device=DEVICE)
+    options = {"gradient_checkpointing": checkpointing, "attn_implementation": attention}
+    config, ranks = run_config(size, student=options), Ranks(device=DEVICE)
     torch.manual_seed(0)
     with DEVICE:
         model = Qwen3ForCausalLM(Qwen3Config(**QWEN3[size], tie_word_embeddings=True))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    return Learner(config, place(Student(model).train(), config, ranks), 10, ranks)
+    student = Student(model).train()
+    choose_attention(model, attention)  # after the probes of the model, as load_student does
+    return Learner(config, place(student, config, ranks), 10, ranks)
 
 
-def measure(size: str, *, checkpointing: bool) -> dict[str, Any]:
-    learner = random_learner(size, checkpointing=checkpointing)
+def measure(size: str, way: str) -> dict[str, Any]:
+    learner = random_learner(size, *WAYS[way])
     step = (LONGEST - SHORTEST) / (NUM_SAMPLES - 1)
     lengths = [round(SHORTEST + index * step) for index in range(NUM_SAMPLES)]
     batch, num_tokens = batch_of(*lengths), sum(lengths)
@@ -74,7 +79,7 @@ def measure(size: str, *, checkpointing: bool) -> dict[str, Any]:
     given = GivenTokens([[1] * 8] * 2, [[2] * 8] * 2)
     return {
         "size": size,
-        "checkpointing": checkpointing,
+        "way": way,
         "parameters": shape.num_parameters,
         "tokens": num_tokens,
         "step_s": step_s,
@@ -123,18 +128,18 @@ def product_flops(dtype: torch.dtype, side: int = 8192) -> float:
 
 
 def main(sizes: list[str] | None = None) -> None:
-    figures, table = [], Table("student", "checkpointing", "step", "tokens/s", "MFU", "memory", "computed", "gather")
+    figures, table = [], Table("student", "way", "step", "tokens/s", "MFU", "memory", "computed", "gather")
     heads = [head(size) for size in sizes or QWEN3]
     rates = {str(dtype).split(".")[1]: product_flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     for size in sizes or QWEN3:
         # 4B: 64 GB of weights, gradients and moments leave no room for what is not checkpointed.
-        for checkpointing in (True,) if size == "4B" else (True, False):
-            figures.append(figure := measure(size, checkpointing=checkpointing))
+        for way in ("checkpointed",) if size == "4B" else WAYS:
+            figures.append(figure := measure(size, way))
             gc.collect()
             torch.cuda.empty_cache()
             memory = [f"{figure[name] / GIB:.1f} GiB" for name in ("peak_bytes", "computed_bytes")]
             speed = [f"{figure['step_s']:.2f} s", f"{figure['tokens_per_s']:.0f}", f"{figure['mfu']:.2f}"]
-            table.add_row(size, "yes" if checkpointing else "no", *speed, *memory, f"{figure['gather_s']:.2f} s")
+            table.add_row(size, way, *speed, *memory, f"{figure['gather_s']:.2f} s")
             Console().print(figure)
             gpu = torch.cuda.get_device_name(DEVICE)
             results.write("trainer", {"gpu": gpu, "product_flops": rates, "heads": heads, "figures": figures})
