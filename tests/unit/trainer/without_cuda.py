@@ -37,8 +37,8 @@ def forbid_cuda() -> None:
 
 def main(model: str, folder: str) -> None:
     forbid_cuda()
-    ranks = join_ranks()
     config = RunConfig(student={"model": model}, output={"dir": folder})
+    ranks = join_ranks(config)
     learner, given = Learner(config, load_and_place(config, ranks), 2, ranks), GivenTokens([[1, 2]] * 2, [[3, 4]] * 2)
     learner.snapshot(0, torch.bfloat16, given)
     assert learner.step(BATCH)["grad_norm"] > 0
