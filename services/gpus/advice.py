@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from services.config import RunConfig
-from services.gpus.cards import Gpu
+from services.gpus.cards import Gpu, devices_seen, find_gpus
 from services.gpus.memory import GIB, Share, usable_bytes
 from services.gpus.sharing import SECTIONS
 
@@ -28,6 +28,7 @@ _COMPUTED = {
     "trainer": [
         ("pipeline", "tokens_per_micro_batch"),
         ("student", "gradient_checkpointing"),
+        ("trainer", "shard_degree"),
         ("rollout", "max_model_len"),
     ],
 }
@@ -70,7 +71,8 @@ def _what_always_helps(config: RunConfig, worst: GpuShares) -> str:
     if len(worst.shares) > 1 and worst.shares[largest].total <= usable_bytes(worst.gpu.total_bytes):
         return f"give the {largest} a GPU of its own with {option}, or take smaller models"
     is_vllm = largest == "rollout" or (largest == "teacher" and config.teacher.engine == "vllm")
-    spread = f", or spread it over GPUs with {largest}.tensor_parallel_size" if is_vllm else ""
+    sizes = {"trainer": "trainer.num_processes"} | ({largest: f"{largest}.tensor_parallel_size"} if is_vllm else {})
+    spread = f", or spread it over GPUs with {sizes[largest]}" if largest in sizes else ""
     model = "teacher.model" if largest == "teacher" else "student.model"
     return f"take a smaller {model} or a larger GPU with {option}{spread}"
 
@@ -92,6 +94,28 @@ def _changes(config: RunConfig, worst: GpuShares) -> Iterator[tuple[str, RunConf
     if config.data.max_prompt_tokens is not None:
         shorter = max(LEAST_PROMPT_TOKENS, config.data.max_prompt_tokens // 4)
         yield f"lower data.max_prompt_tokens to {shorter}", updated(config, "data", max_prompt_tokens=shorter)
+    if "trainer" in worst.shares:
+        yield from _layouts(config, is_alone=len(worst.shares) == 1 or len(find_gpus(None)) == 1)
+
+
+def _layouts(config: RunConfig, *, is_alone: bool) -> Iterator[tuple[str, RunConfig]]:
+    """Other ways to spread the trainer, the fastest first.
+
+    Args:
+        is_alone: whether it has its GPUs for itself, or can have no others; else it is helped by GPUs of its own.
+    """
+    trainer = config.trainer
+    if trainer.parallelism == "ddp" and trainer.num_processes > 1:
+        yield "set trainer.parallelism = fsdp2", updated(config, "trainer", parallelism="fsdp2")
+    if not is_alone:
+        return
+    seen = len(find_gpus(devices_seen("student.cuda_devices", config.student.cuda_devices)))
+    for number in range(trainer.num_processes + 1, seen + 1):
+        more = updated(config, "trainer", num_processes=number, parallelism="fsdp2")
+        sharded = "" if trainer.parallelism == "fsdp2" else " and trainer.parallelism = fsdp2"
+        yield f"set trainer.num_processes = {number}{sharded}, a GPU each", more
+    if not trainer.cpu_offload:
+        yield "set trainer.cpu_offload = true, which is slow", updated(config, "trainer", cpu_offload=True)
 
 
 def updated(config: RunConfig, section: str, **options: object) -> RunConfig:

@@ -1,4 +1,5 @@
-"""What each role takes of a GPU's memory, bytes: arithmetic on shapes alone, nothing is loaded or asked.
+"""What each server takes of a GPU's memory, bytes: arithmetic on shapes alone, nothing is loaded or asked. The trainer's
+part is in trainer_memory.py.
 
 Numbers without a formula were counted from the sources of vLLM 0.32 and transformers 5.19; nothing here has been measured
 on a GPU yet (docs/gpu.md). L is the longest sequence.
@@ -12,7 +13,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
 
 # CUDA's context, cuBLAS's workspaces, the code of the kernels: once a process.
-_PROCESS = int(0.6 * GIB)
+PROCESS = int(0.6 * GIB)
 # vLLM: captured graphs and the compiled model's workspaces.
 _GRAPHS = GIB
 # vLLM's scheduler, by the memory of the GPU: tokens of a forward pass.
@@ -23,8 +24,6 @@ _SAMPLER_COPIES = 6
 _PROMPT_LOGPROB_ROWS, _PROMPT_LOGPROB_COPIES = 1024, 4
 # The same of the teacher's own head, whose chunk has at most that many elements (services/teacher/transformers/head.py).
 _HEAD_COPIES, MAX_CHUNK_ELEMENTS = 5, 64 << 20
-# Two tiles of float32 logits (trainer/loss/head.py).
-_TILES = 2 * 4 * 2**23
 # Of a GPU's total: what its driver keeps, and what allocators leave between blocks.
 _RESERVE = 0.03
 
@@ -48,15 +47,17 @@ class Sizes:
 class Share:
     """Of one role on one GPU, bytes."""
 
-    weights: int
-    training: int = 0
-    """Gradients and AdamW's two moments."""
+    parameters: int
+    gradients: int = 0
+    optimizer: int = 0
+    """AdamW's two moments."""
     kv_cache: int = 0
     head: int = 0
-    """Logits, and gradients of the embeddings."""
+    """Logits; of the trainer what embedding and head take when they take most."""
     activations: int = 0
-    other: int = _PROCESS
-    """CUDA's context, graphs."""
+    """Of the trainer what a micro-batch takes beyond that."""
+    other: int = PROCESS
+    """CUDA's context, graphs, nccl."""
 
     @property
     def total(self) -> int:
@@ -98,12 +99,12 @@ def vllm_share(
         logits += _PROMPT_LOGPROB_ROWS * shape.vocab_size * 4 * _PROMPT_LOGPROB_COPIES
     push = bucket_bytes + 2 * shape.embedding_parameters * size // num_gpus if bucket_bytes else 0
     return Share(
-        weights=_weight_bytes(shape, dtype) // num_gpus,
+        parameters=_weight_bytes(shape, dtype) // num_gpus,
         kv_cache=kv_bytes_per_token(shape, dtype) * (kv_tokens or sizes.max_model_len) // num_gpus,
         head=logits,
         # A push and a forward pass take turns.
         activations=max(tokens * _forward_bytes_per_token(shape, size) // num_gpus, push - logits),
-        other=_PROCESS + _GRAPHS,
+        other=PROCESS + _GRAPHS,
     )
 
 
@@ -112,45 +113,13 @@ def teacher_share(shape: ModelShape, dtype: str, sizes: Sizes) -> Share:
     tokens = max(sizes.tokens_per_forward, sizes.max_model_len)
     per_token = _forward_bytes_per_token(shape, BYTES[dtype]) + 2 * shape.hidden_size * BYTES[dtype]
     if dtype == "float32":
-        per_token += _math_attention_bytes(shape, sizes.max_model_len, copies=2)
+        per_token += math_attention_bytes(shape, sizes.max_model_len, copies=2)
     chunk = min(sizes.rows_per_head_chunk * shape.vocab_size, max(MAX_CHUNK_ELEMENTS, shape.vocab_size))
     return Share(
-        weights=_weight_bytes(shape, dtype),
+        parameters=_weight_bytes(shape, dtype),
         head=_HEAD_COPIES * 4 * chunk,
         activations=tokens * per_token,
-        other=_PROCESS,
-    )
-
-
-def trainer_share(
-    shape: ModelShape,
-    sizes: Sizes,
-    *,
-    master_dtype: str,
-    compute_dtype: str,
-    rollout_dtype: str,
-    checkpointing: bool,
-    bucket_bytes: int,
-) -> Share:
-    """The trainer: master weights, gradients, AdamW, one micro-batch, and the buffers of a push."""
-    tokens, size = max(sizes.tokens_per_micro_batch, sizes.max_model_len), BYTES[master_dtype]
-    layer = _saved_bytes_per_token(shape, compute_dtype, sizes.max_model_len)
-    # Checkpointed, each layer's input is kept (float32, as the sums of the residual stream are) and one layer at a time is
-    # computed again; its gradients are as large as what it saved.
-    kept = 4 * shape.hidden_size if checkpointing else layer
-    activations = tokens * (shape.num_layers * kept + 2 * layer)
-    # Autocast keeps the half-precision copies of the weights for a forward pass.
-    copies = shape.num_parameters * BYTES[compute_dtype] if compute_dtype != master_dtype else 0
-    # A float32 gradient of the head and one of the embedding, before they are added up; rows of hidden states.
-    head = 2 * 4 * shape.embedding_parameters + 3 * 4 * tokens * shape.hidden_size + _TILES
-    if master_dtype != "float32":
-        head += 4 * shape.embedding_parameters  # the head is computed in float32
-    push = 2 * bucket_bytes + shape.embedding_parameters * BYTES[rollout_dtype]
-    return Share(
-        weights=size * shape.num_parameters,
-        training=3 * size * shape.num_parameters,
-        head=head,
-        activations=max(activations + copies, push),  # which take turns
+        other=PROCESS,
     )
 
 
@@ -163,16 +132,7 @@ def _forward_bytes_per_token(shape: ModelShape, size: int) -> int:
     return (3 * shape.intermediate_size + 4 * shape.query_size + 8 * shape.hidden_size) * size
 
 
-def _saved_bytes_per_token(shape: ModelShape, compute_dtype: str, longest: int) -> int:
-    """What one layer saves for the backward pass: 72 kB a token for Qwen3-0.6B in bfloat16, 123 kB in float32, where
-    attention over grouped heads has no fused kernel and saves its weights as well."""
-    half = 8 * shape.intermediate_size + 20 * shape.hidden_size + 9 * (shape.query_size + shape.kv_size)
-    if compute_dtype != "float32":
-        return half
-    return int(1.7 * half) + _math_attention_bytes(shape, longest, copies=1)
-
-
-def _math_attention_bytes(shape: ModelShape, longest: int, copies: int) -> int:
+def math_attention_bytes(shape: ModelShape, longest: int, copies: int) -> int:
     return 4 * shape.num_heads * longest * copies
 
 

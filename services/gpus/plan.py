@@ -8,7 +8,7 @@ one by one, or in containers on one card agree. Loads no torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from services.config import (
     DEFAULT_HEAD_ROWS,
@@ -17,7 +17,7 @@ from services.config import (
     RunConfig,
 )
 from services.errors import ConfigError
-from services.gpus.advice import LEAST_PROMPT_TOKENS, GpuShares, refusal
+from services.gpus.advice import LEAST_PROMPT_TOKENS, GpuShares, refusal, updated
 from services.gpus.cards import Gpu
 from services.gpus.memory import (
     GIB,
@@ -27,15 +27,18 @@ from services.gpus.memory import (
     Sizes,
     kv_bytes_per_token,
     teacher_share,
-    trainer_share,
     vllm_share,
 )
-from services.gpus.sharing import gpus_of, neighbours, num_parts
+from services.gpus.sharing import count_ranks, gpus_of, neighbours, num_parts
+from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import ModelShape, read_shape
 
 _DEFAULT_LENGTH = 4096
 # Tokens that vLLM's cache is cut into, on a GPU with any kind of attention at most; one block it keeps for itself.
 _CACHE_BLOCK = 64
+
+# Of the table.
+_COLUMNS = (*(field.name for field in fields(Share)), "total")
 
 Shapes = Callable[[str], ModelShape | None]
 
@@ -60,12 +63,15 @@ class MemoryPlan:
         lines = []
         for part in self.gpus:
             head = f"GPU {part.gpu.index}, {part.gpu.total_bytes / GIB:.1f} GiB"
-            columns = ["weights", "training", "kv_cache", "head", "activations", "other", "total"]
-            lines.append(f"{head:<18}" + "".join(f"{name:>12}" for name in columns) + "  GiB, computed")
+            lines.append(f"{head:<18}" + "".join(f"{name:>{_width(name)}}" for name in _COLUMNS) + "  GiB, computed")
             for role, share in part.shares.items():
-                cells = "".join(f"{getattr(share, name) / GIB:>12.1f}" for name in columns)
-                lines.append(f"  {role:<16}{cells}")
+                cells = (f"{getattr(share, name) / GIB:>{_width(name)}.1f}" for name in _COLUMNS)
+                lines.append(f"  {role:<16}{''.join(cells)}")
         return lines
+
+
+def _width(column: str) -> int:
+    return max(8, len(column) + 2)
 
 
 def plan(config: RunConfig, role: str | None = None, shapes: Shapes = read_shape) -> MemoryPlan | None:
@@ -79,9 +85,9 @@ def plan(config: RunConfig, role: str | None = None, shapes: Shapes = read_shape
     Raises:
         ConfigError: a device is not there, or the roles do not fit, with the option to change.
     """
-    together = neighbours(config, role)
-    used = {name: gpus_of(config, name, strict=role in (None, name)) for name in together}
-    roles = {name: gpus for name, gpus in used.items() if gpus}
+    if role == "rollout":
+        config = updated(config, "rollout", num_servers=1)  # it is one of them
+    roles = _roles(config, role, strict=True)
     if not roles or role not in (None, *roles):
         return None
     models = {name: (config.teacher if name == "teacher" else config.student).model or "" for name in roles}
@@ -92,8 +98,18 @@ def plan(config: RunConfig, role: str | None = None, shapes: Shapes = read_shape
     solved = _solve(config, roles, known)
     if not solved.fits:
         worst = max(solved.gpus, key=lambda part: part.missing)
-        raise ConfigError(refusal(config, worst, lambda changed: _solve(changed, roles, known).fits))
+
+        def fits(changed: RunConfig) -> bool:
+            return _solve(changed, _roles(changed, role, strict=False), known).fits
+
+        raise ConfigError(refusal(config, worst, fits))
     return solved
+
+
+def _roles(config: RunConfig, role: str | None, *, strict: bool) -> dict[str, list[Gpu]]:
+    """The roles that may share a GPU with `role`, and the GPUs that each of them uses."""
+    used = {name: gpus_of(config, name, strict=strict and role in (None, name)) for name in neighbours(config, role)}
+    return {name: gpus for name, gpus in used.items() if gpus}
 
 
 def default_length(config: RunConfig, shape: ModelShape | None = None) -> int | None:
@@ -224,18 +240,10 @@ def _shares(
 
 
 def _share(config: RunConfig, role: str, shape: ModelShape, sizes: Sizes, gpu: Gpu) -> Share:
-    student, rollout, teacher = config.student, config.rollout, config.teacher
+    rollout, teacher = config.rollout, config.teacher
     bucket = config.weight_sync.bucket_bytes
     if role == "trainer":
-        return trainer_share(
-            shape,
-            sizes,
-            master_dtype=student.dtype,
-            compute_dtype=config.compute_dtype(on_gpu=True),
-            rollout_dtype=rollout.dtype,
-            checkpointing=config.uses_gradient_checkpointing(on_gpu=True),
-            bucket_bytes=bucket,
-        )
+        return trainer_share(shape, sizes, Layout.of(config, *count_ranks(config), on_gpu=True), bucket)
     if role == "teacher" and teacher.engine == "transformers":
         return teacher_share(shape, teacher.dtype, sizes)
     section = rollout if role == "rollout" else teacher

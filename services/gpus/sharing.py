@@ -1,11 +1,13 @@
 """Which roles of a run use which GPU of this machine, as far as the run says; loads no torch.
 
-A role uses the first of the GPUs that it sees (`cuda_devices`, else CUDA_VISIBLE_DEVICES, else all), vLLM as many as
-tensor_parallel_size times data_parallel_size. Roles whose servers the trainer reaches through loopback are on one machine;
+A role uses the first of the GPUs that it sees (`cuda_devices`, else CUDA_VISIBLE_DEVICES, else all): the trainer one for each
+rank of this machine, a vLLM server as many as tensor_parallel_size times data_parallel_size, several of them one after another.
+Roles whose servers the trainer reaches through loopback are on one machine;
 so are those whose cuda_devices are all set, which is how containers on one card say it.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from urllib.parse import urlsplit
 
@@ -110,14 +112,33 @@ def gpus_of(config: RunConfig, role: str, *, strict: bool) -> list[Gpu]:
         raise ConfigError(f"{option} = {section.cuda_devices!r}: there is no GPU {missing[0]} here; there are {there}")
     places = _places(config, role)
     if strict and installed and seen and max(places, default=0) >= len(seen):
-        asked = "device" if len(places) == 1 else "tensor_parallel_size"
-        if getattr(section, "data_parallel_size", 1) > 1:
-            asked = "tensor_parallel_size times data_parallel_size"
+        given = f"the {role} sees" if section.cuda_devices is None else f"{option} = {section.cuda_devices!r} names"
         raise ConfigError(
-            f"{SECTIONS[role]}.{asked} needs {max(places) + 1} GPUs, the {role} sees {len(seen)}; give it more with {option}, "
-            "or ask for less"
+            f"{_asked(config, role)} needs {max(places) + 1} GPUs, {given} {len(seen)}; give it more with {option}, or ask for less"
         )
     return [gpu for place in places if place < len(seen) and isinstance(gpu := seen[place], Gpu)]
+
+
+def _asked(config: RunConfig, role: str) -> str:
+    """The options that say how many GPUs a role needs."""
+    if role == "trainer":
+        (_, here), asked = count_ranks(config), config.trainer.num_processes
+        return f"trainer.num_processes = {asked}" if here == asked else f"LOCAL_WORLD_SIZE = {here} in the environment"
+    section = SECTIONS[role]
+    if role == "teacher" and config.teacher.engine == "transformers":
+        return f"{section}.device = {config.teacher.device}"
+    names = ("num_servers", "tensor_parallel_size", "data_parallel_size")
+    above_one = [name for name in names if getattr(getattr(config, section), name, 1) > 1]
+    return f"{section}.{' times '.join(above_one or ['engine_args'])}"
+
+
+def count_ranks(config: RunConfig, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Ranks of the trainer, and those of this machine: what torchrun says in the environment of one, else those that `up`
+    starts."""
+    in_all, here = (environment.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if in_all.isdecimal() and here.isdecimal():
+        return int(in_all), int(here)
+    return config.trainer.num_processes, config.trainer.num_processes
 
 
 def num_parts(config: RunConfig, role: str) -> int:
@@ -143,11 +164,11 @@ def _engine_size(config: RunConfig, role: str, name: str, short: str) -> int:
 def _places(config: RunConfig, role: str) -> Sequence[int]:
     """Which of the GPUs that it sees a role uses."""
     if role == "rollout" or (role == "teacher" and config.teacher.engine == "vllm"):
-        copies = config.rollout.data_parallel_size
+        copies = config.rollout.data_parallel_size * config.rollout.num_servers
         if role == "teacher":
             copies = _engine_size(config, role, "data_parallel_size", "-dp")
         return range(num_parts(config, role) * copies)
     if role == "teacher" and config.teacher.device not in ("auto", "cuda"):
         kind, _, number = config.teacher.device.partition(":")
         return [int(number)] if kind == "cuda" and number.isdecimal() else []
-    return [0]
+    return range(count_ranks(config)[1]) if role == "trainer" else [0]

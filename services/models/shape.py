@@ -1,8 +1,10 @@
 """What the memory of a model depends on, from its config.json and the headers of its weights; loads no torch."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +28,6 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 @dataclass(frozen=True)
 class ModelShape:
-    num_parameters: int
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -36,6 +37,10 @@ class ModelShape:
     """Of the experts that see a token, together."""
     vocab_size: int
     max_positions: int | None
+    is_tied: bool
+    """Whether the output head is the embedding."""
+    tensors: tuple[tuple[int, int, int], ...]
+    """Of its parameters: how many there are of a size, rows, and elements a row."""
     stored_bytes: int | None
     """Of quantised weights, which keep their size whatever the dtype; else None."""
 
@@ -56,39 +61,55 @@ class ModelShape:
         inner = text.get("intermediate_size") or text.get("n_inner") or 4 * hidden
         of_expert = text.get("moe_intermediate_size") or inner
         shape = cls(
-            num_parameters=0,
             **sizes,
             num_kv_heads=text.get("num_key_value_heads") or heads,
             head_dim=text.get("head_dim") or hidden // heads,
             intermediate_size=of_expert * (text.get("num_experts_per_tok") or 1) if experts else inner,
             max_positions=next((text[name] for name in _POSITIONS if text.get(name)), None),
+            is_tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
+            tensors=(),
             stored_bytes=None,
         )
-        tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
-        fields = dict(vars(shape))
-        if weights is None:
-            fields["num_parameters"] = shape._usual_parameters(tied, experts, of_expert)
-        else:
-            fields["num_parameters"] = _num_elements(weights, tied)
-            fields["stored_bytes"] = _num_bytes(weights) if text.get("quantization_config") else None
-        return cls(**fields)
+        tensors = shape._usual_tensors(experts, of_expert) if weights is None else _tensors(weights, shape.is_tied)
+        counted = tuple(sorted((number, *size) for size, number in Counter(tensors).items()))
+        quantised = weights is not None and text.get("quantization_config")
+        return replace(shape, tensors=counted, stored_bytes=_num_bytes(weights) if weights and quantised else None)
 
-    def _usual_parameters(self, tied: bool, num_experts: int, of_expert: int) -> int:
-        hidden, queries = self.hidden_size, self.num_heads * self.head_dim
-        attention = 2 * hidden * (queries + self.num_kv_heads * self.head_dim) + 2 * self.head_dim
-        feed_forward = 3 * hidden * of_expert * num_experts + hidden * num_experts
-        if not num_experts:
-            feed_forward = 3 * hidden * self.intermediate_size
-        return (
-            self.num_layers * (attention + feed_forward + 2 * hidden)
-            + hidden
-            + self.vocab_size * hidden * (1 if tied else 2)
-        )
+    def _usual_tensors(self, num_experts: int, of_expert: int) -> list[tuple[int, int]]:
+        """Rows, and elements a row; what is one number a row are norms."""
+        hidden, queries, keys = self.hidden_size, self.query_size, self.kv_size
+        layer = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        layer += [(self.head_dim, 1), (self.head_dim, 1), (hidden, 1), (hidden, 1)]
+        if num_experts:
+            layer += [(num_experts, 2 * of_expert * hidden), (num_experts, hidden * of_expert), (num_experts, hidden)]
+        else:
+            inner = self.intermediate_size
+            layer += [(inner, hidden), (inner, hidden), (hidden, inner)]
+        embeddings = [(self.vocab_size, hidden)] * (1 if self.is_tied else 2)
+        return [*layer * self.num_layers, *embeddings, (hidden, 1)]
+
+    @property
+    def num_parameters(self) -> int:
+        return self.shard_parameters(1)
+
+    def shard_parameters(self, shard_degree: int) -> int:
+        """On the first of the ranks that share the parameters: their rows are cut into equal parts, the last one filled up."""
+        return sum(number * -(-rows // shard_degree) * row for number, rows, row in self.tensors)
 
     @property
     def embedding_parameters(self) -> int:
         """Of one embedding, the largest tensor of most models."""
         return self.vocab_size * self.hidden_size
+
+    @property
+    def root_parameters(self) -> int:
+        """Of what is in no layer: embedding, head, last norm."""
+        return self.embedding_parameters * (1 if self.is_tied else 2) + self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer."""
+        return (self.num_parameters - self.root_parameters) // self.num_layers
 
     @property
     def query_size(self) -> int:
@@ -129,11 +150,11 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
     return int(next((config[name] for name in names if config.get(name)), None) or config[names[0]])
 
 
-def _num_elements(weights: SafetensorsRepoMetadata, tied: bool) -> int:
+def _tensors(weights: SafetensorsRepoMetadata, tied: bool) -> Iterable[tuple[int, int]]:
     tensors = {name: t for file in weights.files_metadata.values() for name, t in file.tensors.items()}
     if tied and any("embed" in name for name in tensors):
         tensors.pop("lm_head.weight", None)  # some checkpoints hold it although it is the embedding
-    return sum(tensor.parameter_count for tensor in tensors.values())
+    return ((next(iter(t.shape), 1), math.prod(t.shape[1:])) for t in tensors.values())
 
 
 def _num_bytes(weights: SafetensorsRepoMetadata) -> int:

@@ -10,7 +10,11 @@ import pytest
 
 from services.gpus import cards as gpus
 
-UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-0a1b2c3d-0000-1111-2222-333344445555")
+UUIDS = (
+    "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+    "GPU-0a1b2c3d-0000-1111-2222-333344445555",
+    *(f"GPU-{index}e5f6071-0000-1111-2222-333344445555" for index in range(2, 6)),
+)
 
 
 def install_gpus(

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from services.gpus.memory import (
     GIB,
     Share,
@@ -12,7 +10,6 @@ from services.gpus.memory import (
     Sizes,
     kv_bytes_per_token,
     teacher_share,
-    trainer_share,
     usable_bytes,
     vllm_share,
 )
@@ -20,14 +17,6 @@ from services.models.shape import ModelShape
 from tests.unit.services.shapes import QWEN3_0_6B
 
 SIZES = Sizes(max_model_len=1024)
-TRAINING: dict[str, Any] = {"master_dtype": "float32", "rollout_dtype": "bfloat16", "bucket_bytes": 1 << 20}
-
-
-def trainer(
-    sizes: Sizes = SIZES, compute: str = "bfloat16", checkpointing: bool = True, master: str = "float32"
-) -> Share:
-    options = TRAINING | {"master_dtype": master}
-    return trainer_share(QWEN3_0_6B, sizes, compute_dtype=compute, checkpointing=checkpointing, **options)
 
 
 def vllm(**changes: Any) -> Share:
@@ -40,49 +29,16 @@ def test_a_token_of_the_cache_is_keys_and_values_of_all_layers() -> None:
     assert kv_bytes_per_token(QWEN3_0_6B, "float32") == 229_376
 
 
-def test_training_keeps_16_bytes_a_parameter() -> None:
-    share = trainer()
-    assert share.weights + share.training == 16 * QWEN3_0_6B.num_parameters == pytest.approx(9.54e9, rel=1e-3)
-    half = trainer(master="bfloat16")
-    assert half.weights + half.training == 8 * QWEN3_0_6B.num_parameters
-
-
-def test_the_head_adds_two_gradients_of_the_embedding() -> None:
-    assert trainer().head > 2 * 4 * 151_936 * 1024 == pytest.approx(1.24e9, rel=1e-2)
-
-
-def per_token(**options: Any) -> float:
-    """Bytes of activations of one more token of a micro-batch."""
-    large, small = (trainer(replace(SIZES, tokens_per_micro_batch=n), **options).activations for n in (32768, 16384))
-    return float((large - small) / 16384)
-
-
-def test_activations_are_those_counted_in_the_sources() -> None:
-    """72 kB a token and layer in bfloat16, 123 kB in float32 with scores of 16 heads; checkpointed 4 kB and one layer."""
-    one_layer = (per_token(checkpointing=False) - per_token()) / 28
-    assert per_token(checkpointing=False) / 30 == pytest.approx(72e3, rel=0.02)
-    assert per_token() == pytest.approx(28 * 4096 + 2 * 72e3, rel=0.02) and one_layer > 60e3
-    assert per_token(compute="float32", checkpointing=False) / 30 == pytest.approx(123e3 + 4 * 16 * 1024, rel=0.03)
-
-
-def test_autocast_keeps_a_copy_of_the_weights() -> None:
-    tokens = replace(SIZES, tokens_per_micro_batch=1024)
-    copies = trainer(tokens).activations - 1024 * per_token()
-    assert copies == pytest.approx(2 * QWEN3_0_6B.num_parameters, rel=1e-3)
-    assert trainer(tokens, compute="float32").activations < 2 * QWEN3_0_6B.num_parameters
-
-
 def test_a_longer_sequence_than_a_micro_batch_stands_alone() -> None:
     long = Sizes(max_model_len=8192, tokens_per_micro_batch=1024, tokens_per_forward=1024)
-    assert trainer(long).activations == trainer(replace(long, tokens_per_micro_batch=8192)).activations
     teachers = [teacher_share(QWEN3_0_6B, "bfloat16", s) for s in (long, replace(long, tokens_per_forward=8192))]
     assert teachers[0] == teachers[1]
 
 
 def test_vllm_spreads_weights_and_cache_over_its_gpus() -> None:
     one, two = vllm(), vllm(num_gpus=2)
-    assert one.weights == 2 * QWEN3_0_6B.num_parameters and one.kv_cache == 1024 * 114_688
-    assert (2 * two.weights, 2 * two.kv_cache, two.other) == (one.weights, one.kv_cache, one.other)
+    assert one.parameters == 2 * QWEN3_0_6B.num_parameters and one.kv_cache == 1024 * 114_688
+    assert (2 * two.parameters, 2 * two.kv_cache, two.other) == (one.parameters, one.kv_cache, one.other)
     assert vllm(kv_tokens=None).kv_cache == 1024 * 114_688  # one sequence, without which vLLM does not start
 
 
@@ -100,7 +56,7 @@ def test_rows_of_a_head_chunk_are_bounded_as_in_the_teacher() -> None:
 
 def test_quantised_weights_count_as_they_are_stored() -> None:
     quantised: ModelShape = replace(QWEN3_0_6B, stored_bytes=10**9)
-    assert teacher_share(quantised, "bfloat16", SIZES).weights == 10**9
+    assert teacher_share(quantised, "bfloat16", SIZES).parameters == 10**9
 
 
 def test_something_is_left_for_the_driver() -> None:

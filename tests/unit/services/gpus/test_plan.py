@@ -4,6 +4,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from services.config import RunConfig
 from services.errors import ConfigError
-from services.gpus.memory import GIB, usable_bytes
+from services.gpus.memory import GIB, Share, usable_bytes
 from services.gpus.options import computed, with_shares
 from services.gpus.plan import MemoryPlan, plan
 from services.gpus.sharing import ROLES, check_nccl, servers_share_a_gpu
@@ -33,6 +34,10 @@ def run(**changes: dict[str, Any]) -> RunConfig:
         "optimizer": {"learning_rate": 1e-5},
     }
     return RunConfig(**{name: sections.get(name, {}) | changes.get(name, {}) for name in {**sections, **changes}})
+
+
+# Two GPUs, the first of them the trainer's alone.
+APART: dict[str, dict[str, Any]] = {"rollout": {"cuda_devices": "1"}, "teacher": {"cuda_devices": "1"}}
 
 
 @pytest.fixture
@@ -72,16 +77,28 @@ def test_the_run_of_the_containers_fits_one_gpu_in_every_role(total: float, gpus
         assert list(gpu.shares) == list(ROLES) and gpu.needed <= usable_bytes(gpu.gpu.total_bytes)
 
 
+def test_the_page_shows_what_the_readmes_example_comes_to(gpus: Any) -> None:
+    parts = []
+    for total in (24 * GIB, 80e9):
+        gpus(total)
+        parts += planned(run()).gpus[0].shares.values()
+    page = Path("docs/gpu.md").read_text()
+    names = {"kv_cache": "key-value cache", "other": "process, graphs", "total": "together"}
+    for part in (*(field.name for field in fields(Share)), "total"):
+        cells = (f"{value / GIB:.1f}" if (value := getattr(share, part)) else "" for share in parts)
+        row = " | ".join(["", names.get(part, part), *cells, ""]).strip()
+        assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
+
+
 def test_what_the_readmes_example_comes_to_on_24_and_80_gb(gpus: Any) -> None:
-    """The table of docs/gpu.md."""
     gpus(24 * GIB)
     small = planned(run())
     rollout = with_shares(run(), "rollout", small).rollout
     assert (rollout.max_model_len, rollout.max_num_seqs, rollout.kv_cache_gib) == (4096, 256, 1.75)
     assert rollout.gpu_memory_utilization == pytest.approx(small.gpus[0].shares["rollout"].total / (24 * GIB), abs=1e-3)
     teacher = with_shares(run(), "teacher", small).teacher
-    assert (teacher.tokens_per_forward, teacher.rows_per_head_chunk) == (4096, 220)
-    assert with_shares(run(), "trainer", small).pipeline.tokens_per_micro_batch == 4096
+    assert (teacher.tokens_per_forward, teacher.rows_per_head_chunk) == (8192, 441)
+    assert with_shares(run(), "trainer", small).pipeline.tokens_per_micro_batch == 8192
     gpus(80e9)
     large = planned(run()).sizes
     assert (large.tokens_per_forward, large.tokens_per_micro_batch, large.max_num_seqs) == (16384, 16384, 256)
@@ -216,7 +233,7 @@ def test_gpus_that_engine_args_ask_for_are_counted(section: str, engine_args: An
     engine = {"engine": "vllm"} if section == "teacher" else {}
     found = planned(run(**{section: {"engine_args": engine_args, **engine}}))
     shape = QWEN3_1_7B if section == "teacher" else QWEN3_0_6B
-    assert [gpu.shares[section].weights for gpu in found.gpus] == [2 * shape.num_parameters // parts] * 2
+    assert [gpu.shares[section].parameters for gpu in found.gpus] == [2 * shape.num_parameters // parts] * 2
     gpus(80e9)
     with pytest.raises(ConfigError, match=f"needs 2 GPUs, the {section} sees 1"):
         planned(run(**{section: {"engine_args": engine_args, **engine}}))
@@ -249,7 +266,7 @@ def test_two_gpus_are_planned_each_for_its_roles(gpus: Any) -> None:
     gpus(24 * GIB, 48 * GIB)
     found = planned(run(student={"cuda_devices": UUIDS[1]}, rollout={"tensor_parallel_size": 2}))
     assert [list(gpu.shares) for gpu in found.gpus] == [["rollout", "teacher"], ["rollout", "trainer"]]
-    assert found.gpus[0].shares["rollout"].weights == QWEN3_0_6B.num_parameters  # half of 2 bytes each
+    assert found.gpus[0].shares["rollout"].parameters == QWEN3_0_6B.num_parameters  # half of 2 bytes each
 
 
 @pytest.mark.parametrize(
@@ -264,19 +281,21 @@ def test_two_gpus_are_planned_each_for_its_roles(gpus: Any) -> None:
             "leave pipeline.tokens_per_micro_batch = 262144 out",
         ),
         (
-            22.5 * GIB,
+            21 * GIB,
             {"student": {"gradient_checkpointing": False}},
             "leave student.gradient_checkpointing = False out",
         ),
         (24 * GIB, {"teacher": {"tokens_per_forward": 1 << 20}}, "leave teacher.tokens_per_forward = 1048576 out"),
-        (24 * GIB, {"teacher": {"dtype": "float32"}}, "set teacher.dtype = bfloat16"),
+        (22.5 * GIB, {"teacher": {"dtype": "float32"}}, "set teacher.dtype = bfloat16"),
         (
-            22.5 * GIB,
+            20.5 * GIB,
             {"rollout": {"dtype": "float32"}, "teacher": {"dtype": "float32"}},
             "set rollout.dtype = bfloat16 and",
         ),
         (16 * GIB, {}, "give the trainer a GPU of its own with student.cuda_devices"),
-        (8 * GIB, {"rollout": {"cuda_devices": "1"}, "teacher": {"cuda_devices": "1"}}, "take a smaller student.model"),
+        (8 * GIB, APART, "set trainer.num_processes = 2, a GPU each"),
+        (8 * GIB, APART | {"student": {"cuda_devices": "0"}}, "set trainer.cpu_offload = true, which is slow"),
+        (2 * GIB, APART | {"student": {"cuda_devices": "0"}}, "take a smaller student.model"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_change_that_helps(
@@ -310,7 +329,7 @@ def test_each_engine_of_a_server_has_a_student_of_its_own(gpus: Any) -> None:
     gpus(80e9, 80e9)
     for tensor, data in ((2, 1), (1, 2)):
         found = planned(run(rollout={"tensor_parallel_size": tensor, "data_parallel_size": data}))
-        weights = [gpu.shares["rollout"].weights for gpu in found.gpus]
+        weights = [gpu.shares["rollout"].parameters for gpu in found.gpus]
         assert weights == [2 * QWEN3_0_6B.num_parameters // tensor] * 2
     planned(run(teacher={"cuda_devices": "3"}, teacher_client={"urls": ["http://elsewhere:1"]}), "trainer")
 
@@ -384,12 +403,117 @@ def test_the_cpu_build_does_not_read_what_the_environment_says_of_gpus(
 
 
 def test_a_gpu_of_its_own_is_advised_where_that_is_enough_alone(gpus: Any) -> None:
-    gpus(8 * GIB)
-    with pytest.raises(ConfigError, match=r"take a smaller student.model or a larger GPU with student.cuda_devices$"):
+    gpus(8 * GIB, 8 * GIB)
+    larger = "take a smaller student.model or a larger GPU with student.cuda_devices"
+    with pytest.raises(ConfigError, match=rf"{larger}, or spread it over GPUs with trainer.num_processes$"):
         planned(run())
-    gpus(14 * GIB)
+    gpus(14 * GIB, 14 * GIB)
     with pytest.raises(ConfigError, match=r"give the trainer a GPU of its own with student.cuda_devices"):
         planned(run())
+    gpus(14 * GIB)  # there is no other
+    with pytest.raises(ConfigError, match=r"set trainer.cpu_offload = true, which is slow$"):
+        planned(run())
+
+
+RANKS: dict[str, dict[str, Any]] = {
+    "student": {"cuda_devices": "0,1,2,3"},
+    "rollout": {"cuda_devices": "4"},
+    "teacher": {"cuda_devices": "4"},
+    "trainer": {"num_processes": 4},
+}
+
+
+@pytest.fixture
+def five_gpus(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(*[24 * GIB] * 5)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def trainers(config: RunConfig, role: str | None = None) -> list[int]:
+    """Parameters on each GPU of the trainer, in parts of 64 of the student's."""
+    shares = [gpu.shares.get("trainer") for gpu in planned(config, role).gpus]
+    return [round(share.parameters * 64 / 4 / QWEN3_0_6B.num_parameters) for share in shares if share is not None]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "parts"),
+    [
+        ({"num_processes": 4}, [16, 16, 16, 16]),
+        ({"num_processes": 2}, [32, 32]),
+        ({"num_processes": 4, "shard_degree": 2}, [32, 32, 32, 32]),
+        ({"num_processes": 4, "parallelism": "ddp"}, [64, 64, 64, 64]),
+        ({"num_processes": 4, "cpu_offload": True}, [0, 0, 0, 0]),
+    ],
+)
+def test_each_rank_has_a_gpu_and_its_part_of_the_student(trainer: Any, parts: list[int], five_gpus: None) -> None:
+    for role in (None, "trainer"):
+        assert trainers(run(**RANKS | {"trainer": trainer}), role) == parts
+
+
+def test_ranks_that_torchrun_started_are_those_of_its_environment(
+    five_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert trainers(run(**RANKS), "trainer") == [32, 32]
+    assert trainers(run(**RANKS | {"trainer": {"shard_degree": 8}}), "trainer") == [8, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE = 6 in the environment needs 6 GPUs"):
+        planned(run(**RANKS), "trainer")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert trainers(run(**RANKS), "trainer") == [16, 16, 16, 16]
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(five_gpus: None) -> None:
+    names = r"student.cuda_devices = '0,1' names 2; give it more with student.cuda_devices, or ask for less$"
+    for role in (None, "trainer"):
+        with pytest.raises(ConfigError, match=rf"^trainer.num_processes = 4 needs 4 GPUs, {names}"):
+            planned(run(**RANKS | {"student": {"cuda_devices": "0,1"}}), role)
+        with pytest.raises(ConfigError, match=r"^trainer.num_processes = 6 needs 6 GPUs, the trainer sees 5;"):
+            planned(run(trainer={"num_processes": 6}), role)
+    planned(run(**RANKS | {"student": {"cuda_devices": "0,1"}}), "rollout")  # the trainer will be told
+
+
+@pytest.mark.parametrize(
+    ("total", "trainer", "advice"),
+    [
+        (8 * GIB, {"num_processes": 4, "parallelism": "ddp"}, "set trainer.parallelism = fsdp2"),
+        (8 * GIB, {"num_processes": 4, "shard_degree": 1}, "leave trainer.shard_degree = 1 out"),
+        (6 * GIB, {"num_processes": 2}, "set trainer.num_processes = 4, a GPU each"),
+        (
+            6 * GIB,
+            {"num_processes": 2, "parallelism": "ddp"},
+            "set trainer.num_processes = 4 and trainer.parallelism = fsdp2, a GPU each",
+        ),
+        (3.6 * GIB, {"num_processes": 4}, "set trainer.cpu_offload = true"),
+        (3.6 * GIB, {"num_processes": 4, "cpu_offload": True, "shard_degree": 1}, None),
+    ],
+)
+def test_ranks_that_do_not_fit_are_told_how_to_spread_the_student(
+    total: float, trainer: dict[str, Any], advice: str | None, gpus: Any
+) -> None:
+    gpus(*[total] * 4, 80e9)
+    config = run(**RANKS | {"trainer": trainer})
+    if advice is None:
+        planned(config, "trainer")
+        return
+    with pytest.raises(ConfigError) as error:
+        planned(config, "trainer")
+    assert advice in str(error.value)
+
+
+def test_several_rollout_servers_have_gpus_one_after_another(gpus: Any) -> None:
+    gpus(*[80e9] * 4)
+    several = {"num_servers": 2, "tensor_parallel_size": 2}
+    roles = [list(gpu.shares) for gpu in planned(run(rollout=several)).gpus]
+    assert roles == [["rollout", "teacher", "trainer"], ["rollout"], ["rollout"], ["rollout"]]
+    assert list(planned(run(rollout=several | {"cuda_devices": "2,3"}), "rollout").gpus[0].shares) == ["rollout"]
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout.num_servers times tensor_parallel_size needs 4 GPUs, rollout.cuda_devices = '2,3' names 2;",
+    ):
+        planned(run(rollout=several | {"cuda_devices": "2,3"}))
 
 
 def test_the_table_has_a_line_a_role(gpus: Any) -> None:

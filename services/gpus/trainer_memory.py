@@ -1,0 +1,161 @@
+"""What a rank of the trainer takes, bytes: arithmetic on shapes alone, as in memory.py.
+
+A rank that is spread (trainer/parallel.py) keeps its part of the parameters, of their gradients and of AdamW's two moments. The
+whole of a layer is gathered when it runs, in the compute dtype; embedding, last norm and head are one group, which is there
+from the beginning of a pass to its end. tests/unit/trainer/test_rank_memory.py compares all of that with real tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from services.config import RunConfig
+from services.gpus.memory import BYTES, GIB, PROCESS, Share, Sizes, math_attention_bytes
+from services.models.shape import ModelShape
+
+# Buffers of nccl for the groups of a mesh; once a process. A guess: they depend on the machine.
+_NCCL = int(0.5 * GIB)
+# Positions and elements of a tile of the head's logits (CHUNK_TOKENS and MAX_TILE_ELEMENTS of trainer/loss/head.py).
+_CHUNK_TOKENS, _TILE_ELEMENTS = 1024, 2**23
+# The head's logits and the sum of its weight's gradients; sums of gradients over ranks.
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the trainer is spread, and in which precision it works."""
+
+    num_ranks: int = 1
+    num_local_ranks: int = 1
+    """Of this machine."""
+    shard_degree: int = 1
+    """Ranks that hold one copy of the student together."""
+    cpu_offload: bool = False
+    master_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"
+    rollout_dtype: str = "bfloat16"
+    checkpointing: bool = True
+    on_gpu: bool = True
+
+    @classmethod
+    def of(cls, config: RunConfig, num_ranks: int, num_local_ranks: int, *, on_gpu: bool) -> Self:
+        """What the options stand for."""
+        trainer = config.trainer
+        return cls(
+            num_ranks=num_ranks,
+            num_local_ranks=num_local_ranks,
+            shard_degree=1 if trainer.parallelism == "ddp" else trainer.shard_degree or num_local_ranks,
+            cpu_offload=trainer.cpu_offload and on_gpu,
+            master_dtype=config.student.dtype,
+            compute_dtype=config.compute_dtype(on_gpu=on_gpu),
+            rollout_dtype=config.rollout.dtype,
+            checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu),
+            on_gpu=on_gpu,
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether layers are gathered before they run, which one rank alone needs for another dtype or memory only."""
+        return self.num_ranks > 1 or self.compute_dtype != self.master_dtype or self.cpu_offload
+
+    def shard_bytes(self, shape: ModelShape) -> int:
+        """Of a rank's parameters; of its gradients, and of each of AdamW's moments, as much again."""
+        return BYTES[self.master_dtype] * shape.shard_parameters(self.shard_degree)
+
+
+def trainer_share(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> Share:
+    """A rank on its GPU: what it keeps, one micro-batch, and the buffers of a push."""
+    kept = 0 if layout.cpu_offload else layout.shard_bytes(shape)
+    head, fullest = _passing_bytes(shape, sizes, layout, bucket_bytes)
+    return Share(
+        parameters=kept,
+        gradients=kept,
+        optimizer=2 * kept,
+        head=head,
+        activations=fullest - head,
+        other=PROCESS + (_NCCL if layout.num_ranks > 1 else 0),
+    )
+
+
+def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> tuple[int, int]:
+    """Of what comes and goes in a step: the head when it is largest, and all of it at the fullest moment."""
+    tokens, size = max(sizes.tokens_per_micro_batch, sizes.max_model_len), BYTES[layout.compute_dtype]
+    of_layer = _saved_bytes_per_token(shape, layout, sizes.max_model_len)
+    # Checkpointed, each layer's input is kept and one layer at a time is computed again.
+    kept = tokens * shape.num_layers * (size * shape.hidden_size if layout.checkpointing else of_layer)
+    gradient = size * shape.embedding_parameters  # of the embedding or the head
+    root = layer = sent = reduced = waiting = 0
+    if layout.is_spread:
+        root = size * shape.root_parameters
+        # The layer that runs, the next one while it is gathered, and gradients.
+        layer = size * (3 if layout.shard_degree > 1 else 2) * shape.layer_parameters
+        sent = _FLOAT32 * shape.layer_parameters  # gradients of the layer before, on their way to the other ranks
+        # Gradients in the order in which they are sent take the place of those that were computed; a group of one copies its
+        # sum once more.
+        summed = _FLOAT32 * shape.root_parameters * (2 if layout.shard_degree == 1 else 1) // layout.shard_degree
+        reduced = _FLOAT32 * shape.root_parameters + max(root, summed)
+    if layout.is_spread or shape.is_tied:
+        waiting = gradient  # the head's, until the embedding has run
+    head = root + _head_bytes(shape, tokens, size)
+    moments = (
+        head + kept,
+        root
+        + waiting
+        + kept
+        + layer
+        + sent
+        + 2 * tokens * of_layer,  # a layer's gradients are as large as what it saved
+        root + waiting + sent + gradient,
+        reduced,
+        2 * bucket_bytes + shape.embedding_parameters * BYTES[layout.rollout_dtype],
+    )
+    return head, max(moments)
+
+
+def _head_bytes(shape: ModelShape, tokens: int, size: int) -> int:
+    """At the end of the head's backward pass: the weight and the sum of its gradients in float32, that sum rounded; hidden
+    states and their gradients; a tile of logits."""
+    weight = shape.embedding_parameters
+    widened, rounded = (_FLOAT32 * weight, size * weight) if size < _FLOAT32 else (0, 0)
+    tile = _FLOAT32 * min(_TILE_ELEMENTS, min(tokens, _CHUNK_TOKENS) * shape.vocab_size)
+    # The forward pass, which has no gradients, has a second tile.
+    return widened + tile + 2 * _FLOAT32 * tokens * shape.hidden_size + max(_FLOAT32 * weight + rounded, tile)
+
+
+def _saved_bytes_per_token(shape: ModelShape, layout: Layout, longest: int) -> int:
+    """What one layer saves for the backward pass: 72 kB a token for Qwen3-0.6B in bfloat16, 123 kB in float32. On a GPU float32
+    attention over grouped heads has no fused kernel, and saves its weights as well."""
+    half = 8 * shape.intermediate_size + 20 * shape.hidden_size + 9 * (shape.query_size + shape.kv_size)
+    if layout.compute_dtype != "float32":
+        return half
+    return int(1.7 * half) + (math_attention_bytes(shape, longest, copies=1) if layout.on_gpu else 0)
+
+
+# ------------------------------------------------------------------------------------------- the machine's own memory
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What the ranks of the first machine take of its own memory, bytes; a micro-batch on a CPU comes on top."""
+
+    load: int
+    """While the last of them loads: ranks load in turns, each the whole student, of which it keeps its part."""
+    train: int
+    """Where the ranks compute, or keep things, on the host; and the two copies of the student that are pushed from."""
+    save: int
+    """The student is gathered on the first rank, between two steps."""
+
+    @property
+    def needed(self) -> int:
+        return max(self.load, self.train, self.save)
+
+
+def host_memory(shape: ModelShape, layout: Layout) -> HostMemory:
+    """Of all ranks of the machine that has the first one."""
+    whole = shape.num_parameters * BYTES[layout.master_dtype]
+    part = layout.shard_bytes(shape) if layout.cpu_offload or not layout.on_gpu else 0
+    copies = 2 * shape.num_parameters * BYTES[layout.rollout_dtype] if layout.num_ranks > 1 else 0
+    return HostMemory(
+        load=whole + (layout.num_local_ranks - 1) * part,
+        train=4 * layout.num_local_ranks * part + copies,
+        save=3 * layout.num_local_ranks * part + copies + (whole if layout.shard_degree > 1 else 0),
+    )
