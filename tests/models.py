@@ -55,6 +55,7 @@ def save_model(
     tokenizer = tokenizer or build_tokenizer()
     shape = {
         **_SHAPE,
+        "num_key_value_heads": 1 if architecture == "llama" else 2,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -62,18 +63,18 @@ def save_model(
     }
     torch.manual_seed(seed)
     if architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
     elif architecture == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape | experts | changes), num_key_value_heads=2))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape | experts | changes)))
     elif architecture == "phi3":
         shape.pop("head_dim")
         factors = {"short_factor": [1.0] * 16, "long_factor": [40.0] * 16}
         rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": LONGROPE_SWITCH}
         options = {"original_max_position_embeddings": LONGROPE_SWITCH, "rope_parameters": rope | factors}
-        model = Phi3ForCausalLM(Phi3Config(**shape, **options, num_key_value_heads=2))
+        model = Phi3ForCausalLM(Phi3Config(**shape, **options))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=False))
+        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -6,8 +6,8 @@ A benchmark is a module of this package with a `main()` that writes results/<its
 import argparse
 import importlib
 
-ONLY_WHEN_NAMED = ("objectives",)
-"""Half an hour of training runs."""
+ONLY_WHEN_NAMED = ("objectives", "trainer")
+"""Half an hour of training runs; what needs a GPU."""
 NAMES = (
     "step",
     "ranks",

@@ -36,7 +36,7 @@ def steps_of_one_rank(folder: str, parallelism: str, answer: Path) -> None:
     ranks = join_ranks(config)
     os.sched_setaffinity(0, {ranks.index % (os.cpu_count() or 1)})
     learner = Learner(config, load_and_place(config, ranks), STEPS + 1, ranks)
-    batch = random_batch(NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP_K, learner.student.vocab_size)
+    batch = random_batch([NEW_TOKENS] * NUM_PROMPTS, PROMPT_TOKENS, TOP_K, learner.student.vocab_size)
     seconds, peak = [], 0.0
     for _ in range(STEPS + 1):
         ranks.of_first(0)  # together

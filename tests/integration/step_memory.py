@@ -24,7 +24,7 @@ def main() -> None:
     tokens = per_micro_batch * (PROMPT_LENGTH + LENGTH)
     config = RunConfig(student={"model": folder}, pipeline={"tokens_per_micro_batch": tokens})
     learner = Learner(config, load_student(config.student), num_steps=1)
-    batch = random_batch(num_completions, PROMPT_LENGTH, LENGTH, TOP_K, learner.student.vocab_size)
+    batch = random_batch([LENGTH] * num_completions, PROMPT_LENGTH, TOP_K, learner.student.vocab_size)
     memory = Memory(os.getpid())
     memory.reset()
     before = memory.now()
