@@ -67,7 +67,7 @@ class Student(nn.Module):
         hidden = hidden_states(self.model, **arguments).flatten(0, 1)[positions]
         head = output_head(self.model, check=False)
         return support_logprobs(
-            hidden.to(torch.promote_types(hidden.dtype, torch.float32)),
+            hidden,
             head.weight,
             token_ids,
             support_ids,

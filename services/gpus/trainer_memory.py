@@ -112,13 +112,16 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
 
 
 def _head_bytes(shape: ModelShape, tokens: int, size: int) -> int:
-    """At the end of the head's backward pass: the weight and the sum of its gradients in float32, that sum rounded; hidden
-    states and their gradients; a tile of logits."""
-    weight = shape.embedding_parameters
-    widened, rounded = (_FLOAT32 * weight, size * weight) if size < _FLOAT32 else (0, 0)
-    tile = _FLOAT32 * min(_TILE_ELEMENTS, min(tokens, _CHUNK_TOKENS) * shape.vocab_size)
+    """In the head's backward pass: the sum of its weight's gradients in float32; at its end that sum rounded, before it
+    products of a tile, in float32 too; hidden states and the sums of their gradients; a tile of logits."""
+    weight, rows = shape.embedding_parameters, min(tokens, _CHUNK_TOKENS)
+    columns = min(shape.vocab_size, _TILE_ELEMENTS // rows)
+    is_half = size < _FLOAT32
+    tile = _FLOAT32 * rows * columns
+    products = _FLOAT32 * (rows + columns) * shape.hidden_size if is_half else 0
+    gradients = _FLOAT32 * weight + max(size * weight if is_half else 0, products)
     # The forward pass, which has no gradients, has a second tile.
-    return widened + tile + 2 * _FLOAT32 * tokens * shape.hidden_size + max(_FLOAT32 * weight + rounded, tile)
+    return tile + (size + _FLOAT32) * tokens * shape.hidden_size + max(gradients, tile + products)
 
 
 def _saved_bytes_per_token(shape: ModelShape, layout: Layout, longest: int) -> int:

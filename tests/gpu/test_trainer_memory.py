@@ -47,15 +47,15 @@ def test_a_step_takes_the_memory_that_was_computed(checkpointing: bool, tokens: 
 
 def test_attention_takes_no_memory_that_grows_with_the_square_of_the_length(shallow: str) -> None:
     """The control, attention by its formula, holds a weight for every pair of tokens."""
-    length, sections = 8192, {"pipeline": {"tokens_per_micro_batch": 8192}}
+    length, sections = 16_384, {"pipeline": {"tokens_per_micro_batch": 16_384}}
     peaks = {}
     for name in ("sdpa", "varlen", "eager"):
         student = {"attn_implementation": name, "gradient_checkpointing": False}
         learner = learner_of(shallow, student=student, **sections)
-        peaks[name] = [gpu_bytes(learner, batch_of(*lengths))[1] for lengths in ([1024] * 8, [length])]
+        peaks[name] = [gpu_bytes(learner, batch_of(*lengths))[1] for lengths in ([1024] * 16, [length])]
         del learner
         gc.collect()
     pairs = 2 * 16 * length**2  # bytes of one layer's weights in bfloat16, of 16 heads
     print(peaks)  # shown where it fails
     assert all(peaks[name][1] - peaks[name][0] < 0.1 * pairs for name in ("sdpa", "varlen"))
-    assert peaks["eager"][1] - peaks["eager"][0] > pairs
+    assert peaks["eager"][1] - peaks["eager"][0] > 0.3 * pairs  # the peak before it is the head's

@@ -5,8 +5,9 @@ tail), and the entropy. Positions go through in chunks, and a chunk in tiles of 
 processor's cache; only hidden, weight, ids and two logsumexps are saved, and backward recomputes the logits tile by
 tile, so memory is one or two [C, T] buffers.
 
-Logits are z = softcap(logit_scale * (h W^T + b)) / temperature. The matrix products have the dtype of the hidden
-states, as in the model and in the rollout engine; everything after them is float32 (float64 for float64 hidden states).
+Logits are z = softcap(logit_scale * (h W^T + b)) / temperature, in float32 (float64 for float64 hidden states) whatever the
+dtype of h and W: products of bfloat16 numbers are exact in it. On a GPU its tensor cores make them, ten times as fast as
+products of float32 numbers; there the gradient of the logits is rounded to h's dtype, as that of every layer below is.
 
 Left out: gradients of the entropy, of temperature, scale and soft cap; second derivatives; products with a shard of the
 weight (a sharded weight is gathered).
@@ -45,7 +46,7 @@ class HeadOutput(NamedTuple):
 class _Logits(NamedTuple):
     """How hidden states become logits; the part of the head that forward and backward share."""
 
-    weight: Tensor  # [V, H] in the dtype of the hidden states
+    weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
@@ -53,10 +54,7 @@ class _Logits(NamedTuple):
 
     def write(self, hidden: Tensor, tile: slice, out: Tensor) -> None:
         """Overwrite out[C, T] with the logits that hidden[C, H] gives to the tokens of the tile."""
-        if hidden.dtype in HALF_DTYPES:
-            out.copy_(hidden @ self.weight[tile].t())
-        else:
-            torch.mm(hidden, self.weight[tile].t(), out=out)
+        _product(hidden, self.weight[tile].t(), out)
         if self.bias is not None:
             out.add_(self.bias[tile])
         if self.softcap is not None:
@@ -146,7 +144,7 @@ class _SupportLogprobs(torch.autograd.Function):
         # Each id lies in one tile; in the others it reads as -inf.
         token = torch.full((num_positions, 1), -torch.inf, dtype=dtype, device=hidden.device)
         support = torch.full(support_ids.shape, -torch.inf, dtype=dtype, device=hidden.device)
-        head = _Logits(weight.to(hidden.dtype), bias, *options)
+        head = _Logits(weight, bias, *options)
         tiling = _Tiling.of(num_positions, len(weight), chunk_tokens)
         buffers = hidden.new_empty((2, *tiling.shape), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -170,7 +168,7 @@ class _SupportLogprobs(torch.autograd.Function):
     def backward(ctx: Any, g_token: Tensor, g_support: Tensor, g_tail: Tensor, _: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, token_ids, support_ids, lse, lse_tail = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = _Logits(weight.to(hidden.dtype), bias, *ctx.options)
+        head = _Logits(weight, bias, *ctx.options)
         # Float32 whatever the dtype: thousands of contributions would vanish in a bfloat16 sum.
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
@@ -196,11 +194,10 @@ class _SupportLogprobs(torch.autograd.Function):
                         z.mul_(slope)
                     if d_bias is not None:
                         d_bias[tile].add_(z.sum(0))
-                    dz = z.to(hidden.dtype)
                     if d_hidden is not None:
-                        _add_product_(d_hidden[rows], dz, head.weight[tile])
+                        _add_product_(d_hidden[rows], z, head.weight[tile])
                     if d_weight is not None:
-                        _add_product_(d_weight[tile], dz.t(), hidden[rows])
+                        _add_product_(d_weight[tile], z.t(), hidden[rows])
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -210,11 +207,20 @@ class _SupportLogprobs(torch.autograd.Function):
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; the running sum stays float32 when a and b are half precision."""
-    if a.dtype in HALF_DTYPES:
-        total.add_(a @ b)
-    else:
+    """total += a @ b; the sum, and what is added, are float32 at least."""
+    if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b)
+    else:
+        total.add_(_product(a, b))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in float32 at least, [rows of a, columns of b]."""
+    half = next((x.dtype for x in (a, b) if x.dtype in HALF_DTYPES), None)
+    if half is not None and a.device.type == "cuda":
+        return torch.mm(a.to(half), b.to(half), out_dtype=torch.float32, out=out)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def _tail_of_tile(z: Tensor, e: Tensor, support: _TileIds) -> tuple[Tensor, Tensor]:
@@ -294,7 +300,7 @@ def support_logprobs(
     """Student log-probabilities of the sampled token, of the support and of the tail, with gradients.
 
     Args:
-        hidden: [N, H] last hidden states, float64, float32, bfloat16 or float16; its dtype is that of the products.
+        hidden: [N, H] last hidden states, float64, float32, bfloat16 or float16.
         weight: [V, H] output embedding; may be tied to the input embedding. Its gradient is accumulated in float32.
         token_ids: [N] int64, the token sampled at each position, in 0..V-1.
         support_ids: [N, K] int64, distinct tokens of S in each row, -1 pads. K may be 0, or the whole vocabulary.
