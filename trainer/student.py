@@ -5,7 +5,6 @@ Sequences run as padded rows (services/models/padding.py). Only positions that p
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
