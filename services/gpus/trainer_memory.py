@@ -14,8 +14,9 @@ from services.models.shape import ModelShape
 
 # Buffers of nccl for the groups of a mesh; once a process. A guess: they depend on the machine.
 _NCCL = int(0.5 * GIB)
-# Positions and elements of a tile of the head's logits (CHUNK_TOKENS and MAX_TILE_ELEMENTS of trainer/loss/head.py).
-_CHUNK_TOKENS, _TILE_ELEMENTS = 1024, 2**23
+# Positions and elements of a tile of the head's logits (CHUNK_TOKENS, MAX_TILE_ELEMENTS and those of a GPU in
+# trainer/loss/head.py).
+_TILE, _GPU_TILE = (1024, 2**23), (4096, 2**26)
 # The head's logits and the sum of its weight's gradients; sums of gradients over ranks.
 _FLOAT32 = 4
 
@@ -95,7 +96,7 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
         reduced = _FLOAT32 * shape.root_parameters + max(root, summed)
     if layout.is_spread or shape.is_tied:
         waiting = gradient  # the head's, until the embedding has run
-    head = root + _head_bytes(shape, tokens, size)
+    head = root + _head_bytes(shape, tokens, size, on_gpu=layout.on_gpu)
     moments = (
         head + kept,
         root
@@ -111,11 +112,12 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
     return head, max(moments)
 
 
-def _head_bytes(shape: ModelShape, tokens: int, size: int) -> int:
+def _head_bytes(shape: ModelShape, tokens: int, size: int, *, on_gpu: bool) -> int:
     """In the head's backward pass: the sum of its weight's gradients in float32; at its end that sum rounded, before it
     products of a tile, in float32 too; hidden states and the sums of their gradients; a tile of logits."""
-    weight, rows = shape.embedding_parameters, min(tokens, _CHUNK_TOKENS)
-    columns = min(shape.vocab_size, _TILE_ELEMENTS // rows)
+    most_rows, elements = _GPU_TILE if on_gpu else _TILE
+    weight, rows = shape.embedding_parameters, min(tokens, most_rows)
+    columns = min(shape.vocab_size, elements // rows)
     is_half = size < _FLOAT32
     tile = _FLOAT32 * rows * columns
     products = _FLOAT32 * (rows + columns) * shape.hidden_size if is_half else 0

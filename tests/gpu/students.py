@@ -44,9 +44,9 @@ def save_random(folder: Path, size: str, **changes: Any) -> str:
         return save_model(folder, "qwen3", **QWEN3[size] | changes)
 
 
-def batch_of(*lengths: int, seed: int = 0) -> TrainingBatch:
+def batch_of(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> TrainingBatch:
     """Random samples of so many tokens, PROMPT of each the prompt's."""
-    return random_batch([length - PROMPT for length in lengths], PROMPT, TOP_K, VOCABULARY, seed)
+    return random_batch([length - PROMPT for length in lengths], PROMPT, TOP_K, vocabulary, seed)
 
 
 def run_config(model: str, **sections: dict[str, Any]) -> RunConfig:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.head import dense
-from trainer.loss.head import CHUNK_TOKENS, MAX_TILE_ELEMENTS, HeadOutput, support_logprobs
+from trainer.loss.head import GPU_CHUNK_TOKENS, GPU_TILE_ELEMENTS, HeadOutput, support_logprobs
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ def loss_of(output: HeadOutput) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_forward_and_gradients_equal_dense_on_cuda(dtype: torch.dtype, tolerance: float) -> None:
-    hidden, weight, *ids = inputs(CHUNK_TOKENS + 100, dtype)  # two chunks of several tiles
+    hidden, weight, *ids = inputs(GPU_CHUNK_TOKENS + 100, dtype)  # two chunks of several tiles
     got = support_logprobs(hidden, weight, *ids)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = dense(*exact, *ids)
@@ -45,7 +45,7 @@ def test_forward_and_gradients_equal_dense_on_cuda(dtype: torch.dtype, tolerance
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_on_cuda_is_tiles_rows_and_the_weight_gradient(dtype: torch.dtype) -> None:
-    num_positions = 8 * CHUNK_TOKENS
+    num_positions = 8 * GPU_CHUNK_TOKENS
     hidden, weight, *ids = inputs(num_positions, dtype)
     torch.autograd.grad(loss_of(support_logprobs(hidden, weight, *ids)), [hidden, weight])  # libraries' workspaces
     torch.cuda.synchronize()
@@ -53,7 +53,7 @@ def test_peak_memory_on_cuda_is_tiles_rows_and_the_weight_gradient(dtype: torch.
     before = torch.cuda.memory_allocated()
     torch.autograd.grad(loss_of(support_logprobs(hidden, weight, *ids)), [hidden, weight])
     peak = torch.cuda.max_memory_allocated() - before
-    tiles = 4 * 4 * MAX_TILE_ELEMENTS  # two float32 buffers; in half precision, copies for the products
+    tiles = 4 * 4 * GPU_TILE_ELEMENTS  # two float32 buffers; in half precision, copies for the products
     rows = 4 * num_positions * (2 * HIDDEN + 16 * SUPPORT)
     gradient = 6 * VOCABULARY * HIDDEN  # float32 and, in half precision, the one returned
     assert peak <= tiles + rows + gradient < 4 * num_positions * VOCABULARY / 8

@@ -4,6 +4,7 @@ Run on a machine with an NVIDIA GPU: `make test ARGS="-m gpu"`.
 """
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from services.gpus.memory import Sizes
 from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import read_shape
 from services.wire.batch import TrainingBatch
-from tests.gpu.students import batch_of, learner_of
+from tests.gpu.students import batch_of, learner_of, save_random
 from trainer.learner import Learner
 
 pytestmark = pytest.mark.gpu
@@ -45,17 +46,19 @@ def test_a_step_takes_the_memory_that_was_computed(checkpointing: bool, tokens: 
     assert 0.6 * share.total <= peak <= share.total
 
 
-def test_attention_takes_no_memory_that_grows_with_the_square_of_the_length(shallow: str) -> None:
-    """The control, attention by its formula, holds a weight for every pair of tokens."""
-    length, sections = 16_384, {"pipeline": {"tokens_per_micro_batch": 16_384}}
+def test_attention_takes_no_memory_that_grows_with_the_square_of_the_length(tmp_path: Path) -> None:
+    """The control, attention by its formula, holds a weight for every pair of tokens. A small vocabulary, for else the peak is
+    the head's."""
+    shallow = save_random(tmp_path, "0.6B", num_hidden_layers=2, vocab_size=1024)
+    length, sections = 8192, {"pipeline": {"tokens_per_micro_batch": 8192}}
     peaks = {}
     for name in ("sdpa", "varlen", "eager"):
         student = {"attn_implementation": name, "gradient_checkpointing": False}
         learner = learner_of(shallow, student=student, **sections)
-        peaks[name] = [gpu_bytes(learner, batch_of(*lengths))[1] for lengths in ([1024] * 16, [length])]
+        peaks[name] = [gpu_bytes(learner, batch_of(*lengths, vocabulary=1024))[1] for lengths in ([1024] * 8, [length])]
         del learner
         gc.collect()
     pairs = 2 * 16 * length**2  # bytes of one layer's weights in bfloat16, of 16 heads
     print(peaks)  # shown where it fails
     assert all(peaks[name][1] - peaks[name][0] < 0.1 * pairs for name in ("sdpa", "varlen"))
-    assert peaks["eager"][1] - peaks["eager"][0] > 0.3 * pairs  # the peak before it is the head's
+    assert peaks["eager"][1] - peaks["eager"][0] > pairs

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Positions of a chunk when the caller does not choose: enough that reading the weight is not what takes the time.
-CHUNK_TOKENS = 1024
-# Bound on C * T: 32 MiB of float32, large beside the overhead of a kernel and near the size of a cache.
-MAX_TILE_ELEMENTS = 2**23
+CHUNK_TOKENS, GPU_CHUNK_TOKENS = 1024, 4096
+# Bound on C * T: 32 MiB of float32, near the size of a processor's cache; on a GPU 256 MiB, for there the launching of some
+# forty kernels a tile is what would take the time.
+MAX_TILE_ELEMENTS, GPU_TILE_ELEMENTS = 2**23, 2**26
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -119,9 +120,11 @@ class _Tiling(NamedTuple):
     tiles: list[slice]
 
     @classmethod
-    def of(cls, num_positions: int, vocabulary: int, chunk_tokens: int) -> "_Tiling":
-        rows = max(1, min(chunk_tokens, num_positions))
-        columns = min(vocabulary, max(64, MAX_TILE_ELEMENTS // rows // 64 * 64))  # of 64: products of aligned matrices
+    def of(cls, hidden: Tensor, vocabulary: int, chunk_tokens: int | None) -> "_Tiling":
+        on_gpu, num_positions = hidden.device.type == "cuda", len(hidden)
+        rows = max(1, min(chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CHUNK_TOKENS), num_positions))
+        elements = GPU_TILE_ELEMENTS if on_gpu else MAX_TILE_ELEMENTS
+        columns = min(vocabulary, max(64, elements // rows // 64 * 64))  # of 64: products of aligned matrices
         return cls((rows, columns), list(_slices(num_positions, rows)), list(_slices(vocabulary, columns)))
 
 
@@ -137,7 +140,7 @@ class _SupportLogprobs(torch.autograd.Function):
         token_ids: Tensor,
         support_ids: Tensor,
         options: tuple[float, float | None, float],
-        chunk_tokens: int,
+        chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_positions, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
         lse, lse_tail, entropy = torch.empty(3, num_positions, dtype=dtype, device=hidden.device).unbind()
@@ -145,7 +148,7 @@ class _SupportLogprobs(torch.autograd.Function):
         token = torch.full((num_positions, 1), -torch.inf, dtype=dtype, device=hidden.device)
         support = torch.full(support_ids.shape, -torch.inf, dtype=dtype, device=hidden.device)
         head = _Logits(weight, bias, *options)
-        tiling = _Tiling.of(num_positions, len(weight), chunk_tokens)
+        tiling = _Tiling.of(hidden, len(weight), chunk_tokens)
         buffers = hidden.new_empty((2, *tiling.shape), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiling.chunks:
@@ -180,7 +183,7 @@ class _SupportLogprobs(torch.autograd.Function):
             lse,
             lse_tail,
         )
-        tiling = _Tiling.of(len(hidden), len(weight), ctx.chunk_tokens)
+        tiling = _Tiling.of(hidden, len(weight), ctx.chunk_tokens)
         buffer = hidden.new_empty(tiling.shape, dtype=lse.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in tiling.chunks:
@@ -308,7 +311,7 @@ def support_logprobs(
         temperature: divides the logits last (the student's half of kd_temperature).
         softcap: c of c * tanh(x / c), None for none (Gemma 2's final_logit_softcapping).
         logit_scale: multiplies h W^T + b first (Cohere's logit_scale).
-        chunk_tokens: positions projected at a time, CHUNK_TOKENS if None.
+        chunk_tokens: positions projected at a time; None: 1024, on a GPU 4096.
     """
     num_positions, num_support = support_ids.shape
     assert hidden.shape == (num_positions, weight.shape[1]), (hidden.shape, weight.shape, support_ids.shape)
@@ -317,7 +320,7 @@ def support_logprobs(
         support_ids = token_ids.new_full((num_positions, 1), -1)
     options = (temperature, softcap, logit_scale)
     token, support, tail, entropy = _SupportLogprobs.apply(
-        hidden, weight, bias, token_ids.unsqueeze(-1), support_ids, options, chunk_tokens or CHUNK_TOKENS
+        hidden, weight, bias, token_ids.unsqueeze(-1), support_ids, options, chunk_tokens
     )
     # Not a view of the column of pads: FSDP2 puts its hooks on what a forward pass returns.
     return HeadOutput(token, support if num_support else support.new_empty((num_positions, 0)), tail, entropy)

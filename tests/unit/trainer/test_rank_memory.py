@@ -28,7 +28,8 @@ from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import ModelShape
 from tests.ranks import leave
 from trainer import student as student_module
-from trainer.loss.head import CHUNK_TOKENS, MAX_TILE_ELEMENTS, support_logprobs
+from trainer.loss import head as lm_head
+from trainer.loss.head import support_logprobs
 from trainer.optimizer import build_optimizer
 from trainer.student import Student
 
@@ -197,4 +198,5 @@ def test_a_rank_takes_what_was_computed(name: str, tied: str, found: Found) -> N
 
 
 def test_tiles_of_logits_are_as_large_as_in_the_head() -> None:
-    assert (trainer_memory._CHUNK_TOKENS, trainer_memory._TILE_ELEMENTS) == (CHUNK_TOKENS, MAX_TILE_ELEMENTS)
+    assert trainer_memory._TILE == (lm_head.CHUNK_TOKENS, lm_head.MAX_TILE_ELEMENTS)
+    assert trainer_memory._GPU_TILE == (lm_head.GPU_CHUNK_TOKENS, lm_head.GPU_TILE_ELEMENTS)
