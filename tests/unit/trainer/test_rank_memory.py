@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +30,7 @@ from trainer import student as student_module
 from trainer.loss import head as lm_head
 from trainer.loss.head import support_logprobs
 from trainer.optimizer import build_optimizer
+from trainer.parallel import delay_reduction, spread
 from trainer.student import Student
 
 NUM_RANKS, NUM_TOKENS = 2, 16
@@ -57,16 +57,10 @@ LAYOUTS = {
 TIED = {"tied": True, "untied": False}
 
 
-def spread(student: Student, layout: Layout) -> None:
-    """As trainer/parallel.py does it."""
+def spread_as(layout: Layout, student: Student) -> None:
     groups = (layout.num_ranks // layout.shard_degree, layout.shard_degree)
     mesh = init_device_mesh("cpu", groups, mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, layout.compute_dtype), reduce_dtype=torch.float32)
-    for module in [*student.model.model.layers, student]:
-        mesh_of_groups = mesh if groups[0] > 1 else mesh["shard"]
-        sharded = fully_shard(module, mesh=mesh_of_groups, reshard_after_forward=True, mp_policy=policy)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)
+    spread(student, mesh if groups[0] > 1 else mesh["shard"], getattr(torch, layout.compute_dtype))
 
 
 class Live(TorchDispatchMode):
@@ -118,7 +112,7 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
         nn.init.constant_(tensor, 0.01)
     student = Student(model).train()
     if layout.is_spread:
-        spread(student, layout)
+        spread_as(layout, student)
     head: list[int] = []
 
     def measuring(hidden: Tensor, weight: Tensor, *args: Any, **options: Any) -> Any:
@@ -133,8 +127,7 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
     ids = torch.arange(NUM_TOKENS)
 
     def micro_batch(is_last: bool) -> None:
-        if isinstance(student, FSDPModule):
-            student.set_requires_all_reduce(is_last)
+        delay_reduction(student, is_last)
         student(ids.unsqueeze(0), ids, ids, ids.unsqueeze(-1)).token_logprobs.sum().backward()
 
     student_module.support_logprobs = measuring
