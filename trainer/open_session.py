@@ -19,6 +19,7 @@ from services.config import RunConfig
 from services.config.keys import Secrets, reveal
 from services.errors import ConfigError
 from services.gpus.cards import check_driver
+from services.gpus.cost import report_cost
 from services.gpus.options import computed
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.event_loop import EventLoopThread
@@ -137,6 +138,8 @@ def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None) -
     record = RunRecord(config, accelerator, tokenizer)
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
+    for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
+        logger.info(line)
     if followers is None:
         student = load_and_place(config, ranks)
     else:

@@ -26,7 +26,7 @@ from trainer.parallel import load_and_place
 from trainer.ranks.group import join_ranks
 
 LAYOUTS = {"one rank": (1, "fsdp2"), "two ranks, fsdp2": (2, "fsdp2"), "two ranks, ddp": (2, "ddp")}
-STEPS, ROUNDS, TOP_K = 3, 2, 32
+STEPS, ROUNDS, TOP_K = 2, 2, 32
 
 
 def steps_of_one_rank(folder: str, parallelism: str, answer: Path) -> None:
