@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from services.errors import ConfigError
 
@@ -36,6 +36,10 @@ def choose_attention(model: PreTrainedModel, name: str) -> None:
     except (ImportError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"student.attn_implementation = {name!r} cannot be had: {reason}") from error
+    for module in model.modules():  # the parts of a model may have configurations of their own (trainer/dropout.py)
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
 
 
 def packs(model: PreTrainedModel) -> bool:

@@ -11,6 +11,7 @@ from services.errors import ConfigError
 from tests.unit.trainer.samples import BATCH
 from tests.unit.trainer.sgd_learners import learner_of
 from trainer import attention
+from trainer.batch import pack
 from trainer.student import load_student
 
 
@@ -44,7 +45,8 @@ def by_sequence(
 def test_packed_rows_train_as_padded_ones_do(
     limit: int, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", by_sequence)
+    calls: list[int] = []
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: (calls.append(1), by_sequence(*a, **k))[1])
     pipeline = {"tokens_per_micro_batch": limit}
     padded, packed = (
         learner_of(tiny_model_folder("qwen3"), student={"attn_implementation": name}, pipeline=pipeline)
@@ -52,7 +54,9 @@ def test_packed_rows_train_as_padded_ones_do(
     )
     for ours, theirs in zip(padded.reverse_kl(BATCH), packed.reverse_kl(BATCH), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    num_layers, calls[:] = packed.student.model.config.num_hidden_layers, []
     metrics = [learner.step(BATCH) for learner in (padded, packed)]
+    assert len(calls) == num_layers * len(pack(BATCH, packed.config.loss, limit))
     for name in ("loss", "grad_norm", "single_step_kl"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4)
     weights = [torch.cat([p.detach().flatten() for p in learner.student.parameters()]) for learner in (padded, packed)]
@@ -67,6 +71,17 @@ def test_a_packed_row_has_no_padding() -> None:
     assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] and arguments["max_length_k"] == 3
     kept = ids.flatten() > 0
     assert torch.equal(arguments["input_ids"][0][where[kept]], ids.flatten()[kept])
+
+
+@pytest.mark.parametrize("disable_dropout", [True, False])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
+def test_every_layer_takes_the_attention_that_was_chosen(
+    name: str, disable_dropout: bool, tiny_model_folder: Any
+) -> None:
+    options = {"model": tiny_model_folder("qwen3"), "attn_implementation": name, "disable_dropout": disable_dropout}
+    model: Any = load_student(RunConfig(student=options).student).model
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {name}
+    assert attention.packs(model) == (name == "varlen")
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "no-such-attention"])
