@@ -1,7 +1,7 @@
 """What each server takes of a GPU's memory, bytes: arithmetic on shapes alone, nothing is loaded or asked. The trainer's
 part is in trainer_memory.py.
 
-Numbers without a formula were counted from the sources of vLLM 0.32 and transformers 5.19; nothing here has been measured
+Numbers without a formula were counted from the sources of vLLM 0.32 and transformers 5.19; of vLLM nothing has been measured
 on a GPU yet (docs/gpu.md). L is the longest sequence.
 """
 

@@ -90,21 +90,16 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
         # The layer that runs, the next one while it is gathered, and gradients.
         layer = size * (3 if layout.shard_degree > 1 else 2) * shape.layer_parameters
         sent = _FLOAT32 * shape.layer_parameters  # gradients of the layer before, on their way to the other ranks
-        # Gradients in the order in which they are sent take the place of those that were computed; a group of one copies its
-        # sum once more.
-        summed = _FLOAT32 * shape.root_parameters * (2 if layout.shard_degree == 1 else 1) // layout.shard_degree
-        reduced = _FLOAT32 * shape.root_parameters + max(root, summed)
+        # Gradients in the order in which they are sent, beside those that were computed; a group of one sums and copies them.
+        beside = 2 * _FLOAT32 if layout.shard_degree == 1 else size
+        reduced = (_FLOAT32 + beside) * shape.root_parameters
     if layout.is_spread or shape.is_tied:
         waiting = gradient  # the head's, until the embedding has run
+    layer += 2 * tokens * of_layer  # its activations' gradients are as large as what it saved
     head = root + _head_bytes(shape, tokens, size, on_gpu=layout.on_gpu)
     moments = (
         head + kept,
-        root
-        + waiting
-        + kept
-        + layer
-        + sent
-        + 2 * tokens * of_layer,  # a layer's gradients are as large as what it saved
+        root + waiting + sent + kept + layer,
         root + waiting + sent + gradient,
         reduced,
         2 * bucket_bytes + shape.embedding_parameters * BYTES[layout.rollout_dtype],

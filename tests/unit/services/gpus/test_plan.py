@@ -97,8 +97,8 @@ def test_what_the_readmes_example_comes_to_on_24_and_80_gb(gpus: Any) -> None:
     assert (rollout.max_model_len, rollout.max_num_seqs, rollout.kv_cache_gib) == (4096, 256, 1.75)
     assert rollout.gpu_memory_utilization == pytest.approx(small.gpus[0].shares["rollout"].total / (24 * GIB), abs=1e-3)
     teacher = with_shares(run(), "teacher", small).teacher
-    assert (teacher.tokens_per_forward, teacher.rows_per_head_chunk) == (8192, 441)
-    assert with_shares(run(), "trainer", small).pipeline.tokens_per_micro_batch == 8192
+    assert (teacher.tokens_per_forward, teacher.rows_per_head_chunk) == (16384, 441)
+    assert with_shares(run(), "trainer", small).pipeline.tokens_per_micro_batch == 4096
     gpus(80e9)
     large = planned(run()).sizes
     assert (large.tokens_per_forward, large.tokens_per_micro_batch, large.max_num_seqs) == (16384, 16384, 256)
@@ -480,11 +480,11 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(five_gpus: None) -> None:
     [
         (8 * GIB, {"num_processes": 4, "parallelism": "ddp"}, "set trainer.parallelism = fsdp2"),
         (8 * GIB, {"num_processes": 4, "shard_degree": 1}, "leave trainer.shard_degree = 1 out"),
-        (6 * GIB, {"num_processes": 2}, "set trainer.num_processes = 4, a GPU each"),
+        (6 * GIB, {"num_processes": 2}, "set trainer.num_processes = 3, a GPU each"),
         (
             6 * GIB,
             {"num_processes": 2, "parallelism": "ddp"},
-            "set trainer.num_processes = 4 and trainer.parallelism = fsdp2, a GPU each",
+            "set trainer.num_processes = 3 and trainer.parallelism = fsdp2, a GPU each",
         ),
         (3.6 * GIB, {"num_processes": 4}, "set trainer.cpu_offload = true"),
         (3.6 * GIB, {"num_processes": 4, "cpu_offload": True, "shard_degree": 1}, None),
