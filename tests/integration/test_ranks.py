@@ -61,7 +61,14 @@ def words(
     yield [*arguments(models, rollout_server, teacher_server, tmp_path / "out"), "--weight_sync.lease_s", "3"]
 
 
-@pytest.mark.parametrize(("rank", "parallelism"), [(1, "fsdp2"), (0, "fsdp2"), (1, "ddp")])
+@pytest.mark.parametrize(
+    ("rank", "parallelism"),
+    [
+        (1, "fsdp2"),
+        pytest.param(0, "fsdp2", marks=pytest.mark.long),
+        pytest.param(1, "ddp", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_rank_ends_all_and_the_student_is_saved(
     rank: int, parallelism: str, words: list[str], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -71,7 +78,7 @@ def test_a_killed_rank_ends_all_and_the_student_is_saved(
     run.check_saved(models["qwen3"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_to_any_rank_ends_all_in_order(
     rank: int, words: list[str], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -82,6 +89,7 @@ def test_a_signal_to_any_rank_ends_all_in_order(
     run.check_saved(models["qwen3"])
 
 
+@pytest.mark.long
 def test_ctrl_c_on_the_second_of_two_torchruns_ends_both_in_order(
     words: list[str], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -92,6 +100,7 @@ def test_ctrl_c_on_the_second_of_two_torchruns_ends_both_in_order(
     run.check_saved(models["qwen3"])
 
 
+@pytest.mark.long
 def test_rank_0_alone_speaks(words: list[str], tmp_path: Path) -> None:
     run = Run(tmp_path, words)
     run.end_by(rank_process(run.torchruns, 0), signal.SIGINT)

@@ -29,6 +29,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "small_micro_batches": {"pipeline": {"tokens_per_micro_batch": 12, "updates_per_batch": 2}},
     "bfloat16": {"student": {"compute_dtype": "bfloat16"}},
 }
+# Of untied embeddings, what differs for them.
+OF_UNTIED = ("fsdp2", "ddp")
 CANARY = GivenTokens([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]])
 
 
@@ -104,7 +106,7 @@ def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{into}/rendezvous", rank=rank, world_size=NUM_RANKS)
     ranks = Ranks(rank, NUM_RANKS, rank, NUM_RANKS)
     for architecture, folder in folders.items():
-        for way in WAYS:
+        for way in WAYS if architecture == "qwen3" else OF_UNTIED:
             found = run(folder, ranks, way)
             if rank == 0:
                 torch.save(found, f"{into}/{architecture}-{way}")
@@ -139,8 +141,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("architecture", "way"), [*(("qwen3", way) for way in WAYS), *(("llama", way) for way in OF_UNTIED)]
+)
 def test_two_ranks_train_the_student_of_one(architecture: str, way: str, folders: dict[str, str], found: Path) -> None:
     two: dict[str, Any] = torch.load(found / f"{architecture}-{way}", weights_only=True)
     one = run(folders[architecture], Ranks(), way)

@@ -36,13 +36,16 @@ def student_of(folder: str, checkpointing: bool = False, **options: Any) -> Stud
 
 @pytest.fixture
 def head_dtypes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
-    """The dtypes of the hidden states that reach the head."""
+    """The dtypes of what the head gives; its numbers are those of float32 products."""
     seen: list[torch.dtype] = []
     real = student_module.support_logprobs
 
-    def recording(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        seen.append(hidden.dtype)
-        return real(hidden, *arguments, **options)
+    def recording(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Any:
+        found = real(hidden, weight, *arguments, **options)
+        exact = real(hidden.float(), weight.float(), *arguments, **options)
+        torch.testing.assert_close(found.token_logprobs, exact.token_logprobs, rtol=0, atol=1e-5)
+        seen.append(found.token_logprobs.dtype)
+        return found
 
     monkeypatch.setattr(student_module, "support_logprobs", recording)
     yield seen

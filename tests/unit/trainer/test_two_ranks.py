@@ -147,11 +147,12 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
             "allocate 2.00 GiB. Lower pipeline.tokens_per_micro_batch = 8",
             "DistillServeError: no GPU memory is left",
         ),
-        (
+        pytest.param(
             second_step_fails,
             partial(break_step, 2, ValueError("a bug of rank 1")),
             "RankLostError: rank 1 on ... failed: a bug of rank 1",
             "Traceback",
+            marks=pytest.mark.long,
         ),
         (rank_0_breaks, None, "Traceback ... ValueError: a bug of rank 0", None),
     ],
