@@ -85,7 +85,7 @@ def test_a_signal_to_any_rank_ends_all_in_order(
     run = Run(tmp_path, words)
     assert run.end_by(run.ranks[rank], signal.SIGTERM) < 30.0
     assert "ended by SIGTERM: saving the student" in run.said and "distillserve: ended by SIGTERM" in run.said
-    assert "rank" not in run.said.partition("ended by SIGTERM")[0]
+    assert "is lost" not in run.said and "Traceback" not in run.said.partition("distillserve: ended")[0]
     run.check_saved(models["qwen3"])
 
 
