@@ -79,6 +79,7 @@ def is_lost(pid):
 def wait_until_lost(other):
     wait_for(f"rank-{other}.pids")
     while not is_lost(open(f"{folder}/rank-{other}.pids").read()): time.sleep(0.01)
+    time.sleep(0.3)  # who notices at once may be heard of first
 open(f"{folder}/rank-{rank}.part", "w").write(str(os.getpid()))
 os.rename(f"{folder}/rank-{rank}.part", f"{folder}/rank-{rank}.pids")
 exec(acts[rank])
