@@ -113,7 +113,7 @@ class Learner:
         updates: list[dict[str, float]] = []
         num_skipped = 0
         for _ in range(config.pipeline.updates_per_batch):
-            metrics, of_update = self._backward(micro_batches, totals, old)
+            metrics, of_update = self._backward(micro_batches, totals, old, texts_follow=bool(text_batches))
             old = of_update if old is None else old
             metrics |= self._backward_texts(text_batches, num_text_tokens)
             norm = self._apply()
@@ -145,12 +145,18 @@ class Learner:
             raise
 
     def _backward(
-        self, micro_batches: list[MicroBatch], totals: LossTotals, old: list[torch.Tensor] | None
+        self,
+        micro_batches: list[MicroBatch],
+        totals: LossTotals,
+        old: list[torch.Tensor] | None,
+        *,
+        texts_follow: bool,
     ) -> tuple[dict[str, float], list[torch.Tensor]]:
         """Accumulate the gradient of the whole batch.
 
         Args:
             old: [N] of each micro-batch, log q before the first update on this batch; None on that update.
+            texts_follow: more is added to the gradient before it is used.
 
         Returns:
             metrics of all ranks, and [N] of each micro-batch, the log-probabilities of this pass.
@@ -158,7 +164,7 @@ class Learner:
         collected, logprobs, total_loss = [], [], 0.0
         for index, micro_batch in enumerate(micro_batches):
             self._check()
-            delay_reduction(self.student, index == len(micro_batches) - 1)
+            delay_reduction(self.student, index == len(micro_batches) - 1 and not texts_follow)
             batch = micro_batch.to(self.ranks.device)
             output = self._forward(batch, batch.support_ids, self.config.loss.kd_temperature)
             inputs = loss_inputs(batch, output, None if old is None else old[index])

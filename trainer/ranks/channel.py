@@ -156,11 +156,7 @@ class Leader:
 
     def next(self) -> Call | None:
         """Wait for the next call; None: there is none, in order or because rank 0 is gone (`is_lost`)."""
-        while True:
-            try:
-                return self._calls.get(timeout=1.0)  # so that signals are handled meanwhile
-            except queue.Empty:
-                continue
+        return self._calls.get()
 
     def tell_signal(self, number: int) -> None:
         """This rank got a signal: rank 0 decides what comes of it."""

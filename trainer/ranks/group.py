@@ -117,15 +117,10 @@ def join_ranks(config: RunConfig, environment: Mapping[str, str] = os.environ) -
             f"`torchrun --nproc-per-node {wanted} -m services.cli train`"
         )
     if count == 1:
-        return Ranks(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+        return Ranks(device=torch.device("cuda", 0) if on_gpu else _CPU)
     index, local_index = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
-    ranks = Ranks(
-        index,
-        count,
-        local_index,
-        _number(environment, "LOCAL_WORLD_SIZE", 1),
-        torch.device("cuda", local_index) if on_gpu else torch.device("cpu"),
-    )
+    device = torch.device("cuda", local_index) if on_gpu else _CPU
+    ranks = Ranks(index, count, local_index, _number(environment, "LOCAL_WORLD_SIZE", 1), device)
     if on_gpu:
         _take_gpu(ranks)
     try:

@@ -1,5 +1,7 @@
 """Small scripts in the place of the roles of `up`, and what tests of it do with them."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -170,3 +172,13 @@ def until(patience_s: float) -> Iterator[None]:
         yield
         time.sleep(0.05)
     raise AssertionError(f"did not happen within {patience_s} s")
+
+
+def press_ctrl_c_twice(process: "subprocess.Popen[bytes]") -> None:
+    """The second time once the student is being saved."""
+    os.kill(process.pid, signal.SIGINT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"saving the student first" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)

@@ -20,6 +20,7 @@ from tests.unit.services.launch.roles import (
     Replaced,
     Roles,
     living,
+    press_ctrl_c_twice,
     start_up,
     state,
     until,
@@ -150,12 +151,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(config: RunConfig, tmp_path: Pa
     roles = "Replaced(folder, 'trainer', SAVES, str(folder), '600')"
     process = start_up(config, roles, tmp_path, stdout=subprocess.PIPE)
     wait_until_training(process, tmp_path)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if b"saving the student first" in line:
-            break
-    os.kill(process.pid, signal.SIGINT)
+    press_ctrl_c_twice(process)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and b"the trainer is not waited for, killing it" in said
     wait_until_nobody_lives(tmp_path)

@@ -15,7 +15,16 @@ from services.errors import RankLostError
 from services.gpus.advice import updated
 from services.launch import ranks, supervisor
 from services.launch.supervisor import up
-from tests.unit.services.launch.roles import SERVER, Ranks, Roles, living, start_up, until, wait_until_nobody_lives
+from tests.unit.services.launch.roles import (
+    SERVER,
+    Ranks,
+    Roles,
+    living,
+    press_ctrl_c_twice,
+    start_up,
+    until,
+    wait_until_nobody_lives,
+)
 
 BEGINS = "touch('out/config.json')\n"
 IS_KILLED = "os.kill(os.getpid(), 9)"
@@ -253,12 +262,7 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(two_ranks: RunConfig, tmp_path: 
     for _ in until(30.0):
         if (tmp_path / "out" / "config.json").exists():
             break
-    os.kill(process.pid, signal.SIGINT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if b"saving the student first" in line:
-            break
-    os.kill(process.pid, signal.SIGINT)
+    press_ctrl_c_twice(process)
     started = time.monotonic()
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and time.monotonic() - started < 10
