@@ -1,4 +1,4 @@
-"""Several ranks of the trainer under torchrun against real servers: what becomes of a run when one of them ends."""
+"""Several ranks of the trainer, under torchrun or `accelerate launch`, against real servers: what becomes of a run when one of them ends."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.integration.endless_run import arguments, num_steps
 from tests.integration.processes import Server, is_running, wait_until
-from tests.integration.torchrun import all_ranks, rank_process, torchrun
+from tests.integration.torchrun import accelerate_launch, all_ranks, rank_process, torchrun
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -21,16 +21,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 class Run:
     """An endless run of two ranks that has made a few steps."""
 
-    def __init__(self, folder: Path, words: list[str], nodes: int = 1) -> None:
+    def __init__(self, folder: Path, words: list[str], nodes: int = 1, *, by_accelerate: bool = False) -> None:
         self.output, self.log = folder / "out", folder / "log"
-        self.torchruns = torchrun(*words, nodes=nodes, ranks=2 // nodes, log=self.log)
+        if by_accelerate:
+            self.launchers = [accelerate_launch(*words, log=self.log)]
+        else:
+            self.launchers = torchrun(*words, nodes=nodes, ranks=2 // nodes, log=self.log)
         wait_until(lambda: num_steps(self.output) >= 3 or self.has_ended, 180.0)
         assert not self.has_ended, self.said
-        self.ranks = all_ranks(self.torchruns, 2)
+        self.ranks = all_ranks(self.launchers, 2)
 
     @property
     def has_ended(self) -> bool:
-        return any(process.poll() is not None for process in self.torchruns)
+        return any(process.poll() is not None for process in self.launchers)
 
     @property
     def said(self) -> str:
@@ -40,7 +43,7 @@ class Run:
         """Send a signal; returns how long it took until nothing was left, seconds."""
         started = time.monotonic()
         os.kill(process_id, number)
-        for process in self.torchruns:
+        for process in self.launchers:
             process.wait(60.0)
         wait_until(lambda: not any(map(is_running, self.ranks)), 10.0)
         return time.monotonic() - started
@@ -95,15 +98,16 @@ def test_ctrl_c_on_the_second_of_two_torchruns_ends_both_in_order(
 ) -> None:
     """Two machines with a rank each, as far as torchrun can tell: each rank holds the whole student."""
     run = Run(tmp_path, words, nodes=2)
-    assert run.end_by(run.torchruns[1].pid, signal.SIGINT) < 30.0
+    assert run.end_by(run.launchers[1].pid, signal.SIGINT) < 30.0
     assert "ended by SIGINT: saving the student" in run.said
     run.check_saved(models["qwen3"])
 
 
 @pytest.mark.long
-def test_rank_0_alone_speaks(words: list[str], tmp_path: Path) -> None:
-    run = Run(tmp_path, words)
-    run.end_by(rank_process(run.torchruns, 0), signal.SIGINT)
+@pytest.mark.parametrize("by_accelerate", [False, True])
+def test_rank_0_alone_speaks(by_accelerate: bool, words: list[str], tmp_path: Path) -> None:
+    run = Run(tmp_path, words, by_accelerate=by_accelerate)
+    run.end_by(rank_process(run.launchers, 0), signal.SIGINT)
     lines = [line for line in run.said.splitlines() if " INFO " in line or " WARNING " in line]
     assert len(lines) == len(set(lines)) and sum("exact match" in line for line in lines) >= 1, run.said
     rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]

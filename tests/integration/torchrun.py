@@ -1,4 +1,4 @@
-"""Runs of several ranks under torchrun, as users start them, for tests that end one of them."""
+"""Runs of several ranks under torchrun or `accelerate launch`, as users start them, for tests that end one of them."""
 
 import subprocess
 import sys
@@ -7,7 +7,13 @@ from pathlib import Path
 from services.process.startup import free_port
 from tests.integration.processes import environment, is_running
 
-MODULE = ["-m", "services.cli", "train"]
+TRAIN = ["services.cli", "train"]
+
+
+def accelerate_launch(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
+    """Two ranks; --multi_gpu is its word for several processes, on a machine without GPUs as well."""
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    return _start([*words, "--num_machines", "1", "--main_process_port", "0", "--module", *TRAIN, *arguments], log)
 
 
 def torchrun(*arguments: str, nodes: int = 1, ranks: int = 2, log: Path) -> "list[subprocess.Popen[bytes]]":
@@ -20,20 +26,19 @@ def torchrun(*arguments: str, nodes: int = 1, ranks: int = 2, log: Path) -> "lis
     for node in range(nodes):
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--nnodes", str(nodes)]
         words += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [*words, *MODULE, *arguments],
-                env={**environment(), "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        started.append(process)
+        started.append(_start([*words, "-m", *TRAIN, *arguments], log))
     return started
 
 
-def rank_process(torchruns: "list[subprocess.Popen[bytes]]", rank: int) -> int:
+def _start(words: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("ab") as output:
+        variables = {**environment(), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(words, env=variables, stdout=output, stderr=subprocess.STDOUT)
+
+
+def rank_process(launchers: "list[subprocess.Popen[bytes]]", rank: int) -> int:
     """Process id of a rank."""
-    for process in torchruns:
+    for process in launchers:
         for child in map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
             variables = Path(f"/proc/{child}/environ").read_text().split("\0")
             if f"RANK={rank}" in variables and is_running(child):
@@ -41,5 +46,5 @@ def rank_process(torchruns: "list[subprocess.Popen[bytes]]", rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def all_ranks(torchruns: "list[subprocess.Popen[bytes]]", count: int) -> list[int]:
-    return [rank_process(torchruns, rank) for rank in range(count)]
+def all_ranks(launchers: "list[subprocess.Popen[bytes]]", count: int) -> list[int]:
+    return [rank_process(launchers, rank) for rank in range(count)]
