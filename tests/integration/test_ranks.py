@@ -1,4 +1,4 @@
-"""Several ranks of the trainer, under torchrun or `accelerate launch`, against real servers: what becomes of a run when one of them ends."""
+"""Ranks of the trainer, under torchrun or `accelerate launch`, and real servers: what becomes of a run when one of them ends."""
 
 import json
 import os

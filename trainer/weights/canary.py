@@ -15,6 +15,8 @@ NEW_TOKENS = 8
 """That a server samples for each canary, once; they are what is compared."""
 PROMPT_TOKENS = 8
 """Of the end of a prompt. Weights in a wrong place show at every token, and each costs time at every push."""
+RENEWED_AFTER = 10
+"""Pushes after which the tokens are sampled anew: a student of a few hundred steps hardly writes what it wrote at first."""
 
 # The largest difference in float32; in half precision the mean, for single tokens differ by more.
 _FLOORS = {"float32": 1e-4, "half": 0.05}
@@ -26,7 +28,7 @@ class Canary:
     """Prompts with completions that the student itself has sampled: at tokens it would not write, both sides round more.
 
     Args:
-        given: what both sides score.
+        given: what both sides score; may be replaced by what the student has sampled since.
         dtypes: of the rollouts and of the student's products.
     """
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutInfo, RolloutSampling
 from services.wire.weights import CanaryScores
 from trainer.data.prompts import Prompt
-from trainer.weights.canary import NEW_TOKENS, PROMPT_TOKENS, Canary
+from trainer.weights.canary import NEW_TOKENS, PROMPT_TOKENS, RENEWED_AFTER, Canary
 from trainer.weights.policy_versions import PolicyVersions
 from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
@@ -98,6 +99,7 @@ class WeightSync:
         )
         self._connected = False
         self._canary: Canary | None = None
+        self._num_checked = 0  # pushes that the canary's tokens have checked
         self._threads: list[threading.Thread] = []
 
     def _check_backends(self) -> None:
@@ -147,8 +149,15 @@ class WeightSync:
         self._client.run = self.versions.run
 
     async def canary(self) -> GivenTokens:
-        """What every push is checked with: sampled once, under the weights that the first server holds before the first push."""
-        self._canary = self._canary or await self._sample_canary()
+        """What the next push is checked with: sampled from the first server before the first push, and anew every
+        `RENEWED_AFTER` pushes, since what the student wrote then may be what it would not write any more."""
+        if self._canary is None:
+            compute_dtype = self._config.compute_dtype(on_gpu=self._device.type == "cuda")
+            dtypes = self._infos[0].dtype, compute_dtype
+            self._canary = Canary(self._config.weight_sync, await self._sample_canary(), dtypes)
+        elif self._num_checked >= RENEWED_AFTER:
+            with suppress(DistillServeError):  # the push will say what is wrong with the server
+                self._canary.given, self._num_checked = await self._sample_canary(), 0
         return self._canary.given
 
     async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
@@ -188,6 +197,7 @@ class WeightSync:
             sent = time.monotonic()
             scored = await self._control.score_canary(canary.given.sequences)
             residual = self._check_canary(label, canary, snapshot.canary_logprobs, scored)
+            self._num_checked += 1
             self.versions.set_live(label)  # one server may sample before another has resumed
             await self._control.resume()
         except BaseException as error:
@@ -239,8 +249,8 @@ class WeightSync:
         if receiving.cancelled() or receiving.exception() is not None:
             self._sender.abort()
 
-    async def _sample_canary(self) -> Canary:
-        """Complete a few prompts on the first server, under the weights that it holds before the first push."""
+    async def _sample_canary(self) -> GivenTokens:
+        """Complete a few prompts on the first server, under the weights that it holds."""
         limit = min(info.max_model_len for info in self._infos)
         num_new = min(NEW_TOKENS, max(1, (limit - 1) // 2))  # a canary is scored, and one token follows it
         kept = min(PROMPT_TOKENS, limit - 1 - num_new)
@@ -254,9 +264,7 @@ class WeightSync:
             raise WeightSyncError(
                 f"{url} took longer than {patience:.0f} s to complete {len(prompts)} prompts"
             ) from error
-        compute_dtype = self._config.compute_dtype(on_gpu=self._device.type == "cuda")
-        given = GivenTokens(prompts, [c.token_ids.tolist() for c in completions])
-        return Canary(self._config.weight_sync, given, dtypes=(self._infos[0].dtype, compute_dtype))
+        return GivenTokens(prompts, [c.token_ids.tolist() for c in completions])
 
     def _check_canary(
         self, label: PolicyLabel, canary: Canary, ours: list[np.ndarray], scored: list[CanaryScores]

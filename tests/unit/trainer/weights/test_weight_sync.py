@@ -469,6 +469,31 @@ async def test_a_student_in_half_precision_is_compared_as_such(
     assert sync._canary is not None and sync._canary.tolerance == tolerance
 
 
+async def test_the_canary_is_sampled_anew_as_the_student_moves_on(attach: Attach) -> None:
+    servers = Servers()
+    pushing = attach(servers)
+    for version in range(2 * weight_sync.RENEWED_AFTER + 1):
+        await pushing.push(version)
+    sampled = [servers.events[:i].count("resume") for i, event in enumerate(servers.events) if event == "sample"]
+    assert sampled == [0, weight_sync.RENEWED_AFTER, 2 * weight_sync.RENEWED_AFTER]
+
+
+async def test_a_canary_that_cannot_be_sampled_anew_stays_for_the_next_push(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushing = attach(Servers())
+    monkeypatch.setattr(weight_sync, "RENEWED_AFTER", 1)
+    before = await pushing.sync.canary()
+    await pushing.push(0)
+
+    async def is_away(*arguments: Any) -> list[RolloutCompletion]:
+        raise PeerError("connection refused")
+
+    monkeypatch.setattr(pushing.sync._client, "generate_on", is_away)
+    assert (await pushing.push(1))["canary_residual"] < 1e-4
+    assert await pushing.sync.canary() is before
+
+
 def test_weights_are_sent_in_the_servers_dtype(attach: Attach) -> None:
     assert attach(Servers(), {"dtype": "bfloat16"}).sync.rollout_dtype == torch.bfloat16
 
