@@ -3,7 +3,8 @@
 Master weights, gradients and optimizer state are DTensors: a slice on each rank of a group of `shard` ranks, with `replicate`
 such groups. Before a layer runs its weights are gathered in the compute dtype, and dropped after it; gradients are summed over
 all ranks in float32. `ddp` is a group of one: each rank has everything, and only gradients travel. A single rank takes the
-same way where it computes in another dtype than it keeps, or keeps the student on the host; else the student stays as it is.
+same way where it computes in another dtype than it keeps, or keeps the student on the host; else the student stays as it is,
+and on several ranks with `ddp` torch's DistributedDataParallel adds up gradients, which copies less.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import DDP, replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -56,16 +58,24 @@ def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
 
 
 def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
-    """None where a student stays whole."""
-    is_cast = compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype)
-    return mesh_of(config.trainer, ranks) if ranks.count > 1 or is_cast or _offloads(config, ranks) else None
+    """None where a single rank keeps the student whole."""
+    return mesh_of(config.trainer, ranks) if ranks.count > 1 or _is_cast(config, ranks) else None
 
 
 def _put(student: Student, config: RunConfig, ranks: Ranks, mesh: DeviceMesh | None) -> Student:
     if mesh is None:
         return student.to(ranks.device)
-    spread(student, mesh, compute_dtype_of(config, ranks.device), cpu_offload=_offloads(config, ranks))
+    is_whole = config.trainer.parallelism == "ddp" and not _is_cast(config, ranks)
+    if is_whole and _has_gradients_everywhere(student.to(ranks.device)):
+        _add_up_gradients(student)
+    else:
+        spread(student, mesh, compute_dtype_of(config, ranks.device), cpu_offload=_offloads(config, ranks))
     return student
+
+
+def _is_cast(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether weights are in another dtype, or in another place, while a layer computes with them."""
+    return compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype) or _offloads(config, ranks)
 
 
 def _offloads(config: RunConfig, ranks: Ranks) -> bool:
@@ -108,6 +118,30 @@ def spread(student: Student, mesh: DeviceMesh, compute_dtype: torch.dtype, *, cp
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
+def _add_up_gradients(student: Student) -> None:
+    """Make gradients sums over all ranks, in place: a wrapper module would be another name for every parameter."""
+    replicate(student, gradient_as_bucket_view=True)
+    assert isinstance(student, DDP)
+    student.register_comm_hook(None, _sum_over_ranks)
+
+
+def _has_gradients_everywhere(student: Student) -> bool:
+    """Whether a single token gives every parameter that learns a gradient: not so a tower for images, or experts of which a
+    token reaches a few. DistributedDataParallel waits for all of them."""
+    device = next(student.parameters()).device
+    one, none = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, 0, dtype=torch.long, device=device)
+    student(one.unsqueeze(0), one, one, none, lengths=one + 1).token_logprobs.sum().backward()
+    found = all(parameter.grad is not None for parameter in student.parameters() if parameter.requires_grad)
+    student.zero_grad(set_to_none=True)
+    return found
+
+
+def _sum_over_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Not the mean, which is torch's own choice: the loss is divided by what was counted over all ranks."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def is_spread(student: nn.Module) -> bool:
     """Whether its parameters are slices, or on the host, and gathered where they are needed."""
     return isinstance(student, FSDPModule)
@@ -117,6 +151,8 @@ def delay_reduction(student: nn.Module, is_last: bool) -> None:
     """Between groups of ranks, add up gradients at the last micro-batch alone; inside of a group they would need memory."""
     if isinstance(student, FSDPModule):
         student.set_requires_all_reduce(is_last)
+    elif isinstance(student, DDP):
+        student.set_requires_gradient_sync(is_last)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from services.config import RunConfig
+from services.config import RunConfig, StudentConfig
 from services.models.padding import share_out
 from services.wire.batch import TrainingBatch
 from tests.models import save_model
 from tests.ranks import leave
 from tests.unit.trainer.samples import batch_of, sample
 from trainer.learner import Learner
-from trainer.parallel import load_and_place, local, whole
+from trainer.parallel import _has_gradients_everywhere, load_and_place, local, whole
 from trainer.ranks.group import Ranks
+from trainer.student import load_student
 from trainer.weights.snapshot import GivenTokens
 
 NUM_RANKS, NUM_STEPS = 2, 20
@@ -27,7 +28,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"trainer": {"parallelism": "ddp"}},
     "checkpointed": {"student": {"gradient_checkpointing": True}},
     "small_micro_batches": {"pipeline": {"tokens_per_micro_batch": 12, "updates_per_batch": 2}},
+    "ddp_small_micro_batches": {
+        "trainer": {"parallelism": "ddp"},
+        "student": {"gradient_checkpointing": True},
+        "pipeline": {"tokens_per_micro_batch": 12, "updates_per_batch": 2},
+    },
     "bfloat16": {"student": {"compute_dtype": "bfloat16"}},
+    "ddp_bfloat16": {"trainer": {"parallelism": "ddp"}, "student": {"compute_dtype": "bfloat16"}},
 }
 # Of untied embeddings, what differs for them.
 OF_UNTIED = ("fsdp2", "ddp")
@@ -137,6 +144,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_both(parallelis
     assert of_ranks[0] == of_ranks[1] and np.isfinite(of_ranks[0]["loss"])
 
 
+def test_ddp_is_not_left_waiting_for_a_gradient_that_never_comes(folders: dict[str, str]) -> None:
+    student = load_student(StudentConfig(model=folders["qwen3"]))
+    assert _has_gradients_everywhere(student) and all(p.grad is None for p in student.parameters())
+    student.model.get_input_embeddings().weight.requires_grad_(False)
+    assert _has_gradients_everywhere(student)  # what does not learn needs none
+    student.model.register_parameter("of_images", torch.nn.Parameter(torch.zeros(3)))
+    assert not _has_gradients_everywhere(student)
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -148,7 +164,7 @@ def test_two_ranks_train_the_student_of_one(architecture: str, way: str, folders
     two: dict[str, Any] = torch.load(found / f"{architecture}-{way}", weights_only=True)
     one = run(folders[architecture], Ranks(), way)
     # In bfloat16 the ranks round sums that one rank makes of other parts.
-    tolerance = 1e-5 if way != "bfloat16" else 2e-2
+    tolerance = 2e-2 if "bfloat16" in way else 1e-5
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance, abs=tolerance)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=tolerance)
     for ours, theirs in zip(two["metrics"], one["metrics"], strict=True):
@@ -161,9 +177,9 @@ def test_two_ranks_train_the_student_of_one(architecture: str, way: str, folders
     for name, sent in two["sent"].items():
         assert torch.equal(sent, two["weights"][name]), name
     for ours, theirs in zip(two["canary"], one["canary"], strict=True):
-        assert (ours - theirs).abs().max() <= (1e-4 if way != "bfloat16" else 0.05)
+        assert (ours - theirs).abs().max() <= (0.05 if "bfloat16" in way else 1e-4)
     assert [n for _, n in two["reverse_kl"]] == [n for _, n in one["reverse_kl"]]
     sums = [[total for total, _ in side["reverse_kl"]] for side in (two, one)]
     assert sums[0] == pytest.approx(sums[1], rel=10 * tolerance, abs=10 * tolerance)
     assert two["moments"] == 2.0
-    assert two["share"] == 1.0 if way == "ddp" else two["share"] <= 0.6
+    assert two["share"] == 1.0 if "ddp" in way else two["share"] <= 0.6
