@@ -36,6 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"student": {"compute_dtype": "bfloat16"}},
     "ddp_bfloat16": {"trainer": {"parallelism": "ddp"}, "student": {"compute_dtype": "bfloat16"}},
 }
+# Of four ranks: two groups of two.
+HYBRID: dict[str, Any] = {"trainer": {"shard_degree": 2}, "pipeline": {"tokens_per_micro_batch": 12}}
 # Of untied embeddings, what differs for them.
 OF_UNTIED = ("fsdp2", "ddp")
 CANARY = GivenTokens([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], [16]])
@@ -55,7 +57,7 @@ def batches() -> list[TrainingBatch]:
 
 def run(folder: str, ranks: Ranks, way: str) -> dict[str, Any]:
     """What twenty steps come to."""
-    sections = WAYS[way]
+    sections = HYBRID if way == "hybrid" else WAYS[way]
     config = RunConfig(
         **{
             **sections,
@@ -123,6 +125,16 @@ def on_one_rank(rank: int, folders: dict[str, str], into: str) -> None:
     leave()
 
 
+def on_one_of_four(rank: int, folder: str, into: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{into}/rendezvous", rank=rank, world_size=4)
+    found = run(folder, Ranks(rank, 4, rank % 2, 2), "hybrid")  # two "machines"
+    if rank == 0:
+        torch.save(found, f"{into}/found")
+    dist.barrier()
+    leave()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
@@ -162,7 +174,16 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 )
 def test_two_ranks_train_the_student_of_one(architecture: str, way: str, folders: dict[str, str], found: Path) -> None:
     two: dict[str, Any] = torch.load(found / f"{architecture}-{way}", weights_only=True)
-    one = run(folders[architecture], Ranks(), way)
+    check_same(two, run(folders[architecture], Ranks(), way), way)
+
+
+@pytest.mark.long
+def test_four_ranks_in_two_groups_train_the_student_of_one(folders: dict[str, str], tmp_path: Path) -> None:
+    mp.spawn(on_one_of_four, (folders["llama"], str(tmp_path)), 4)
+    check_same(torch.load(tmp_path / "found", weights_only=True), run(folders["llama"], Ranks(), "hybrid"), "hybrid")
+
+
+def check_same(two: dict[str, Any], one: dict[str, Any], way: str) -> None:
     # In bfloat16 the ranks round sums that one rank makes of other parts.
     tolerance = 2e-2 if "bfloat16" in way else 1e-5
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance, abs=tolerance)
