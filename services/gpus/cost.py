@@ -43,7 +43,7 @@ def report_cost(
     passing = _passing(config, shape, layout)
     lines = [_of_rank(shape, layout, passing)]
     left = "" if available is None else f", {available / GIB:.1f} are available"
-    lines.append(f"this machine's memory: at least {host.needed / GIB:.1f} GiB are needed{left}")
+    lines.append(f"this machine's memory: at least {max(host.needed / GIB, 0.1):.1f} GiB are needed{left}")
     in_all = host.train + sum(passing.values()) * num_local_ranks
     if not on_gpu and available is not None and in_all > available:
         lines.append(
@@ -74,7 +74,8 @@ def _of_rank(shape: ModelShape, layout: Layout, passing: Mapping[str, int]) -> s
 
 def _listed(parts: Mapping[str, int]) -> str:
     (first, size), *others = parts.items()
-    return ", ".join([f"{first} {size / GIB:.2f} GiB", *(f"{name} {size / GIB:.2f}" for name, size in others)])
+    unit, of_unit = ("MiB", 2**20) if max(parts.values()) < GIB / 10 else ("GiB", GIB)  # a tiny student has 0.00 GiB of all
+    return ", ".join([f"{first} {size / of_unit:.2f} {unit}", *(f"{name} {size / of_unit:.2f}" for name, size in others)])
 
 
 def _refusal(config: RunConfig, shape: ModelShape, layout: Layout, host: HostMemory, available: int) -> str:

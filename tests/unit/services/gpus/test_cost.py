@@ -10,6 +10,7 @@ from services.gpus import cost
 from services.gpus.cost import report_cost
 from services.gpus.memory import GIB, Sizes
 from services.gpus.trainer_memory import Layout, trainer_share
+from services.models.shape import ModelShape
 from tests.unit.services.shapes import QWEN3_0_6B
 
 PARAMETERS_GIB = QWEN3_0_6B.num_parameters / GIB
@@ -37,6 +38,24 @@ def test_a_line_says_what_each_rank_holds() -> None:
     )
     assert report(1, **micro_batch)[0].startswith(f"the trainer: parameters {4 * PARAMETERS_GIB:.2f} GiB, gradients")
     assert "GPU" not in report(1, **micro_batch)[0]
+
+
+def test_what_a_tiny_student_takes_is_not_told_as_nothing() -> None:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    tiny = ModelShape.from_config(sizes | {"num_key_value_heads": 2, "tie_word_embeddings": True})
+    part = 4 * tiny.num_parameters / 2**20
+    few = RunConfig(student={"model": "tiny"}, rollout={"max_model_len": 64}, pipeline={"prompts_per_step": 2})
+    of_rank, of_machine = report_cost(few, 1, 1, on_gpu=False, available=ENOUGH, shapes={"tiny": tiny}.get)
+    assert of_rank.startswith(
+        f"the trainer: parameters {part:.2f} MiB, gradients {part:.2f}, optimizer {2 * part:.2f}, head "
+    )
+    assert "at least 0.1 GiB" in of_machine
 
 
 def test_what_is_offloaded_is_said_to_be_on_the_machine() -> None:
