@@ -50,7 +50,7 @@ def test_what_a_tiny_student_takes_is_not_told_as_nothing() -> None:
     }
     tiny = ModelShape.from_config(sizes | {"num_key_value_heads": 2, "tie_word_embeddings": True})
     part = 4 * tiny.num_parameters / 2**20
-    few = RunConfig(student={"model": "tiny"}, rollout={"max_model_len": 64}, pipeline={"prompts_per_step": 2})
+    few = RunConfig(student={"model": "tiny"}, sampling={"max_new_tokens": 8}, rollout={"max_model_len": 64})
     of_rank, of_machine = report_cost(few, 1, 1, on_gpu=False, available=ENOUGH, shapes={"tiny": tiny}.get)
     assert of_rank.startswith(
         f"the trainer: parameters {part:.2f} MiB, gradients {part:.2f}, optimizer {2 * part:.2f}, head "
