@@ -74,8 +74,12 @@ def _of_rank(shape: ModelShape, layout: Layout, passing: Mapping[str, int]) -> s
 
 def _listed(parts: Mapping[str, int]) -> str:
     (first, size), *others = parts.items()
-    unit, of_unit = ("MiB", 2**20) if min(parts.values()) < GIB / 100 else ("GiB", GIB)  # a tiny student has 0.00 GiB of all
-    return ", ".join([f"{first} {size / of_unit:.2f} {unit}", *(f"{name} {size / of_unit:.2f}" for name, size in others)])
+    unit, of_unit = (
+        ("MiB", 2**20) if min(parts.values()) < GIB / 100 else ("GiB", GIB)
+    )  # a tiny student has 0.00 GiB of all
+    return ", ".join(
+        [f"{first} {size / of_unit:.2f} {unit}", *(f"{name} {size / of_unit:.2f}" for name, size in others)]
+    )
 
 
 def _refusal(config: RunConfig, shape: ModelShape, layout: Layout, host: HostMemory, available: int) -> str:
