@@ -50,14 +50,14 @@ _TICK_S = 0.005
 _HEALTH_EVERY_S = 0.01
 
 
-def save_student(folder: Path) -> str:
-    """Gemma 3's shape of 270 M parameters with 12 of its 18 layers; weights do not change what a push costs."""
+def save_student(folder: Path, num_layers: int = 12) -> str:
+    """Gemma 3's shape of 270 M parameters with 12 of its 18 layers, 235 M; weights do not change what a push costs."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     shape = Gemma3TextConfig(
         vocab_size=262_144,
         hidden_size=640,
-        num_hidden_layers=12,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=256,
