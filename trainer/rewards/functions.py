@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
@@ -152,7 +151,7 @@ def _checked(value: Any, index: int) -> float | None:
     number = value.item() if callable(getattr(value, "item", None)) else value
     if not isinstance(number, bool | int | float):
         raise NotARewardError(f"gave {describe_value(value)}", index)
-    if not math.isfinite(number) or abs(number) > _LARGEST:
+    if not -_LARGEST <= number <= _LARGEST:  # which NaN is not either
         raise NotARewardError(f"gave {describe_value(number)}", index)
     return float(number)
 

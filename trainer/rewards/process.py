@@ -50,6 +50,7 @@ class WorkerProcess:
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._reading: asyncio.Task[None] | None = None
         self._num_calls = 0
+        self._is_killed = False
         self.importing = 0
         self.ready: list[dict[str, Any]] = []
 
@@ -87,7 +88,8 @@ class WorkerProcess:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None and self._reading is not None and not self._reading.done()
+        """Whether it can be asked."""
+        return not self._is_killed and self._reading is not None and not self._reading.done()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a call.
@@ -112,6 +114,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it, and all that it has started, at once."""
+        self._is_killed = True
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
