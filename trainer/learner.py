@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequence
 from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
+from trainer.high_entropy import highest_share
 from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
@@ -29,7 +30,6 @@ from trainer.loss import (
     minillm_loss,
 )
 from trainer.loss.head import HeadOutput
-from trainer.high_entropy import highest_share
 from trainer.optimizer import build_optimizer, build_schedule
 from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
 from trainer.ranks.group import Ranks
@@ -70,10 +70,12 @@ class Learner:
         check: Callable[[], None] = lambda: None,
         reference: Student | None = None,
     ) -> None:
-        assert (reference is not None) == (config.loss.alpha_reference_kl > 0), "a reference is held where it is looked at"
+        assert (reference is not None) == (config.loss.alpha_reference_kl > 0), (
+            "a reference is held where it is looked at"
+        )
         self._reference = reference
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
-        self._share = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
+        self._share: dict[str, Any] = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
         self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
         self.finished_step = 0
@@ -208,7 +210,9 @@ class Learner:
             delay_reduction(self.student, index == len(micro_batches) - 1 and not texts_follow)
             batch = micro_batch.to(self.ranks.device)
             has_bonus = self.config.loss.alpha_entropy > 0
-            output = self._forward(batch, batch.support_ids, self.config.loss.kd_temperature, entropy_gradient=has_bonus)
+            output = self._forward(
+                batch, batch.support_ids, self.config.loss.kd_temperature, entropy_gradient=has_bonus
+            )
             inputs = loss_inputs(batch, output, None if old is None else old[index], *before[index])
             loss, metrics = minillm_loss(inputs, self.config.loss, totals)
             loss.backward()

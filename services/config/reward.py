@@ -46,7 +46,9 @@ class RewardConfig(Section):
             if not function.strip():
                 raise ValueError(f"reward.functions[{index}] = {function!r} names nothing; leave it out")
             if function in self.functions[:index]:
-                raise ValueError(f"reward.functions names {function!r} twice; raise its weight in reward.weights instead")
+                raise ValueError(
+                    f"reward.functions names {function!r} twice; raise its weight in reward.weights instead"
+                )
         if self.weights is not None and len(self.weights) != len(self.functions):
             raise ValueError(
                 f"reward.weights = {self.weights} has {len(self.weights)} weights for the {len(self.functions)} of "

@@ -121,11 +121,15 @@ class _Lane:
             index = self._indices[worker.importing]
             what = f"reward.functions[{index}] = {self._config.functions[index]!r} cannot be loaded: "
             if isinstance(error, TimeoutError):
-                raise ConfigError(f"{what}it takes more than reward.startup_timeout_s = {limit:g} s; raise that") from error
+                raise ConfigError(
+                    f"{what}it takes more than reward.startup_timeout_s = {limit:g} s; raise that"
+                ) from error
             if isinstance(error, WorkerEndedError):
                 raise ConfigError(f"{what}the process that imports it {error}") from error
             if isinstance(error, ValueError):
-                raise ConfigError(f"{what}{error}; {_FIX[split_function(self._config.functions[index]) is None]}") from error
+                raise ConfigError(
+                    f"{what}{error}; {_FIX[split_function(self._config.functions[index]) is None]}"
+                ) from error
             raise
         return worker
 

@@ -18,11 +18,15 @@ def reference_of(function: Callable[..., Any]) -> str:
     name, module = getattr(function, "__qualname__", None), getattr(function, "__module__", None)
     shown = name or f"an object of {type(function).__name__}"
     if not callable(function):
-        raise ConfigError(f"a reward function must be a function, got {shown}; write `def reward(completions, **kwargs)`")
+        raise ConfigError(
+            f"a reward function must be a function, got {shown}; write `def reward(completions, **kwargs)`"
+        )
     if name is None or module is None:
         raise ConfigError(f"{shown} has no name by which another process finds it; call it in a function of a module")
     if "<lambda>" in name:
-        raise ConfigError("a lambda has no name by which another process finds it; write `def reward(completions, **kwargs)`")
+        raise ConfigError(
+            "a lambda has no name by which another process finds it; write `def reward(completions, **kwargs)`"
+        )
     if "<locals>" in name:
         outer = name.partition(".<locals>")[0]
         raise ConfigError(

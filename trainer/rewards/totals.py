@@ -22,9 +22,7 @@ def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
     return np.where((applies & (np.array(weights) != 0)).any(-1), sums, np.nan)
 
 
-def advantages(
-    batch: TrainingBatch, config: RewardConfig, truncated: Literal["train", "mask", "drop"]
-) -> torch.Tensor:
+def advantages(batch: TrainingBatch, config: RewardConfig, truncated: Literal["train", "mask", "drop"]) -> torch.Tensor:
     """[B] float64 advantages of the batch's rewards, each compared within its group over the whole step.
 
     A completion to which no function applies has no reward: its advantage is 0, and the others are not compared with it.
@@ -60,7 +58,9 @@ def reward_metrics(batch: TrainingBatch, config: RewardConfig) -> dict[str, floa
     found = _mean_and_std("reward", totals)
     for name, column in zip(batch.reward_names, batch.rewards.T, strict=True):
         found |= _mean_and_std(f"rewards/{name}", column)
-    spreads = [np.ptp(of_group) for place in np.unique(batch.groups) if len(of_group := _known(totals[batch.groups == place]))]
+    spreads = [
+        np.ptp(of_group) for place in np.unique(batch.groups) if len(of_group := _known(totals[batch.groups == place]))
+    ]
     if spreads:
         found["reward_equal_groups_fraction"] = float(np.mean([spread == 0 for spread in spreads]))
     return found

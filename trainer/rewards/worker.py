@@ -94,9 +94,7 @@ def _load(setup: dict[str, Any], answer: Answer) -> list[Any] | None:
     except BaseException as error:
         answer({"failed": describe(error)})
         return None
-    kinds = [
-        {"is_async": one.is_async, "parameters": one.parameters, "required": one.required} for one in functions
-    ]
+    kinds = [{"is_async": one.is_async, "parameters": one.parameters, "required": one.required} for one in functions]
     answer({"ready": kinds})
     return functions
 

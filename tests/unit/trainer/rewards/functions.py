@@ -20,7 +20,9 @@ def process_id(completions: list[str], **_: Any) -> list[int]:
     return [os.getpid()] * len(completions)
 
 
-def told(prompts: list[Any], completions: list[Any], level: list[int], trainer_state: Any, **others: Any) -> list[float]:
+def told(
+    prompts: list[Any], completions: list[Any], level: list[int], trainer_state: Any, **others: Any
+) -> list[float]:
     """What a call is told, in numbers that a test takes apart."""
     assert sorted(others) == ["completion_ids", "prompt_ids"], sorted(others)
     step, num_steps = trainer_state.step, trainer_state.num_steps

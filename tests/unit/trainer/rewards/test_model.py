@@ -17,7 +17,13 @@ from trainer.tiny.pair import build_tokenizer
 
 TEXTS = ["a", "much longer than the others", "bc", "x" * 60]
 PROMPTS = ["1+1="] * len(TEXTS)
-OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "batch_size": 3, "max_tokens": None, "trust_remote_code": False}
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "batch_size": 3,
+    "max_tokens": None,
+    "trust_remote_code": False,
+}
 
 
 def save_classifier(folder: Path, num_labels: int = 1, *, pads: bool = True) -> str:

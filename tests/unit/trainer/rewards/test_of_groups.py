@@ -97,7 +97,9 @@ def test_columns_are_those_of_all_rows() -> None:
 
 def test_what_nobody_gives_is_refused_with_what_there_is() -> None:
     check_arguments(["m:f"], [["prompts", "completions", "prompt_ids", "completion_ids", "trainer_state", "x"]], ["x"])
-    with pytest.raises(ConfigError, match=r"m:f asks for `awnser`, but is given prompts, .*trainer_state, answer; name"):
+    with pytest.raises(
+        ConfigError, match=r"m:f asks for `awnser`, but is given prompts, .*trainer_state, answer; name"
+    ):
         check_arguments(["m:f"], [["awnser"]], ["answer"])
     with pytest.raises(ConfigError, match="the data have a column `completions`, which is the name of an argument"):
         check_arguments(["m:f"], [[]], ["a", "completions"])

@@ -129,7 +129,9 @@ async def test_what_goes_wrong_is_one_line_with_function_and_row(function: str, 
         assert "\n" not in str(raised.value) and raised.value.exit_code == 9
 
 
-async def test_at_the_deadline_a_process_and_its_children_are_killed_and_the_next_call_has_another(tmp_path: Path) -> None:
+async def test_at_the_deadline_a_process_and_its_children_are_killed_and_the_next_call_has_another(
+    tmp_path: Path,
+) -> None:
     note = tmp_path / "processes"
     async with pool_of("hangs", "length", timeout_s=1.0) as pool:
         with pytest.raises(RewardError, match=rf":hangs has not answered within reward.timeout_s = 1 s {OF_ROW}; make"):
@@ -179,7 +181,10 @@ async def test_columns_that_no_other_process_can_be_given_are_said() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("no_such_module:f", r"functions\[0\] = 'no_such_module:f' cannot be loaded: ModuleNotFoundError: No module named"),
+        (
+            "no_such_module:f",
+            r"functions\[0\] = 'no_such_module:f' cannot be loaded: ModuleNotFoundError: No module named",
+        ),
         (f"{HERE}:lenght", r"cannot be loaded: AttributeError: module .* has no attribute 'lenght'"),
         (f"{HERE}:not_a_function", r"TypeError: not_a_function is no function but of type int; a function is given as"),
         (f"{HERE}:by_place", r"takes `completions` by its place alone"),

@@ -59,7 +59,9 @@ def test_a_completion_to_which_nothing_applies_is_compared_with_nobody() -> None
 @pytest.mark.parametrize(
     ("truncated", "expected"), [("train", [-4.0, -1.0, 5.0]), ("mask", [-4.0, -1.0, 5.0]), ("drop", [-2.0, 2.0, 0.0])]
 )
-def test_truncated_completions_count_in_their_group_unless_they_are_dropped(truncated: Any, expected: list[float]) -> None:
+def test_truncated_completions_count_in_their_group_unless_they_are_dropped(
+    truncated: Any, expected: list[float]
+) -> None:
     batch = batch_with([(1.0, 0.0), (3.0, 0.0), (7.0, 0.0)], truncated=(2,))
     found = advantages(batch, RewardConfig(**TWO, advantage="leave_one_out"), truncated)
     assert found.tolist() == pytest.approx(expected)
