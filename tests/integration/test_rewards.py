@@ -122,7 +122,7 @@ def test_an_interrupted_run_leaves_no_process_of_its_rewards(
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert [row["reward_mean"] for row in rows(output / "metrics.jsonl") if row.get("step") == 2][0] == 2.0
+    assert next(row["reward_mean"] for row in rows(output / "metrics.jsonl") if row.get("step") == 2) == 2.0
     wait_until(family.is_gone, 30.0)
 
 
