@@ -43,8 +43,9 @@ class LeadingLearner(Learner):
         followers: Followers,
         interruption: Interruption,
         rescue: Callable[[StudentState], None],
+        reference: Student | None = None,
     ) -> None:
-        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption))
+        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption), reference)
         self._followers, self._interruption, self._rescue = followers, interruption, rescue
         self._is_called = False
         self._is_broken = False

@@ -31,8 +31,11 @@ def compute_dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
     return found
 
 
-def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
+def load_and_place(config: RunConfig, ranks: Ranks, *, learns: bool = True) -> Student:
     """The student of a run where it trains; the ranks of a machine load it one after another, for each loads all of it.
+
+    Args:
+        learns: whether its parameters get gradients.
 
     Raises:
         ConfigError: trainer.shard_degree does not divide the number of ranks.
@@ -41,11 +44,21 @@ def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
     mesh = _mesh_for(config, ranks)
     checkpointing = config.uses_gradient_checkpointing(on_gpu=ranks.device.type == "cuda")
     set_seed(config.seed)  # what is missing in the files begins alike on all ranks
-    student = ranks.in_turns(
-        lambda: _put(load_student(config.student, checkpointing=checkpointing), config, ranks, mesh)
-    )
+
+    def load() -> Student:
+        student = load_student(config.student, checkpointing=checkpointing)
+        return _put(student if learns else student.requires_grad_(False), config, ranks, mesh)
+
+    student = ranks.in_turns(load)
     set_seed(config.seed + ranks.index)  # dropout does not
     return student
+
+
+def load_reference(config: RunConfig, ranks: Ranks) -> Student | None:
+    """A frozen copy of the student as the run finds it, placed as the student is; None where the loss does not look at one."""
+    if config.loss.alpha_reference_kl == 0:
+        return None
+    return load_and_place(config, ranks, learns=False).eval()
 
 
 def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
@@ -63,10 +76,11 @@ def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
 
 
 def _put(student: Student, config: RunConfig, ranks: Ranks, mesh: DeviceMesh | None) -> Student:
-    if mesh is None:
-        return student.to(ranks.device)
+    learns = any(parameter.requires_grad for parameter in student.parameters())
     is_whole = config.trainer.parallelism == "ddp" and not _is_cast(config, ranks)
-    if is_whole and _has_gradients_everywhere(student.to(ranks.device)):
+    if mesh is None or (is_whole and not learns):
+        student.to(ranks.device)
+    elif is_whole and _has_gradients_everywhere(student.to(ranks.device)):
         _add_up_gradients(student)
     else:
         spread(student, mesh, compute_dtype_of(config, ranks.device), cpu_offload=_offloads(config, ranks))

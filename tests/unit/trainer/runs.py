@@ -20,11 +20,13 @@ from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
 from trainer.learner import Learner
+from trainer.open_session import _start_rewards
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
 from trainer.pipeline import Pipeline
 from trainer.ranks.group import Ranks
+from trainer.rewards.of_groups import GroupRewards
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import load_student
@@ -110,7 +112,9 @@ def build_session(config: RunConfig, interruption: Interruption, teacher: Script
     students.reserve(num_steps)
     stack.callback(record.close)
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
-    scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0)
+    pool = _start_rewards(config, event_loop, Progress(), stack)
+    rewards = None if pool is None else GroupRewards(config, pool, tokenizer, num_steps, ())
+    scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0, rewards)
     stream = RowStream(PROMPTS, seed=0, shuffle=False)
     pipeline = Pipeline(config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token)
     stack.callback(event_loop.run, pipeline.close)
