@@ -40,7 +40,7 @@ def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
     checkpointing = config.uses_gradient_checkpointing(on_gpu=ranks.device.type == "cuda")
     set_seed(config.seed)  # what is missing in the files begins alike on all ranks
     student = ranks.in_turns(
-        lambda: _put(load_student(config.student, checkpointing=checkpointing), config, ranks, mesh)
+        lambda: _put(load_student(config.student, checkpointing=checkpointing, lora=config.lora), config, ranks, mesh)
     )
     set_seed(config.seed + ranks.index)  # dropout does not
     return student

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from services.config import StudentConfig
+from services.config import LoraConfig, StudentConfig
 from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
 from trainer.attention import choose_attention, pack_rows, packs
 from trainer.dropout import disable_dropout
+from trainer.lora import add_adapter
 from trainer.loss.head import HeadOutput, support_logprobs
 
 
@@ -77,14 +78,17 @@ class Student(nn.Module):
         )
 
 
-def load_student(config: StudentConfig, *, checkpointing: bool | None = None) -> Student:
+def load_student(
+    config: StudentConfig, *, checkpointing: bool | None = None, lora: LoraConfig | None = None
+) -> Student:
     """The student with master weights in `config.dtype`, ready to train.
 
     Args:
+        lora: where it is on, an adapter in float32 is trained instead of the weights.
         checkpointing: recompute activations in the backward pass; default: where the config says so.
 
     Raises:
-        ConfigError: student.attn_implementation cannot be had.
+        ConfigError: student.attn_implementation cannot be had, or the adapter.
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
@@ -97,6 +101,8 @@ def load_student(config: StudentConfig, *, checkpointing: bool | None = None) ->
     )
     if config.disable_dropout:
         disable_dropout(model)
+    if lora is not None and lora.is_on:
+        add_adapter(model, lora)
     if config.gradient_checkpointing if checkpointing is None else checkpointing:
         model.gradient_checkpointing_enable()
     student = Student(model).train()

@@ -5,14 +5,15 @@ Units are in the names, ranges on the fields, checks across options in services/
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from services.config import checks
+from services.config import checks, lora_checks
 from services.config.cuda_devices import overlap, parse_devices
 from services.config.data import DataConfig
 from services.config.evaluation import EvaluationConfig
+from services.config.lora import LoraConfig
 from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
@@ -43,12 +44,18 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     pipeline: PipelineConfig = PipelineConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     seed: int = Field(0, ge=0)
     """Seed of prompt order, initialisation and evaluation subsets."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_base(cls, given: Any) -> Any:
+        return lora_checks.with_base_resolved(given)
 
     @model_validator(mode="after")
     def _check_across_sections(self, info: ValidationInfo) -> Self:
@@ -144,7 +151,11 @@ def check_output_dir(config: RunConfig) -> Path:
             f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
             "--output.overwrite true, which replaces it"
         )
-    for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+    for key, model in (
+        ("student.model", config.student.model),
+        ("teacher.model", config.teacher.model),
+        ("lora.adapter", config.lora.adapter),
+    ):
         folder = Path(model or "").resolve()
         replaced = any(folder.is_relative_to((path / name).resolve()) for name in _REPLACED)
         if model and (replaced or folder == path.resolve()):

@@ -55,6 +55,7 @@ def test_every_table_holds_json(capsys: pytest.CaptureFixture[str]) -> None:
         "teacher.teacher_model_init_kwargs",
         "teacher.engine_args",
         "data.chat_template_kwargs",
+        "lora.peft_kwargs",
     }
     for name in tables - {"teacher_client.named"}:
         engine = ["--teacher.engine", "vllm"] if name == "teacher.engine_args" else []
