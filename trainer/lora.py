@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from services.config import LoraConfig
 from services.errors import ConfigError, StartupError
-from services.models.adapters import ADAPTER, adapted_modules, is_low_rank, plain_name
+from services.models.adapters import ADAPTER, adapted_modules, is_low_rank, plain_name, stored_shape
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
 # Of a saved adapter's configuration, what has to be as in the run's: the tensors' names and shapes say the rest.
 _SAME = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_MODULES_SHOWN = 4
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -49,6 +48,9 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes, which would pack it anew, in a form for itself alone
+            module.support_avx512bf16_for_cpu = False
     if config.adapter is not None:
         _go_on_from(model, config, Path(config.adapter))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -101,12 +103,13 @@ def _check_modules(model: PreTrainedModel, config: LoraConfig) -> None:
         if getattr(module.base_layer, "weight", torch.empty(0)).ndim != 2:
             raise ConfigError(
                 f"lora.target_modules: {name} is a {type(module.base_layer).__name__}, whose adapter cannot be merged here; name "
-                "linear layers or embeddings"
+                'linear layers or embeddings, of a mixture of experts those of its attention: ["q_proj", "k_proj", "v_proj", "o_proj"]'
             )
+    for name, module in adapted.items():
+        checkpoint_name(model, f"{name}.weight", stored_shape(module.base_layer.weight))
     for name in trained:
-        shape = model.get_submodule(name.partition(".lora_")[0]).base_layer.weight.shape if is_low_rank(name) else None
-        plain = f"{name.partition('.lora_')[0]}.weight" if is_low_rank(name) else plain_name(name)
-        checkpoint_name(model, plain, shape if shape is not None else model.get_parameter(name).shape)
+        if not is_low_rank(name):
+            checkpoint_name(model, plain_name(name), model.get_parameter(name).shape)
 
 
 def checkpoint_name(model: PreTrainedModel, name: str, shape: torch.Size) -> str:
@@ -165,7 +168,7 @@ def _go_on_from(model: PreTrainedModel, config: LoraConfig, folder: Path) -> Non
             "adapter folder of a student"
         )
     try:
-        saved, weights = PeftLoraConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu")
+        saved, stored = PeftLoraConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # of json, of safetensors, of peft
         raise StartupError(f"lora.adapter = {str(folder)!r} cannot be read: {_first_line(error)}") from error
     ours = _config_of(model)
@@ -175,6 +178,7 @@ def _go_on_from(model: PreTrainedModel, config: LoraConfig, folder: Path) -> Non
                 f"lora.adapter = {str(folder)!r} was trained with {name} = {getattr(saved, name, None)!r}, but this run has "
                 f"{getattr(ours, name)!r}; give it as the adapter has it"
             )
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
     expected = get_peft_model_state_dict(model, trained_parameters(model), ADAPTER, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -33,7 +33,7 @@ def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
     """The student of a run where it trains; the ranks of a machine load it one after another, for each loads all of it.
 
     Raises:
-        ConfigError: trainer.shard_degree does not divide the number of ranks.
+        ConfigError: trainer.shard_degree does not divide the number of ranks, or they cannot share weights in four bits.
         StartupError: the model cannot be loaded.
     """
     mesh = _mesh_for(config, ranks)
@@ -57,6 +57,11 @@ def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
 
 def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
     """None where a student stays whole."""
+    if config.lora.load_in_4bit and ranks.count > 1:
+        raise ConfigError(
+            f"lora.load_in_4bit = true with {ranks.count} ranks: weights of four bits cannot be spread; start one rank, or set "
+            "lora.load_in_4bit = false"
+        )
     is_cast = compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype)
     return mesh_of(config.trainer, ranks) if ranks.count > 1 or is_cast or _offloads(config, ranks) else None
 

@@ -5,6 +5,7 @@ Sequences run as padded rows (services/models/padding.py). Only positions that p
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from services.config import LoraConfig, StudentConfig
 from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
 from trainer.attention import choose_attention, pack_rows, packs
 from trainer.dropout import disable_dropout
-from trainer.lora import add_adapter
+from trainer.lora import add_adapter, four_bits
 from trainer.loss.head import HeadOutput, support_logprobs
 
 
@@ -92,11 +93,12 @@ def load_student(
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
+    in_4bit = four_bits(getattr(torch, config.dtype)) if lora is not None and lora.load_in_4bit else {}
     model = load_causal_lm(
         config.model,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        init_kwargs=config.model_init_kwargs,
+        init_kwargs=config.model_init_kwargs | in_4bit,
         key="student.model",
     )
     if config.disable_dropout:

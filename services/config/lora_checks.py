@@ -93,6 +93,12 @@ def _check_4bit(config: "RunConfig") -> None:
             f"lora.load_in_4bit = True with trainer.{name} = {getattr(trainer, name)}: weights of four bits are on one rank and "
             f"stay on its GPU; leave trainer.{name} out, or set lora.load_in_4bit = false"
         )
+    student = config.student
+    if student.compute_dtype not in ("auto", student.dtype):
+        raise ValueError(
+            f"lora.load_in_4bit = True computes in student.dtype = {student.dtype}, but student.compute_dtype = "
+            f"{student.compute_dtype}; set student.dtype instead"
+        )
     if config.lora.use_dora:
         raise ValueError(
             "lora.load_in_4bit = True with lora.use_dora = True is not supported: the length of a row of four-bit weights is not "

@@ -80,6 +80,8 @@ class RunConfig(Section):
     def compute_dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
         """What student.compute_dtype stands for: the dtype of the body's products in the trainer."""
         student = self.student
+        if self.lora.load_in_4bit:  # what is not in four bits is cast by nobody
+            return "bfloat16" if student.dtype == "bfloat16" else "float32"
         if student.compute_dtype != "auto":
             return student.compute_dtype
         half = "bfloat16" in (student.dtype, self.rollout.dtype if on_gpu else None) or (

@@ -17,6 +17,22 @@ ADAPTER = "default"
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", f".modules_to_save.{ADAPTER}.", ".original_module."
 
 
+def stored_shape(tensor: Tensor) -> torch.Size:
+    """The shape of what a parameter stands for: in four bits (bitsandbytes) two numbers are in a byte."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.shape if state is None else torch.Size(state.shape)
+
+
+def unpacked(tensor: Tensor) -> Tensor:
+    """A parameter as the numbers that it stands for."""
+    if getattr(tensor, "quant_state", None) is None:
+        return tensor.detach()
+    from bitsandbytes.functional import dequantize_4bit  # not installed where nobody has asked for it
+
+    found: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)  # type: ignore[attr-defined]
+    return found
+
+
 def has_adapter(model: nn.Module) -> bool:
     """Whether an adapter of the model is trained, and not the model itself."""
     return hasattr(model, "peft_config")

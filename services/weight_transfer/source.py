@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups, materialize_full_tensor
 
-from services.models.adapters import has_adapter, merge
+from services.models.adapters import has_adapter, merge, stored_shape, unpacked
 
 
 class CheckpointSource(WeightSource):
@@ -28,7 +28,7 @@ class CheckpointSource(WeightSource):
         """(name, dtype, shape) of everything iteration yields; gathers nothing."""
         if self._metadata is None:
             tensors = self._tensors().items()
-            without_memory = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors}
+            without_memory = {name: torch.empty(stored_shape(t), dtype=t.dtype, device="meta") for name, t in tensors}
             self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self._convert(without_memory)]
         return self._metadata
 
@@ -44,7 +44,7 @@ class CheckpointSource(WeightSource):
     @torch.no_grad()
     def _convert(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for group in layerwise_groups(list(tensors)):
-            layer = {name: materialize_full_tensor(tensors[name].detach()) for name in group}
+            layer = {name: materialize_full_tensor(unpacked(tensors[name])) for name in group}
             if has_adapter(self._model):
                 layer = dict(merge(self._model, layer))
             converted = revert_weight_conversion(self._model, layer)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from services.errors import WeightSyncError
-from services.models.adapters import adapted_modules, is_low_rank, plain_name
+from services.models.adapters import adapted_modules, is_low_rank, plain_name, stored_shape, unpacked
 from services.weight_transfer.buckets import checksum
 from services.weight_transfer.source import ParamMeta, WeightSource, materialize_full_tensor
 from trainer.lora import checkpoint_name, trained_parameters
@@ -69,7 +70,7 @@ class AdapterProof:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._missing: dict[str, float] = {}
         self._probes = {
-            checkpoint_name(model, f"{name}.weight", _weight(module).shape): _probe(module)
+            checkpoint_name(model, f"{name}.weight", stored_shape(module.base_layer.weight)): _probe(module)
             for name, module in adapted_modules(model).items()
         }
         self._checksums = {}
@@ -120,19 +121,16 @@ class _Watched(WeightSource):
             yield name, tensor
 
 
-def _weight(module: Any) -> Tensor:
-    found: Tensor = module.base_layer.weight
-    return found
-
-
 @torch.no_grad()
 def _probe(module: Any) -> _Probe:
     """Run peft's own forward pass of one module, and of what it wraps, on whole weights in float64."""
     base = module.base_layer
-    weights = {key: materialize_full_tensor(p.detach()).double() for key, p in module.named_parameters()}
+    is_packed = stored_shape(base.weight) != base.weight.shape  # in four bits, which bitsandbytes multiplies with itself
+    parameters = (pair for pair in module.named_parameters() if not (is_packed and pair[1] is base.weight))
+    weights = {key: materialize_full_tensor(p.detach()).double() for key, p in parameters}
     generator = torch.Generator().manual_seed(_SEED)
-    shape, device = _weight(module).shape, next(iter(weights.values())).device
-    is_transposed = not isinstance(base, nn.Linear | nn.Embedding)  # GPT-2's Conv1D
+    shape, device = stored_shape(base.weight), next(iter(weights.values())).device
+    is_transposed = isinstance(base, Conv1D)
     if isinstance(base, nn.Embedding):
         given = torch.randint(shape[0], (_TOKENS,), generator=generator).to(device)
     else:
@@ -142,8 +140,9 @@ def _probe(module: Any) -> _Probe:
     try:
         answer = functional_call(module, weights, (given.unsqueeze(0),)).flatten()
         alone = {key.removeprefix("base_layer."): w for key, w in weights.items() if key.startswith("base_layer.")}
-        without = functional_call(base, alone, (given.unsqueeze(0),)).flatten()
+        own = functional_call(base, alone, (given.unsqueeze(0),)).flatten()
     finally:
         module.train(was_training)
-    bias = alone.get("bias", torch.zeros((), device=device))
-    return _Probe(given, is_transposed, without - bias, answer - without)
+    without = unpacked(base.weight).double() @ given if is_packed else own
+    without = without if is_packed or "bias" not in alone else without - alone["bias"]
+    return _Probe(given, is_transposed, without, answer - own)

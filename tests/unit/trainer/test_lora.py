@@ -14,7 +14,6 @@ from services.errors import ConfigError, DistillServeError, StartupError
 from tests.models import save_model
 from tests.unit.trainer.adapters import ATTENTION, LINEAR, disturb, learner_of
 from tests.unit.trainer.samples import BATCH
-from tests.unit.trainer.sgd_learners import WINDOWS  # noqa: F401
 from trainer.lora import save_adapter, trained_parameters
 from trainer.loss.head import support_logprobs
 from trainer.output.saving import SavedStudents
@@ -25,7 +24,7 @@ from services.config import OutputConfig
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("qwen3", {"use_dora": True}),
-    ("qwen3", {"use_rslora": True, "modules_to_save": ["norm"], "target_modules": ".*mlp.*"}),
+    ("qwen3", {"use_rslora": True, "modules_to_save": ["norm"], "target_modules": r".*\.(up|down)_proj"}),
     ("llama", {"modules_to_save": ["lm_head"]}),
     ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
     ("llama", {"target_modules": ["v_proj", "lm_head"], "use_dora": True}),
@@ -127,7 +126,7 @@ def test_an_adapter_goes_on_from_a_saved_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 8}, r"lora\.r = 8 .* come to: .* is \(4, 64\) there and \(8, 64\) here"),
+        ({"r": 8}, r"lora\.r = 8 .* come to: .* is \(4, 128\) there and \(8, 128\) here"),
         ({"lora_alpha": 5}, r"trained with lora_alpha = 32.*, but this run has 5"),
         ({"target_modules": ["q_proj"]}, r"has other parts than .* and missing here"),
         ({"use_dora": True}, "trained with use_dora = False"),
@@ -163,7 +162,7 @@ def test_a_folder_without_a_readable_adapter_is_refused(content: bytes | None, t
         ("qwen3", {"modules_to_save": ["embed_tokens"]}, "embed_tokens is to be trained, but"),
         ("gpt2", {"modules_to_save": ["lm_head"]}, "lm_head is to be trained, but"),
         ("qwen3", {"modules_to_save": ["nowhere"]}, "lora.modules_to_save names 'nowhere'"),
-        ("qwen3_moe", {}, r"experts is a ParamWrapper, .* q_proj"),
+        ("qwen3_moe", {}, r"experts is a ParamWrapper, .*q_proj"),
         ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}, "another form than a checkpoint"),
         ("qwen3", {"peft_kwargs": {"rank_pattern": {"q_proj": 0}}}, "target_modules"),
         (
