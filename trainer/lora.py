@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from services.config import LoraConfig
 from services.errors import ConfigError, StartupError
-from services.models.adapters import ADAPTER, adapted_modules, is_low_rank, plain_name, stored_shape
+from services.models.adapters import ADAPTER, adapted_modules, is_low_rank, plain_name, without_memory
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes, which would pack it anew, in a form for itself alone
-            module.support_avx512bf16_for_cpu = False
+    if config.load_in_4bit:
+        _save_as_unpacked(model)
     if config.adapter is not None:
         _go_on_from(model, config, Path(config.adapter))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -106,7 +105,7 @@ def _check_modules(model: PreTrainedModel, config: LoraConfig) -> None:
                 'linear layers or embeddings, of a mixture of experts those of its attention: ["q_proj", "k_proj", "v_proj", "o_proj"]'
             )
     for name, module in adapted.items():
-        checkpoint_name(model, f"{name}.weight", stored_shape(module.base_layer.weight))
+        checkpoint_name(model, f"{name}.weight", without_memory(module.base_layer.weight).shape)
     for name in trained:
         if not is_low_rank(name):
             checkpoint_name(model, plain_name(name), model.get_parameter(name).shape)
@@ -212,3 +211,12 @@ def four_bits(compute_dtype: torch.dtype) -> dict[str, Any]:
         )
     options: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype}
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **options)}
+
+
+def _save_as_unpacked(model: Any) -> None:
+    """What is pushed and saved are merged weights in an ordinary dtype: the model's configuration must not say otherwise."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack them anew, in a form for itself alone
+            module.support_avx512bf16_for_cpu = False

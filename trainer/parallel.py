@@ -62,7 +62,7 @@ def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
             f"lora.load_in_4bit = true with {ranks.count} ranks: weights of four bits cannot be spread; start one rank, or set "
             "lora.load_in_4bit = false"
         )
-    is_cast = compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype)
+    is_cast = compute_dtype_of(config, ranks.device) != getattr(torch, config.master_dtype())
     return mesh_of(config.trainer, ranks) if ranks.count > 1 or is_cast or _offloads(config, ranks) else None
 
 

@@ -1,8 +1,9 @@
 """`[lora]`: train an adapter instead of all weights; fields are named as in peft's LoraConfig."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from services.config.section import Section
 
@@ -38,6 +39,13 @@ class LoraConfig(Section):
     lora_alpha and the modules are to be those that it was trained with."""
     load_in_4bit: bool = False
     """QLoRA: keep the student's own linear weights in four bits (NF4, bitsandbytes); on one rank only."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern_alone(cls, given: str | list[str]) -> str | list[str]:
+        """The command line makes a list of one text; what is no name in it is a pattern."""
+        is_pattern = len(given) == 1 and (given[0] == "all-linear" or not re.fullmatch(r"[\w.-]*", given[0]))
+        return given[0] if isinstance(given, list) and is_pattern else given
 
     @property
     def is_on(self) -> bool:

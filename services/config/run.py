@@ -89,6 +89,11 @@ class RunConfig(Section):
         )
         return "bfloat16" if half else "float32"
 
+    def master_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The dtype of the weights that are trained: those of an adapter are float32, but beside weights in four bits, where
+        nothing is cast on its way, what is not an adapter decides."""
+        return "float32" if self.lora.is_on and not self.lora.load_in_4bit else self.student.dtype
+
     def uses_gradient_checkpointing(self, *, on_gpu: bool) -> bool:
         """What student.gradient_checkpointing stands for."""
         given = self.student.gradient_checkpointing

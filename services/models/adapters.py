@@ -17,19 +17,22 @@ ADAPTER = "default"
 _BASE, _SAVED, _ORIGINAL = ".base_layer.", f".modules_to_save.{ADAPTER}.", ".original_module."
 
 
-def stored_shape(tensor: Tensor) -> torch.Size:
-    """The shape of what a parameter stands for: in four bits (bitsandbytes) two numbers are in a byte."""
-    state = getattr(tensor, "quant_state", None)
-    return tensor.shape if state is None else torch.Size(state.shape)
+def without_memory(parameter: Tensor) -> Tensor:
+    """On the meta device, the dtype and the shape of what a parameter stands for: in four bits (bitsandbytes) two numbers are in
+    a byte."""
+    state = getattr(parameter, "quant_state", None)
+    known = parameter if state is None else state
+    return torch.empty(known.shape, dtype=known.dtype, device="meta")
 
 
-def unpacked(tensor: Tensor) -> Tensor:
+def unpacked(parameter: Tensor) -> Tensor:
     """A parameter as the numbers that it stands for."""
-    if getattr(tensor, "quant_state", None) is None:
-        return tensor.detach()
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.detach()
     from bitsandbytes.functional import dequantize_4bit  # not installed where nobody has asked for it
 
-    found: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)  # type: ignore[attr-defined]
+    found: Tensor = dequantize_4bit(parameter.data, state)
     return found
 
 

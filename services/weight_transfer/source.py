@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups, materialize_full_tensor
 
-from services.models.adapters import has_adapter, merge, stored_shape, unpacked
+from services.models.adapters import has_adapter, merge, unpacked, without_memory
 
 
 class CheckpointSource(WeightSource):
@@ -28,8 +28,8 @@ class CheckpointSource(WeightSource):
         """(name, dtype, shape) of everything iteration yields; gathers nothing."""
         if self._metadata is None:
             tensors = self._tensors().items()
-            without_memory = {name: torch.empty(stored_shape(t), dtype=t.dtype, device="meta") for name, t in tensors}
-            self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self._convert(without_memory)]
+            on_meta = {name: without_memory(t) for name, t in tensors}
+            self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self._convert(on_meta)]
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

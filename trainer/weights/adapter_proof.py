@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from services.errors import WeightSyncError
-from services.models.adapters import adapted_modules, is_low_rank, plain_name, stored_shape, unpacked
+from services.models.adapters import adapted_modules, is_low_rank, plain_name, unpacked, without_memory
 from services.weight_transfer.buckets import checksum
 from services.weight_transfer.source import ParamMeta, WeightSource, materialize_full_tensor
 from trainer.lora import checkpoint_name, trained_parameters
@@ -70,7 +70,7 @@ class AdapterProof:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._missing: dict[str, float] = {}
         self._probes = {
-            checkpoint_name(model, f"{name}.weight", stored_shape(module.base_layer.weight)): _probe(module)
+            checkpoint_name(model, f"{name}.weight", without_memory(module.base_layer.weight).shape): _probe(module)
             for name, module in adapted_modules(model).items()
         }
         self._checksums = {}
@@ -125,11 +125,11 @@ class _Watched(WeightSource):
 def _probe(module: Any) -> _Probe:
     """Run peft's own forward pass of one module, and of what it wraps, on whole weights in float64."""
     base = module.base_layer
-    is_packed = stored_shape(base.weight) != base.weight.shape  # in four bits, which bitsandbytes multiplies with itself
+    is_packed = without_memory(base.weight).shape != base.weight.shape  # in four bits, which bitsandbytes multiplies with itself
     parameters = (pair for pair in module.named_parameters() if not (is_packed and pair[1] is base.weight))
     weights = {key: materialize_full_tensor(p.detach()).double() for key, p in parameters}
     generator = torch.Generator().manual_seed(_SEED)
-    shape, device = stored_shape(base.weight), next(iter(weights.values())).device
+    shape, device = without_memory(base.weight).shape, next(iter(weights.values())).device
     is_transposed = isinstance(base, Conv1D)
     if isinstance(base, nn.Embedding):
         given = torch.randint(shape[0], (_TOKENS,), generator=generator).to(device)
