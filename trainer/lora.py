@@ -43,7 +43,9 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
     try:
         inject_adapter_in_model(_peft_config(config), model, ADAPTER)
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
-        raise ConfigError(f"lora.target_modules = {config.target_modules!r}: peft says: {_first_line(error)}") from error
+        raise ConfigError(
+            f"lora.target_modules = {config.target_modules!r}: peft says: {_first_line(error)}"
+        ) from error
     _check_modules(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -82,7 +84,9 @@ def _check_modules(model: PreTrainedModel, config: LoraConfig) -> None:
     modules = dict(model.named_modules())
     for name in config.modules_to_save:
         if not any(f".{module}".endswith(f".{name}.modules_to_save") for module in modules):
-            raise ConfigError(f"lora.modules_to_save names {name!r}, and no module of the student is called so; leave it out")
+            raise ConfigError(
+                f"lora.modules_to_save names {name!r}, and no module of the student is called so; leave it out"
+            )
     adapted = adapted_modules(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     ends = {name for name, module in modules.items() if module in (head, embedding)}
@@ -218,5 +222,7 @@ def _save_as_unpacked(model: Any) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack them anew, in a form for itself alone
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes would pack them anew, in a form for itself alone
             module.support_avx512bf16_for_cpu = False

@@ -46,7 +46,9 @@ def check_lora(config: "RunConfig") -> None:
             "student.disable_dropout = false, or leave lora.lora_dropout out"
         )
     if lora.init_lora_weights == "orthogonal" and lora.r % 2:
-        raise ValueError(f"lora.init_lora_weights = orthogonal needs an even rank, but lora.r = {lora.r}; give an even one")
+        raise ValueError(
+            f"lora.init_lora_weights = orthogonal needs an even rank, but lora.r = {lora.r}; give an even one"
+        )
     if lora.load_in_4bit:
         _check_4bit(config)
 
@@ -117,7 +119,7 @@ def with_base_resolved(given: Any) -> Any:
     student = _model(given, "student")
     if not isinstance(student, str) or not student:
         raise ValueError(
-            'teacher.model = base is the model of student.model, which is not given; give it, or name the teacher\'s own folder '
+            "teacher.model = base is the model of student.model, which is not given; give it, or name the teacher's own folder "
             "(a folder of the name base is ./base)"
         )
     teacher = given["teacher"]

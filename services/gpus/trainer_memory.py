@@ -133,7 +133,9 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
         reduced,
         # A layer is merged with its adapters in float32.
         2 * bucket_bytes
-        + max(shape.embedding_parameters * BYTES[layout.rollout_dtype], is_frozen * 2 * _FLOAT32 * shape.layer_parameters),
+        + max(
+            shape.embedding_parameters * BYTES[layout.rollout_dtype], is_frozen * 2 * _FLOAT32 * shape.layer_parameters
+        ),
     )
     return head, max(moments)
 

@@ -96,7 +96,11 @@ def _owner(name: str) -> str:
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A module's tensors by their names in it, but for its bias, which is not merged."""
     kept = f"{prefix}base_layer.bias"
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix) and name != kept}
+    return {
+        name.removeprefix(prefix): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(prefix) and name != kept
+    }
 
 
 def _factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -95,7 +95,12 @@ class ModelShape:
 
     def _usual_linears(self, *, has_experts: bool) -> tuple[tuple[str, int, int, int], ...]:
         hidden, queries, keys, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
-        layer = [("q_proj", queries, hidden), ("k_proj", keys, hidden), ("v_proj", keys, hidden), ("o_proj", hidden, queries)]
+        layer = [
+            ("q_proj", queries, hidden),
+            ("k_proj", keys, hidden),
+            ("v_proj", keys, hidden),
+            ("o_proj", hidden, queries),
+        ]
         if not has_experts:
             layer += [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)]
         return tuple((name, self.num_layers, rows, columns) for name, rows, columns in layer)

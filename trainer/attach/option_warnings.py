@@ -2,7 +2,7 @@
 
 import logging
 
-from services.config import LossConfig, RunConfig, StudentConfig
+from services.config import LossConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +13,7 @@ _JSD_END = 0.1
 def warn_of_options(config: RunConfig) -> None:
     """Log a line for each of them, and one where weights are held twice."""
     _tell_of_second_copy(config)
-    for warning in (_master_weights(config.student), _jsd_near_an_end(config.loss)):
+    for warning in (_master_weights(config), _jsd_near_an_end(config.loss)):
         if warning is not None:
             logger.warning(warning)
 
@@ -27,8 +27,8 @@ def _tell_of_second_copy(config: RunConfig) -> None:
         )
 
 
-def _master_weights(student: StudentConfig) -> str | None:
-    if student.dtype != "bfloat16":
+def _master_weights(config: RunConfig) -> str | None:
+    if config.master_dtype() != "bfloat16" or config.lora.is_on:
         return None
     return (
         "student.dtype = bfloat16: a step that is smaller than half the distance to the next bfloat16 number is lost (in 12 "

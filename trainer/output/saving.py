@@ -124,7 +124,9 @@ class SavedStudents:
             _remove(self._dir / "checkpoints")
         logger.info("the student of step %d is saved in %s", state.step, self._dir / "student")
         if has_adapter(self._model) and state.adapter is None:
-            logger.warning("its adapter alone is lost with the rank that was killed; the student is whole, with it merged")
+            logger.warning(
+                "its adapter alone is lost with the rank that was killed; the student is whole, with it merged"
+            )
 
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""

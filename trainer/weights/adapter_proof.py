@@ -77,7 +77,9 @@ class AdapterProof:
         for name, parameter in trained_parameters(model).items():
             if not is_low_rank(name):
                 whole = materialize_full_tensor(parameter.detach()).to(dtype)
-                self._checksums[checkpoint_name(model, plain_name(name), parameter.shape)] = checksum([whole.contiguous()])
+                self._checksums[checkpoint_name(model, plain_name(name), parameter.shape)] = checksum(
+                    [whole.contiguous()]
+                )
         self._unseen: set[str] = set()
 
     def watching(self, source: WeightSource) -> WeightSource:
@@ -125,7 +127,9 @@ class _Watched(WeightSource):
 def _probe(module: Any) -> _Probe:
     """Run peft's own forward pass of one module, and of what it wraps, on whole weights in float64."""
     base = module.base_layer
-    is_packed = without_memory(base.weight).shape != base.weight.shape  # in four bits, which bitsandbytes multiplies with itself
+    is_packed = (
+        without_memory(base.weight).shape != base.weight.shape
+    )  # in four bits, which bitsandbytes multiplies with itself
     parameters = (pair for pair in module.named_parameters() if not (is_packed and pair[1] is base.weight))
     weights = {key: materialize_full_tensor(p.detach()).double() for key, p in parameters}
     generator = torch.Generator().manual_seed(_SEED)

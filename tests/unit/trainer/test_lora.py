@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from services.config import RunConfig
+from services.config import OutputConfig, RunConfig
 from services.errors import ConfigError, DistillServeError, StartupError
 from tests.models import save_model
 from tests.unit.trainer.adapters import ATTENTION, LINEAR, disturb, learner_of
@@ -19,7 +19,6 @@ from trainer.loss.head import support_logprobs
 from trainer.output.saving import SavedStudents
 from trainer.student import load_student
 from trainer.tiny.pair import build_tokenizer
-from services.config import OutputConfig
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
@@ -30,8 +29,13 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["v_proj", "lm_head"], "use_dora": True}),
     ("gpt2", {"bias": "all"}),
     ("gpt2", {"use_dora": True, "target_modules": LINEAR["gpt2"]}),
-    ("phi3", {"peft_kwargs": {"rank_pattern": {"o_proj": 7}, "layers_to_transform": [1], "layers_pattern": "layers"},
-              "target_modules": LINEAR["phi3"]}),
+    (
+        "phi3",
+        {
+            "peft_kwargs": {"rank_pattern": {"o_proj": 7}, "layers_to_transform": [1], "layers_pattern": "layers"},
+            "target_modules": LINEAR["phi3"],
+        },
+    ),
     ("qwen3_moe", {"target_modules": ATTENTION}),
 ]
 IDS = [f"{architecture}-{'-'.join(options) or 'default'}" for architecture, options in KINDS]
@@ -157,7 +161,11 @@ def test_a_folder_without_a_readable_adapter_is_refused(content: bytes | None, t
         ("qwen3", {"target_modules": ["nowhere"]}, "nowhere"),
         ("qwen3", {"target_modules": "nowhere.*"}, "nowhere"),
         ("qwen3", {"target_modules": ["norm"]}, r"target_modules = \['norm'\]"),
-        ("qwen3", {"target_modules": ["lm_head"]}, "lm_head is to be trained, but the student's output head is its emb"),
+        (
+            "qwen3",
+            {"target_modules": ["lm_head"]},
+            "lm_head is to be trained, but the student's output head is its emb",
+        ),
         ("qwen3", {"target_modules": ["embed_tokens"]}, "embed_tokens is to be trained, but"),
         ("qwen3", {"modules_to_save": ["embed_tokens"]}, "embed_tokens is to be trained, but"),
         ("gpt2", {"modules_to_save": ["lm_head"]}, "lm_head is to be trained, but"),

@@ -56,7 +56,9 @@ LAYOUTS = {
     "ddp, bfloat16": replace(TWO, compute_dtype="bfloat16"),
     "adapter": replace(ONE, adapter_rank=16),
     "adapter, fsdp2": replace(TWO, shard_degree=2, adapter_rank=16),
-    "adapter, ddp, bfloat16": replace(TWO, compute_dtype="bfloat16", adapter_rank=16, adapter_targets=("q_proj", "up_proj")),
+    "adapter, ddp, bfloat16": replace(
+        TWO, compute_dtype="bfloat16", adapter_rank=16, adapter_targets=("q_proj", "up_proj")
+    ),
 }
 TIED = {"tied": True, "untied": False}
 

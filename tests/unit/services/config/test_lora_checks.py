@@ -105,9 +105,10 @@ def test_what_is_trained_is_float32_but_beside_four_bits() -> None:
     assert RunConfig(**dtypes, lora={"r": 4}).master_dtype() == "float32"
     quantised = RunConfig(**dtypes, lora={"r": 4, "load_in_4bit": True})
     assert quantised.master_dtype() == quantised.compute_dtype(on_gpu=True) == "bfloat16"
-    assert RunConfig(lora={"r": 4, "load_in_4bit": True}, rollout={"dtype": "bfloat16"}).compute_dtype(
-        on_gpu=True
-    ) == "float32"
+    assert (
+        RunConfig(lora={"r": 4, "load_in_4bit": True}, rollout={"dtype": "bfloat16"}).compute_dtype(on_gpu=True)
+        == "float32"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the base as the teacher

@@ -74,9 +74,7 @@ def test_what_the_source_yields_has_the_adapter_in_it(
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-5, 1e-2])
-def test_an_adapter_withheld_from_a_push_is_noticed_20_of_20_times(
-    rate: float, tmp_path: Path
-) -> None:
+def test_an_adapter_withheld_from_a_push_is_noticed_20_of_20_times(rate: float, tmp_path: Path) -> None:
     """At each of 20 versions of a run, also at a learning rate at which logprobs hardly move, the merging of one module, of a
     few, or of all of them does nothing."""
     folder = save_model(tmp_path, "qwen3")
@@ -130,7 +128,7 @@ def test_a_tensor_that_never_comes_is_noticed(tmp_path: Path) -> None:
     learner = learner_of(save_model(tmp_path, "qwen3"))
     whole = sent(learner)
     del whole["model.layers.0.self_attn.q_proj.weight"]
-    with pytest.raises(WeightSyncError, match="layers.0.self_attn.q_proj"):
+    with pytest.raises(WeightSyncError, match=r"layers\.0\.self_attn\.q_proj"):
         prove(learner, whole)
 
 
