@@ -7,6 +7,7 @@ frozen; what is trained is kept in float32, whatever the dtype of the weights be
 import copy
 import importlib.util
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> None:
         StartupError: there is no saved adapter in the folder.
     """
     try:
-        inject_adapter_in_model(_peft_config(config), model, ADAPTER)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied embeddings, Conv1D and experts, of which `_check_modules` knows
+            if config.peft_kwargs:
+                warnings.filterwarnings("error", "The following .* keys did not match", RuntimeWarning)
+            inject_adapter_in_model(_peft_config(config), model, ADAPTER)
+    except Exception as error:  # of peft, whose options these are
+        also = f" and lora.peft_kwargs = {config.peft_kwargs!r}" if config.peft_kwargs else ""
         raise ConfigError(
-            f"lora.target_modules = {config.target_modules!r}: peft says: {_first_line(error)}"
+            f"lora.target_modules = {config.target_modules!r}{also} are refused by peft: {_first_line(error)}"
         ) from error
     _check_modules(model, config)
     for parameter in model.parameters():
@@ -102,6 +108,11 @@ def _check_modules(model: PreTrainedModel, config: LoraConfig) -> None:
             raise ConfigError(
                 f"lora.lora_dropout = {config.lora_dropout} with an adapter on {name}: the head's product is computed from its "
                 f"merged weight, which has no dropout; leave {name} out of lora.target_modules, or lora.lora_dropout"
+            )
+        if config.use_dora and isinstance(module.base_layer, nn.Embedding):
+            raise ConfigError(
+                f"lora.use_dora = True with an adapter on {name}, an embedding, is not supported; leave {name} out of "
+                "lora.target_modules, or lora.use_dora"
             )
         if getattr(module.base_layer, "weight", torch.empty(0)).ndim != 2:
             raise ConfigError(

@@ -13,7 +13,7 @@ class LoraConfig(Section):
 
     r: int = Field(0, ge=0)
     """Rank of the adapter's matrices; 0: no adapter, all weights are trained."""
-    lora_alpha: float = Field(32.0, gt=0)
+    lora_alpha: int = Field(32, ge=1)
     """What an adapter adds is scaled by lora_alpha / r."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before an adapter; needs student.disable_dropout = false."""

@@ -41,12 +41,12 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_modules(model: nn.Module) -> dict[str, Any]:
     """By name, the modules that have low-rank matrices of their own."""
     return {name: module for name, module in model.named_modules() if _factors(module) is not None}
 
 
-def effective_weight(module: nn.Module) -> Tensor:
+def effective_weight(module: Any) -> Tensor:
     """The weight that a module acts with; the gradient reaches its adapter where it has one."""
     factors = _factors(module)
     if factors is None:

@@ -33,7 +33,7 @@ class Withheld(CheckpointSource):
         modules = adapted_modules(self._model)
         for name, tensor in super().__iter__():
             is_withheld = (of := name.removesuffix(".weight")) in self.names
-            yield name, modules[of].base_layer.weight.detach().to(self._dtype) if is_withheld else tensor  # type: ignore[operator, union-attr]
+            yield name, modules[of].base_layer.weight.detach().to(self._dtype) if is_withheld else tensor
 
 
 @pytest.mark.timeout(400)

@@ -138,7 +138,7 @@ def test_a_change_that_bfloat16_cannot_hold_is_not_asked_of_it(tmp_path: Path) -
     learner = learner_of(folder, steps=1, rate=1e-7)
     with torch.no_grad():
         for module in adapted_modules(learner.student.model).values():
-            module.base_layer.weight.copy_(module.base_layer.weight.bfloat16())  # type: ignore[operator, union-attr]
+            module.base_layer.weight.copy_(module.base_layer.weight.bfloat16())
     tensors = sent(learner, torch.bfloat16)
     base = learner.student.model.model.layers[0].self_attn.q_proj.base_layer.weight
     moved = tensors["model.layers.0.self_attn.q_proj.weight"].float() != base
