@@ -21,6 +21,7 @@ from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequence
 from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
+from trainer.lora import trained_parameters
 from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
@@ -28,7 +29,6 @@ from trainer.loss import (
     merge_metrics,
     minillm_loss,
 )
-from trainer.lora import trained_parameters
 from trainer.loss.head import HeadOutput
 from trainer.optimizer import build_optimizer, build_schedule
 from trainer.parallel import delay_reduction, is_spread, local, measuring, whole

@@ -118,11 +118,12 @@ def test_a_base_in_bfloat16_has_an_adapter_in_float32(tmp_path: Path) -> None:
     assert moments and {m.dtype for m in moments} == {torch.float32}
 
 
-def test_an_adapter_goes_on_from_a_saved_one(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", "qwen3")
-    first = disturb(learner_of(base))
+@pytest.mark.parametrize(("architecture", "options"), KINDS, ids=IDS)
+def test_an_adapter_goes_on_from_a_saved_one(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", architecture)
+    first = disturb(learner_of(base, **options))
     save_adapter(first.student.model, first.state().adapter or {}, tmp_path / "adapter")
-    second = learner_of(base, adapter=str(tmp_path / "adapter"))
+    second = learner_of(base, adapter=str(tmp_path / "adapter"), **options)
     for name, parameter in trained_parameters(first.student.model).items():
         assert torch.equal(parameter, trained_parameters(second.student.model)[name]), name
 

@@ -150,6 +150,16 @@ def test_what_is_sent_is_the_base_with_the_adapter_merged(way: str, folders: dic
         assert tensor.dtype == kept and torch.equal(tensor, two["sent"][name].to(kept)), name
 
 
+def test_recomputed_activations_train_the_same_adapter(found: Path) -> None:
+    """Behind a frozen embedding, where nothing before the first layer asks for a gradient."""
+    kept, recomputed = (torch.load(found / way, weights_only=True) for way in ("fsdp2", "checkpointed"))
+    assert (
+        min(norm for norm in kept["grad_norm"] if norm) > 1e-3 and len([n for n in kept["grad_norm"] if n]) == NUM_STEPS
+    )
+    for name in kept["trained"]:
+        assert relative(recomputed["weights"][name], kept["weights"][name]) <= 1e-5, name
+
+
 def test_weights_in_four_bits_are_not_spread(folders: dict[str, str]) -> None:
     config = RunConfig(student={"model": folders["qwen3"]}, lora={"r": 4, "load_in_4bit": True})
     with pytest.raises(ConfigError, match=r"lora\.load_in_4bit = true with 2 ranks"):
