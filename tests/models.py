@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -41,7 +43,8 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> str:
-    """A random "qwen3" (tied embeddings), "qwen3_moe" (untied, fused experts), "llama" (untied) or "phi3" (longrope).
+    """A random "qwen3" (tied embeddings), "qwen3_moe" (untied, fused experts), "llama" (untied), "phi3" (longrope) or "gpt2" (tied,
+    Conv1D layers with biases).
 
     Heads of queries and, but for "llama", of keys divide by two, for tensor parallelism of 2.
 
@@ -73,6 +76,10 @@ def save_model(
         rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": LONGROPE_SWITCH}
         options = {"original_max_position_embeddings": LONGROPE_SWITCH, "rope_parameters": rope | factors}
         model = Phi3ForCausalLM(Phi3Config(**shape, **options))
+    elif architecture == "gpt2":
+        sizes = {"n_embd": shape["hidden_size"], "n_layer": 2, "n_head": 2, "n_positions": 256}
+        ends = {name: shape[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **ends))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
     model.save_pretrained(folder)

@@ -15,7 +15,7 @@ from trainer.weights.weight_sync import WeightSync
 def learner_of(folder: str, **sections: dict[str, Any]) -> Learner:
     """A learner of the model in a folder, on the CPU."""
     config = RunConfig(**{**sections, "student": {"model": folder, **sections.get("student", {})}})
-    return Learner(config, load_student(config.student), num_steps=10)
+    return Learner(config, load_student(config.student, lora=config.lora), num_steps=10)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ import torch
 
 from services.config import LossConfig, RunConfig
 from services.errors import DistillServeError
+from services.models.adapters import has_adapter
 from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
 from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
 from trainer.high_entropy import highest_share
+from trainer.lora import trained_parameters
 from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
@@ -34,6 +36,7 @@ from trainer.optimizer import build_optimizer, build_schedule
 from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
 from trainer.ranks.group import Ranks
 from trainer.student import Student
+from trainer.weights.adapter_proof import AdapterProof
 from trainer.weights.host_copy import HostCopy
 from trainer.weights.snapshot import GivenTokens, StudentState, WeightSnapshot
 
@@ -153,12 +156,13 @@ class Learner:
         if self.config.pipeline.updates_per_batch == 1:
             yield
             return
-        before = [local(p.detach()).to("cpu", copy=True) for p in self.student.parameters()]
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        before = [local(p.detach()).to("cpu", copy=True) for p in trained]
         try:
             yield
         except BaseException:
             with torch.no_grad():
-                for parameter, value in zip(self.student.parameters(), before, strict=True):
+                for parameter, value in zip(trained, before, strict=True):
                     local(parameter).copy_(value)
             raise
 
@@ -330,9 +334,10 @@ class Learner:
         """
         logprobs = self.logprobs(canary)
         source: WeightSource = CheckpointSource(self.student.model, dtype)
+        proof = AdapterProof(self.student.model, dtype) if has_adapter(self.student.model) else None
         if self.ranks.count > 1:
             source = self._copied(version, source)
-        return WeightSnapshot(version, source, logprobs)
+        return WeightSnapshot(version, source, logprobs, proof)
 
     def _copied(self, version: int, source: WeightSource) -> WeightSource:
         """Gathered into host memory by rank 0; the others only take part in it."""
@@ -347,13 +352,22 @@ class Learner:
 
     def state(self) -> StudentState:
         """The student as it is, to be saved; whole on rank 0, where it is on several."""
-        if not is_spread(self.student):
+        model = self.student.model
+        if not is_spread(self.student) and not has_adapter(model):
             return StudentState(self.finished_step)
+        kept = self._on_first_rank(CheckpointSource(model, model.dtype))
+        if not has_adapter(model):
+            return StudentState(self.finished_step, kept)
+        adapter = self._on_first_rank((name, whole(p.detach())) for name, p in trained_parameters(model).items())
+        return StudentState(self.finished_step, kept, adapter)
+
+    def _on_first_rank(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """In host memory; gathered by all ranks, of which the others keep nothing."""
         kept = {}
-        for name, tensor in CheckpointSource(self.student.model, self.student.model.dtype):
+        for name, tensor in tensors:
             if self.ranks.index == 0:
                 kept[name] = tensor.to("cpu")
-        return StudentState(self.finished_step, kept)
+        return kept
 
     def claims_copy(self) -> bool:
         """Whether this rank is to save what was pushed last: each machine's first one to ask."""

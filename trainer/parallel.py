@@ -38,7 +38,7 @@ def load_and_place(config: RunConfig, ranks: Ranks, *, learns: bool = True) -> S
         learns: whether its parameters get gradients.
 
     Raises:
-        ConfigError: trainer.shard_degree does not divide the number of ranks.
+        ConfigError: trainer.shard_degree does not divide the number of ranks, or they cannot share weights in four bits.
         StartupError: the model cannot be loaded.
     """
     mesh = _mesh_for(config, ranks)
@@ -46,7 +46,7 @@ def load_and_place(config: RunConfig, ranks: Ranks, *, learns: bool = True) -> S
     set_seed(config.seed)  # what is missing in the files begins alike on all ranks
 
     def load() -> Student:
-        student = load_student(config.student, checkpointing=checkpointing)
+        student = load_student(config.student, checkpointing=checkpointing, lora=config.lora)
         return _put(student if learns else student.requires_grad_(False), config, ranks, mesh)
 
     student = ranks.in_turns(load)
@@ -72,6 +72,11 @@ def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
 
 def _mesh_for(config: RunConfig, ranks: Ranks) -> DeviceMesh | None:
     """None where a single rank keeps the student whole."""
+    if config.lora.load_in_4bit and ranks.count > 1:
+        raise ConfigError(
+            f"lora.load_in_4bit = true with {ranks.count} ranks: weights of four bits cannot be spread; start one rank, or set "
+            "lora.load_in_4bit = false"
+        )
     return mesh_of(config.trainer, ranks) if ranks.count > 1 or _is_cast(config, ranks) else None
 
 
@@ -89,7 +94,7 @@ def _put(student: Student, config: RunConfig, ranks: Ranks, mesh: DeviceMesh | N
 
 def _is_cast(config: RunConfig, ranks: Ranks) -> bool:
     """Whether weights are in another dtype, or in another place, while a layer computes with them."""
-    return compute_dtype_of(config, ranks.device) != getattr(torch, config.student.dtype) or _offloads(config, ranks)
+    return compute_dtype_of(config, ranks.device) != getattr(torch, config.master_dtype()) or _offloads(config, ranks)
 
 
 def _offloads(config: RunConfig, ranks: Ranks) -> bool:

@@ -5,13 +5,15 @@ Sequences run as padded rows (services/models/padding.py). Only positions that p
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from services.config import StudentConfig
+from services.config import LoraConfig, StudentConfig
 from services.models.causal_lm import hidden_states, load_causal_lm, output_head, rope_switch
 from trainer.attention import choose_attention, pack_rows, packs
 from trainer.dropout import disable_dropout
+from trainer.lora import add_adapter, four_bits
 from trainer.loss.head import HeadOutput, support_logprobs
 
 
@@ -80,26 +82,32 @@ class Student(nn.Module):
         )
 
 
-def load_student(config: StudentConfig, *, checkpointing: bool | None = None) -> Student:
+def load_student(
+    config: StudentConfig, *, checkpointing: bool | None = None, lora: LoraConfig | None = None
+) -> Student:
     """The student with master weights in `config.dtype`, ready to train.
 
     Args:
+        lora: where it is on, an adapter in float32 is trained instead of the weights.
         checkpointing: recompute activations in the backward pass; default: where the config says so.
 
     Raises:
-        ConfigError: student.attn_implementation cannot be had.
+        ConfigError: student.attn_implementation cannot be had, or the adapter.
         StartupError: the model cannot be loaded, computes its logits in an unknown way, or keeps a dropout.
     """
     assert config.model is not None
+    in_4bit = four_bits(getattr(torch, config.dtype)) if lora is not None and lora.load_in_4bit else {}
     model = load_causal_lm(
         config.model,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        init_kwargs=config.model_init_kwargs,
+        init_kwargs=config.model_init_kwargs | in_4bit,
         key="student.model",
     )
     if config.disable_dropout:
         disable_dropout(model)
+    if lora is not None and lora.is_on:
+        add_adapter(model, lora)
     if config.gradient_checkpointing if checkpointing is None else checkpointing:
         model.gradient_checkpointing_enable()
     student = Student(model).train()

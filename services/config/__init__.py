@@ -3,6 +3,7 @@
 from services.config.client import ClientSection
 from services.config.data import DataConfig
 from services.config.evaluation import EvaluationConfig
+from services.config.lora import LoraConfig
 from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ClientSection",
     "DataConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimizerConfig",
     "OutputConfig",

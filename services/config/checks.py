@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from services.config import loss_checks, passed_on, reward_checks
+from services.config import lora_checks, loss_checks, passed_on, reward_checks
 from services.config.addresses import checked_urls, is_wildcard
 from services.config.cuda_devices import overlap, parse_devices
 from services.config.roles import Role
@@ -262,6 +262,7 @@ _CHECKS: list[tuple[tuple[Role, ...], Callable[["RunConfig"], None]]] = [
     (_TRAINER, loss_checks.check_something_to_learn),
     (_TRAINER, _check_work),
     (_TRAINER, _check_master_weights),
+    (_TRAINER, lora_checks.check_lora),
     (_TRAINER, _check_urls),
     (_ROLLOUT, _check_rollout_host),
     (_TRAINER, _check_master_address),

@@ -5,14 +5,15 @@ Units are in the names, ranges on the fields, checks across options in services/
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from services.config import checks
+from services.config import checks, lora_checks
 from services.config.cuda_devices import overlap, parse_devices
 from services.config.data import DataConfig
 from services.config.evaluation import EvaluationConfig
+from services.config.lora import LoraConfig
 from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
@@ -45,12 +46,18 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     reward: RewardConfig = RewardConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     pipeline: PipelineConfig = PipelineConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     seed: int = Field(0, ge=0)
     """Seed of prompt order, initialisation and evaluation subsets."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_base(cls, given: Any) -> Any:
+        return lora_checks.with_base_resolved(given)
 
     @model_validator(mode="after")
     def _check_across_sections(self, info: ValidationInfo) -> Self:
@@ -80,12 +87,19 @@ class RunConfig(Section):
     def compute_dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
         """What student.compute_dtype stands for: the dtype of the body's products in the trainer."""
         student = self.student
+        if self.lora.load_in_4bit:  # what is not in four bits is cast by nobody
+            return "bfloat16" if student.dtype == "bfloat16" else "float32"
         if student.compute_dtype != "auto":
             return student.compute_dtype
         half = "bfloat16" in (student.dtype, self.rollout.dtype if on_gpu else None) or (
             on_gpu and self.rollout.dtype == "float16"
         )
         return "bfloat16" if half else "float32"
+
+    def master_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The dtype of the weights that are trained: those of an adapter are float32, but beside weights in four bits, where
+        nothing is cast on its way, what is not an adapter decides."""
+        return "float32" if self.lora.is_on and not self.lora.load_in_4bit else self.student.dtype
 
     def uses_gradient_checkpointing(self, *, on_gpu: bool) -> bool:
         """What student.gradient_checkpointing stands for."""
@@ -151,7 +165,11 @@ def check_output_dir(config: RunConfig) -> Path:
             f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
             "--output.overwrite true, which replaces it"
         )
-    for key, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+    for key, model in (
+        ("student.model", config.student.model),
+        ("teacher.model", config.teacher.model),
+        ("lora.adapter", config.lora.adapter),
+    ):
         folder = Path(model or "").resolve()
         replaced = any(folder.is_relative_to((path / name).resolve()) for name in _REPLACED)
         if model and (replaced or folder == path.resolve()):

@@ -14,7 +14,8 @@ class TeacherConfig(ServerSection):
     port: Port = 8101
     """TCP port to listen on; `up` takes a free one when it is in use."""
     model: str | None = None
-    """Folder or hub id of a causal LM; required by the teacher server."""
+    """Folder or hub id of a causal LM, or "base" for the model of student.model as it is before it is trained; required by the
+    teacher server."""
     teacher_model_init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of transformers' from_pretrained, as JSON."""
     trust_remote_code: bool = False

@@ -64,8 +64,8 @@ def _passing(config: RunConfig, shape: ModelShape, layout: Layout) -> Mapping[st
 
 
 def _of_rank(shape: ModelShape, layout: Layout, passing: Mapping[str, int]) -> str:
-    part = layout.shard_bytes(shape)
-    kept = {"parameters": part, "gradients": part, "optimizer": 2 * part}
+    trained = layout.trained_bytes(shape)
+    kept = {"parameters": layout.shard_bytes(shape), "gradients": trained, "optimizer": 2 * trained}
     who = f"each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else "the trainer"
     if layout.cpu_offload:
         return f"{who}: {_listed(kept)} in this machine's memory; {_listed(passing)} on its GPU; computed"

@@ -19,6 +19,8 @@ _NCCL = int(0.5 * GIB)
 _TILE, _GPU_TILE = (1024, 2**23), (4096, 2**26)
 # The head's logits and the sum of its weight's gradients; sums of gradients over ranks.
 _FLOAT32 = 4
+# A weight in four bits (NF4), and its part of the float32 scale of 64 of them.
+_4BIT = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,18 @@ class Layout:
     rollout_dtype: str = "bfloat16"
     checkpointing: bool = True
     on_gpu: bool = True
+    adapter_rank: int = 0
+    """Of the LoRA adapter that is trained; 0: all weights are."""
+    adapter_targets: tuple[str, ...] | None = None
+    """Last parts of the names of the layers that it is on; None: all linear ones, of which a pattern is a part."""
+    in_4bit: bool = False
+    """Whether the linear weights beside the adapter are."""
 
     @classmethod
     def of(cls, config: RunConfig, num_ranks: int, num_local_ranks: int, *, on_gpu: bool) -> Self:
         """What the options stand for."""
-        trainer = config.trainer
+        trainer, lora = config.trainer, config.lora
+        targets = lora.target_modules
         return cls(
             num_ranks=num_ranks,
             num_local_ranks=num_local_ranks,
@@ -51,26 +60,43 @@ class Layout:
             rollout_dtype=config.rollout.dtype,
             checkpointing=config.uses_gradient_checkpointing(on_gpu=on_gpu),
             on_gpu=on_gpu,
+            adapter_rank=lora.r,
+            adapter_targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
+            in_4bit=lora.load_in_4bit,
         )
 
     @property
     def is_spread(self) -> bool:
         """Whether layers are gathered before they run, which one rank alone needs for another dtype or memory only."""
-        return self.num_ranks > 1 or self.compute_dtype != self.master_dtype or self.cpu_offload
+        trained = "float32" if self.adapter_rank and not self.in_4bit else self.master_dtype
+        return self.num_ranks > 1 or self.compute_dtype != trained or self.cpu_offload
 
     def shard_bytes(self, shape: ModelShape) -> int:
-        """Of a rank's parameters; of its gradients, and of each of AdamW's moments, as much again."""
-        return BYTES[self.master_dtype] * shape.shard_parameters(self.shard_degree)
+        """Of a rank's parameters."""
+        whole = BYTES[self.master_dtype] * shape.shard_parameters(self.shard_degree)
+        if self.in_4bit:
+            whole += int((_4BIT - BYTES[self.master_dtype]) * shape.linear_parameters)
+        return whole + (self.trained_bytes(shape) if self.adapter_rank else 0)
+
+    def trained_bytes(self, shape: ModelShape) -> int:
+        """Of those of a rank's parameters that are trained; of their gradients, and of each of AdamW's moments, as much again."""
+        if not self.adapter_rank:
+            return self.shard_bytes(shape)
+        return _FLOAT32 * shape.adapter_parameters(self.adapter_rank, self.adapter_targets, self.shard_degree)
+
+    def adapter_of_layer(self, shape: ModelShape) -> int:
+        """Parameters of the adapters of one layer, whole."""
+        return shape.adapter_parameters(self.adapter_rank, self.adapter_targets) // shape.num_layers
 
 
 def trainer_share(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> Share:
     """A rank on its GPU: what it keeps, one micro-batch, and the buffers of a push."""
-    kept = 0 if layout.cpu_offload else layout.shard_bytes(shape)
+    kept, trained = (0, 0) if layout.cpu_offload else (layout.shard_bytes(shape), layout.trained_bytes(shape))
     head, fullest = _passing_bytes(shape, sizes, layout, bucket_bytes)
     return Share(
         parameters=kept,
-        gradients=kept,
-        optimizer=2 * kept,
+        gradients=trained,
+        optimizer=2 * trained,
         head=head,
         activations=fullest - head,
         other=PROCESS + (_NCCL if layout.num_ranks > 1 else 0),
@@ -83,42 +109,52 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
     of_layer = _saved_bytes_per_token(shape, layout, sizes.max_model_len)
     # Checkpointed, each layer's input is kept and one layer at a time is computed again.
     kept = tokens * shape.num_layers * (size * shape.hidden_size if layout.checkpointing else of_layer)
-    gradient = size * shape.embedding_parameters  # of the embedding or the head
+    is_frozen = layout.adapter_rank > 0
+    gradient = 0 if is_frozen else size * shape.embedding_parameters  # of the embedding or the head
     root = layer = sent = reduced = waiting = 0
     if layout.is_spread:
         root = size * shape.root_parameters
+        whole_layer = shape.layer_parameters + layout.adapter_of_layer(shape)
+        trained = layout.adapter_of_layer(shape) if is_frozen else whole_layer
         # The layer that runs, the next one while it is gathered, and gradients.
-        layer = size * (3 if layout.shard_degree > 1 else 2) * shape.layer_parameters
-        sent = _FLOAT32 * shape.layer_parameters  # gradients of the layer before, on their way to the other ranks
+        layer = size * ((2 if layout.shard_degree > 1 else 1) * whole_layer + trained)
+        sent = _FLOAT32 * trained  # gradients of the layer before, on their way to the other ranks
         # Gradients in the order in which they are sent, beside those that were computed; a group of one sums and copies them.
         beside = 2 * _FLOAT32 if layout.shard_degree == 1 else size
-        reduced = (_FLOAT32 + beside) * shape.root_parameters
+        reduced = 0 if is_frozen else (_FLOAT32 + beside) * shape.root_parameters
     if layout.is_spread or shape.is_tied:
         waiting = gradient  # the head's, until the embedding has run
     layer += 2 * tokens * of_layer  # its activations' gradients are as large as what it saved
-    head = root + _head_bytes(shape, tokens, size, on_gpu=layout.on_gpu)
+    head = root + _head_bytes(shape, tokens, size, on_gpu=layout.on_gpu, is_frozen=is_frozen)
     moments = (
         head + kept,
         root + waiting + sent + kept + layer,
         root + waiting + sent + gradient,
         reduced,
-        2 * bucket_bytes + shape.embedding_parameters * BYTES[layout.rollout_dtype],
+        # A layer is merged with its adapters in float32.
+        2 * bucket_bytes
+        + max(
+            shape.embedding_parameters * BYTES[layout.rollout_dtype], is_frozen * 2 * _FLOAT32 * shape.layer_parameters
+        ),
     )
     return head, max(moments)
 
 
-def _head_bytes(shape: ModelShape, tokens: int, size: int, *, on_gpu: bool) -> int:
+def _head_bytes(shape: ModelShape, tokens: int, size: int, *, on_gpu: bool, is_frozen: bool) -> int:
     """In the head's backward pass: the sum of its weight's gradients in float32; at its end that sum rounded, before it
-    products of a tile, in float32 too; hidden states and the sums of their gradients; a tile of logits."""
+    products of a tile, in float32 too; hidden states and the sums of their gradients; a tile of logits. A frozen head has no
+    gradient of its weight."""
     most_rows, elements = _GPU_TILE if on_gpu else _TILE
     weight, rows = shape.embedding_parameters, min(tokens, most_rows)
     columns = min(shape.vocab_size, elements // rows)
     is_half = size < _FLOAT32
     tile = _FLOAT32 * rows * columns
     products = _FLOAT32 * (rows + columns) * shape.hidden_size if is_half else 0
-    gradients = _FLOAT32 * weight + max(size * weight if is_half else 0, products)
-    # The forward pass, which has no gradients, has a second tile.
-    return tile + (size + _FLOAT32) * tokens * shape.hidden_size + max(gradients, tile + products)
+    gradients = 0 if is_frozen else _FLOAT32 * weight + max(size * weight if is_half else 0, products)
+    sums = _FLOAT32 * tokens * shape.hidden_size
+    # The forward pass has a second tile; sums are beside it where autograd has not freed those of the micro-batch before.
+    forward = tile + products + (0 if is_frozen else sums)
+    return tile + size * tokens * shape.hidden_size + max(sums + max(gradients, products), forward)
 
 
 def _saved_bytes_per_token(shape: ModelShape, layout: Layout, longest: int) -> int:
@@ -152,10 +188,13 @@ class HostMemory:
 def host_memory(shape: ModelShape, layout: Layout) -> HostMemory:
     """Of all ranks of the machine that has the first one."""
     whole = shape.num_parameters * BYTES[layout.master_dtype]
-    part = layout.shard_bytes(shape) if layout.cpu_offload or not layout.on_gpu else 0
+    is_here = layout.cpu_offload or not layout.on_gpu
+    part, trained = (layout.shard_bytes(shape), layout.trained_bytes(shape)) if is_here else (0, 0)
     copies = 2 * shape.num_parameters * BYTES[layout.rollout_dtype] if layout.num_ranks > 1 else 0
     return HostMemory(
         load=whole + (layout.num_local_ranks - 1) * part,
-        train=4 * layout.num_local_ranks * part + copies,
-        save=3 * layout.num_local_ranks * part + copies + (whole if layout.shard_degree > 1 else 0),
+        train=layout.num_local_ranks * (part + 3 * trained) + copies,
+        save=layout.num_local_ranks * (part + 2 * trained)
+        + copies
+        + (whole if layout.shard_degree > 1 or layout.adapter_rank else 0),
     )

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from services.errors import StartupError
+from services.models.adapters import effective_weight
 from services.models.text import TextError, render_messages
 from services.process.startup import check_model_folder, hub_hint
 
@@ -165,7 +166,7 @@ def rope_switch(model: PreTrainedModel) -> int | None:
 
 
 def output_head(model: PreTrainedModel, *, check: bool = True) -> OutputHead:
-    """The model's output head as tensors, checked against the model's own logits on a probe.
+    """The model's output head as tensors, an adapter of it merged, checked against the model's own logits on a probe.
 
     Raises:
         StartupError: the architecture does something after its head that this project does not know.
@@ -174,7 +175,7 @@ def output_head(model: PreTrainedModel, *, check: bool = True) -> OutputHead:
     config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
     scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-    head = OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    head = OutputHead(effective_weight(linear), linear.bias, scale, getattr(config, "final_logit_softcapping", None))
     if check:
         _check_head(model, head)
     return head

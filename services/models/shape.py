@@ -41,6 +41,8 @@ class ModelShape:
     """Whether the output head is the embedding."""
     tensors: tuple[tuple[int, int, int], ...]
     """Of its parameters: how many there are of a size, rows, and elements a row."""
+    linears: tuple[tuple[str, int, int, int], ...]
+    """Linear layers of the decoder's layers, without experts: the last part of their name, how many there are, rows, columns."""
     stored_bytes: int | None
     """Of quantised weights, which keep their size whatever the dtype; else None."""
 
@@ -68,11 +70,14 @@ class ModelShape:
             max_positions=next((text[name] for name in _POSITIONS if text.get(name)), None),
             is_tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
             tensors=(),
+            linears=(),
             stored_bytes=None,
         )
         tensors = shape._usual_tensors(experts, of_expert) if weights is None else _tensors(weights, shape.is_tied)
         counted = tuple(sorted((number, *size) for size, number in Counter(tensors).items()))
         quantised = weights is not None and text.get("quantization_config")
+        linears = shape._usual_linears(has_experts=bool(experts)) if weights is None else _linears(weights)
+        shape = replace(shape, linears=linears)
         return replace(shape, tensors=counted, stored_bytes=_num_bytes(weights) if weights and quantised else None)
 
     def _usual_tensors(self, num_experts: int, of_expert: int) -> list[tuple[int, int]]:
@@ -87,6 +92,35 @@ class ModelShape:
             layer += [(inner, hidden), (inner, hidden), (hidden, inner)]
         embeddings = [(self.vocab_size, hidden)] * (1 if self.is_tied else 2)
         return [*layer * self.num_layers, *embeddings, (hidden, 1)]
+
+    def _usual_linears(self, *, has_experts: bool) -> tuple[tuple[str, int, int, int], ...]:
+        hidden, queries, keys, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
+        layer = [
+            ("q_proj", queries, hidden),
+            ("k_proj", keys, hidden),
+            ("v_proj", keys, hidden),
+            ("o_proj", hidden, queries),
+        ]
+        if not has_experts:
+            layer += [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)]
+        return tuple((name, self.num_layers, rows, columns) for name, rows, columns in layer)
+
+    def adapter_parameters(self, rank: int, targets: tuple[str, ...] | None, shard_degree: int = 1) -> int:
+        """Of LoRA matrices of a rank, on the first of the ranks that share them.
+
+        Args:
+            targets: last parts of the names of the adapted layers; None: all linear ones.
+        """
+        return sum(
+            number * (-(-rank // shard_degree) * columns + -(-rows // shard_degree) * rank)
+            for name, number, rows, columns in self.linears
+            if targets is None or name in targets
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of all linear layers of the decoder's layers, without experts."""
+        return sum(number * rows * columns for _, number, rows, columns in self.linears)
 
     @property
     def num_parameters(self) -> int:
@@ -155,6 +189,18 @@ def _tensors(weights: SafetensorsRepoMetadata, tied: bool) -> Iterable[tuple[int
     if tied and any("embed" in name for name in tensors):
         tensors.pop("lm_head.weight", None)  # some checkpoints hold it although it is the embedding
     return ((next(iter(t.shape), 1), math.prod(t.shape[1:])) for t in tensors.values())
+
+
+def _linears(weights: SafetensorsRepoMetadata) -> tuple[tuple[str, int, int, int], ...]:
+    """Matrices that are named by a number (of their layer) and are none of an expert."""
+    counted: Counter[tuple[str, int, int]] = Counter()
+    for file in weights.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            parts = name.split(".")
+            is_in_layer = any(part.isdigit() for part in parts) and "experts" not in parts
+            if is_in_layer and len(tensor.shape) == 2 and parts[-1] == "weight":
+                counted[parts[-2], tensor.shape[0], tensor.shape[1]] += 1
+    return tuple((name, number, rows, columns) for (name, rows, columns), number in sorted(counted.items()))
 
 
 def _num_bytes(weights: SafetensorsRepoMetadata) -> int:

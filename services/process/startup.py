@@ -163,6 +163,11 @@ def check_model_folder(key: str, model: str) -> None:
     path = Path(model)
     if (path / "config.json").is_file() or (not path.exists() and _may_be_hub_id(model)):
         return
+    if (path / "adapter_config.json").is_file():
+        raise StartupError(
+            f"{key} = {model!r} is an adapter without its model; give the model that it was trained for, or one that it is merged "
+            "into, such as student/ of a run; a run goes on from an adapter with --lora.adapter"
+        )
     reason = "no config.json there" if path.exists() else "it does not exist"
     raise StartupError(
         f"{key} = {model!r} is no model folder ({reason}); give a folder saved with save_pretrained, or a hub id"

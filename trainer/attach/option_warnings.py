@@ -2,7 +2,7 @@
 
 import logging
 
-from services.config import LossConfig, RunConfig, StudentConfig
+from services.config import LossConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -11,14 +11,24 @@ _JSD_END = 0.1
 
 
 def warn_of_options(config: RunConfig) -> None:
-    """Log a line for each of them."""
-    for warning in (_master_weights(config.student), _jsd_near_an_end(config.loss)):
+    """Log a line for each of them, and one where weights are held twice."""
+    _tell_of_second_copy(config)
+    for warning in (_master_weights(config), _jsd_near_an_end(config.loss)):
         if warning is not None:
             logger.warning(warning)
 
 
-def _master_weights(student: StudentConfig) -> str | None:
-    if student.dtype != "bfloat16":
+def _tell_of_second_copy(config: RunConfig) -> None:
+    """Log it where the teacher is the student's own model: roles share no process, so they share no weights."""
+    if config.teacher.model is not None and config.teacher.model == config.student.model:
+        logger.info(
+            "the teacher is the student's own model, %s: its server is a process of its own and holds a second copy of it",
+            config.teacher.model,
+        )
+
+
+def _master_weights(config: RunConfig) -> str | None:
+    if config.master_dtype() != "bfloat16" or config.lora.is_on:
         return None
     return (
         "student.dtype = bfloat16: a step that is smaller than half the distance to the next bfloat16 number is lost (in 12 "

@@ -1,6 +1,7 @@
 """The student on disk: after a run, however it ends, and every few steps of it.
 
-student/                 the student of the last finished step, as a folder of safetensors with its tokenizer
+student/                 the student of the last finished step, as a folder of safetensors with its tokenizer; its adapter merged
+student/adapter/         the adapter alone, where one is trained, as peft loads it
 checkpoints/step-N/      the same after step N; the newest `output.save_total_limit` of them
 .reserve/                room for one student, held until the last one is saved: a disk that fills up meanwhile costs
                          metrics, not the student
@@ -18,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import OutputConfig
 from services.errors import OutputError, StartupError
+from services.models.adapters import has_adapter
 from services.process.files import cannot_write, sync_folder
+from trainer.lora import save_adapter
 from trainer.weights.snapshot import StudentState
 
 logger = logging.getLogger(__name__)
@@ -120,6 +123,10 @@ class SavedStudents:
         if not self._has_begun:
             _remove(self._dir / "checkpoints")
         logger.info("the student of step %d is saved in %s", state.step, self._dir / "student")
+        if has_adapter(self._model) and state.adapter is None:
+            logger.warning(
+                "its adapter alone is lost with the rank that was killed; the student is whole, with it merged"
+            )
 
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""
@@ -132,6 +139,8 @@ class SavedStudents:
             # The names of tensors that are given are a checkpoint's already.
             self._model.save_pretrained(beside, state_dict=state.tensors, save_original_format=state.tensors is None)
             self._tokenizer.save_pretrained(beside)
+            if state.adapter is not None:
+                save_adapter(self._model, state.adapter, beside / "adapter")
             if not any(beside.glob("*.safetensors")):
                 raise OutputError(f"{path} cannot be written: transformers has saved no weights")
             sync_folder(beside)

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from services.weight_transfer.source import WeightSource
+from trainer.weights.adapter_proof import AdapterProof
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class WeightSnapshot:
     Attributes:
         source: yields them under the names of a checkpoint, in the dtype of the rollout servers.
         canary_logprobs: the trainer's, [T] of each completion of the canary.
+        proof: finds the adapter in what is sent; None where all weights are trained.
     """
 
     version: int
     source: WeightSource
     canary_logprobs: list[np.ndarray]
+    proof: AdapterProof | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class StudentState:
     Attributes:
         step: after which it was so.
         tensors: its weights, whole, under the names of a checkpoint; None: those of the model itself, which holds all of them.
+        adapter: what of a model with an adapter is trained, whole, by its names in the model; None: there is none, or it is lost.
     """
 
     step: int
     tensors: dict[str, Tensor] | None = None
+    adapter: dict[str, Tensor] | None = None

@@ -192,7 +192,7 @@ class WeightSync:
             if not self._connected:
                 await self._connect()
             await self._control.start()
-            await self._send(snapshot.source)
+            await self._send_proven(snapshot)
             await self._control.finish(str(label))
             sent = time.monotonic()
             scored = await self._control.score_canary(canary.given.sequences)
@@ -221,6 +221,14 @@ class WeightSync:
 
         await self._in_thread(lambda: self._sender.connect(tell))
         self._connected = True
+
+    async def _send_proven(self, snapshot: WeightSnapshot) -> None:
+        """Send; where an adapter is trained, see it in what was sent."""
+        if (proof := snapshot.proof) is None:
+            await self._send(snapshot.source)
+        else:
+            await self._send(proof.watching(snapshot.source))
+            proof.check()
 
     async def _send(self, source: WeightSource) -> None:
         """Broadcast, and compare what every worker got; whichever end fails first, the other does not wait for it."""

@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from services.config import RunConfig
+from services.config import LoraConfig, RunConfig
 from services.gpus import trainer_memory
 from services.gpus.memory import Sizes
 from services.gpus.trainer_memory import Layout, trainer_share
 from services.models.shape import ModelShape
 from tests.ranks import leave
 from trainer import student as student_module
+from trainer.lora import add_adapter
 from trainer.loss import head as lm_head
 from trainer.loss.head import support_logprobs
 from trainer.optimizer import build_optimizer
@@ -53,6 +54,11 @@ LAYOUTS = {
     "fsdp2, bfloat16": replace(TWO, shard_degree=2, compute_dtype="bfloat16"),
     "ddp": TWO,
     "ddp, bfloat16": replace(TWO, compute_dtype="bfloat16"),
+    "adapter": replace(ONE, adapter_rank=16),
+    "adapter, fsdp2": replace(TWO, shard_degree=2, adapter_rank=16),
+    "adapter, ddp, bfloat16": replace(
+        TWO, compute_dtype="bfloat16", adapter_rank=16, adapter_targets=("q_proj", "up_proj")
+    ),
 }
 TIED = {"tied": True, "untied": False}
 
@@ -110,6 +116,9 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
     model.tie_weights()
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.constant_(tensor, 0.01)
+    if layout.adapter_rank:
+        targets = "all-linear" if layout.adapter_targets is None else list(layout.adapter_targets)
+        add_adapter(model, LoraConfig(r=layout.adapter_rank, target_modules=targets))
     student = Student(model).train()
     if layout.is_spread:
         spread_as(layout, student)
@@ -119,7 +128,7 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
         root = (p for name, p in student.named_parameters() if ".layers." not in name)
         head.append(held([hidden]) + (held(root) if layout.is_spread else 0))
         with Live() as live:
-            inputs = [t.detach().requires_grad_() for t in (hidden, weight)]
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in (hidden, weight)]
             support_logprobs(*inputs, *args, **options).token_logprobs.sum().backward()
         head[0] += live.peak
         return support_logprobs(hidden, weight, *args, **options)

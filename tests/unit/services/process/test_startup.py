@@ -109,6 +109,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     check_model_folder("teacher.model", str(tmp_path))
 
 
+def test_an_adapter_alone_is_refused_as_a_model_and_beside_one_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(StartupError, match=r"is an adapter without its model; .*--lora\.adapter$"):
+        check_model_folder("student.model", str(tmp_path))
+    (tmp_path / "config.json").touch()
+    check_model_folder("student.model", str(tmp_path))
+
+
 @pytest.mark.parametrize("files", [["model.safetensors"], ["model-00001-of-00002.safetensors", "pytorch_model.bin"]])
 def test_weights_in_safetensors_are_accepted_also_beside_others(files: list[str], tmp_path: Path) -> None:
     for name in ("config.json", *files):

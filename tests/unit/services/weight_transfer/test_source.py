@@ -1,7 +1,9 @@
 """What the trainer sends is what `save_pretrained` would write."""
 
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +71,25 @@ def test_metadata_gathers_nothing_and_iteration_one_layer_at_a_time(
     for _ in source:
         assert sum(whole() is not None for whole in gathered) <= in_a_layer
     assert len(gathered) == len(list(source._model.parameters()))
+
+
+def test_weights_in_four_bits_are_sent_as_the_numbers_that_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bitsandbytes keeps them: two in a byte, with a state that says what they were."""
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path, "llama"))
+    layer = model.model.layers[1].mlp.up_proj
+    numbers = layer.weight.detach().clone().bfloat16()
+    packed = torch.nn.Parameter(torch.zeros(numbers.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=numbers.shape, dtype=torch.bfloat16, numbers=numbers)  # type: ignore[attr-defined]
+    layer.weight = packed
+    stand_in = SimpleNamespace(dequantize_4bit=lambda data, state: state.numbers)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=stand_in))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", stand_in)
+    source = CheckpointSource(model, torch.float32)
+    announced, sent = source.metadata(), dict(source)
+    assert [(m.name, m.dtype, m.shape) for m in announced] == [(n, t.dtype, tuple(t.shape)) for n, t in sent.items()]
+    assert torch.equal(sent["model.layers.1.mlp.up_proj.weight"], numbers.float())
 
 
 def test_persistent_buffers_are_sent_as_they_are_saved(tmp_path: Path) -> None:

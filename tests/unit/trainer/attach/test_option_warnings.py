@@ -47,3 +47,18 @@ def test_a_jsd_near_an_end_is_warned_of(beta: float, said: str | None, caplog: p
         assert found == []
     else:
         assert len(found) == 1 and said in found[0] and f"loss.jsd_beta = {beta}" in found[0]
+
+
+def test_a_frozen_base_in_bfloat16_loses_no_steps(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings(caplog, student={"dtype": "bfloat16"}, lora={"r": 4}) == []
+
+
+@pytest.mark.parametrize(("teacher", "said"), [("base", 1), ("m", 1), ("other", 0), (None, 0)])
+def test_a_teacher_of_the_students_own_model_is_said_to_be_a_second_copy(
+    teacher: str | None, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    warn_of_options(RunConfig.model_validate({"student": {"model": "m"}, "teacher": {"model": teacher}}))
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == said
+    assert all("m: its server is a process of its own and holds a second copy of it" in line for line in found)

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from services.config import RunConfig
 from services.errors import PeerError, ServerHeldError, StartupError, WeightSyncError
+from services.models import adapters
 from services.weight_transfer.channel import GroupLostError, Update
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from services.wire.weights import CanaryScores
 from tests.models import save_model
 from tests.pushing import Pushing, learner_of
 from tests.servers import rollout_info
+from tests.unit.trainer.adapters import disturb
 from trainer.data.prompts import Prompt
 from trainer.weights import weight_sync
 from trainer.weights.weight_sync import WeightSync
@@ -44,6 +46,7 @@ class Servers:
     trouble: str = ""
     aborted: threading.Event = field(default_factory=threading.Event)
     num_receiving: int = 0
+    received: dict[str, torch.Tensor] = field(default_factory=dict)
     busy: threading.Lock = field(default_factory=threading.Lock)
     """Whoever holds it keeps a broadcast that was ended from returning."""
     model: Any = None
@@ -95,6 +98,7 @@ class Servers:
 
     async def finish(self, label: str) -> None:
         self.events.append(f"finish {label}")
+        self.model.load_state_dict(self.received)
         self.label = label
 
     async def score_canary(self, sequences: list[list[int]]) -> list[CanaryScores]:
@@ -176,6 +180,7 @@ class Sender:
             with servers.busy:
                 servers.events.append("broadcast ended")
             raise GroupLostError("aborted")
+        self.servers.received = dict(source)
         return ["a checksum"]
 
     def abort(self) -> None:
@@ -344,6 +349,30 @@ async def test_bytes_that_did_not_arrive_are_found_before_the_update_is_finished
     with pytest.raises(WeightSyncError):
         await attach(servers).push(4)
     assert servers.events.count("compare") == 2 and not [e for e in servers.events if e.startswith("finish")]
+
+
+async def test_servers_that_have_the_merged_weights_answer_as_the_student_with_its_adapter(attach: Attach) -> None:
+    servers = Servers()
+    pushing = attach(servers, lora={"r": 4})
+    for version in range(3):
+        disturb(pushing.learner)
+        metrics = await pushing.push_once(version)
+        assert metrics["canary_residual"] <= 1e-5
+    assert torch.equal(servers.received["lm_head.weight"], pushing.learner.student.model.lm_head.weight)
+
+
+async def test_weights_without_the_adapter_are_found_before_the_update_is_finished(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = Servers()
+    pushing = attach(servers, lora={"r": 4})
+    await pushing.push(0)
+    disturb(pushing.learner, scale=1e-6)
+    monkeypatch.setattr(adapters, "_effective", lambda module, tensors, dtype: tensors["base_layer.weight"].to(dtype))
+    servers.events.clear()
+    with pytest.raises(WeightSyncError, match=r"the adapter is missing in the weights that were sent: .* and 10 more"):
+        await pushing.push(1)
+    assert servers.events.count("send") == 2 and not any(event.startswith("finish") for event in servers.events)
 
 
 async def test_a_server_that_another_run_has_taken_is_not_pushed_to_again(attach: Attach) -> None:
