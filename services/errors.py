@@ -12,6 +12,7 @@
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
+    ├── UserCodeError            a callback or function that the user handed in failed             exit 9
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
@@ -119,6 +120,12 @@ class RankLostError(DistillServeError):
     """Another rank of the trainer has ended, and with it the run."""
 
     exit_code = 8
+
+
+class UserCodeError(DistillServeError):
+    """A callback, rollout function or factory that the user handed in failed; what it raised is the cause of this one."""
+
+    exit_code = 9
 
 
 class InputError(DistillServeError, ValueError):

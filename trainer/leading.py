@@ -16,6 +16,7 @@ from services.errors import ERROR_PREFIX, RankLostError
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch, encode_batch
 from trainer.learner import Learner
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks, check_together
 from trainer.student import Student
@@ -42,9 +43,10 @@ class LeadingLearner(Learner):
         ranks: Ranks,
         followers: Followers,
         interruption: Interruption,
-        rescue: Callable[[StudentState], None],
+        rescue: Callable[[StudentState], object],
+        optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
-        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption))
+        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption), optimizers)
         self._followers, self._interruption, self._rescue = followers, interruption, rescue
         self._is_called = False
         self._is_broken = False

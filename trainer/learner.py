@@ -28,7 +28,7 @@ from trainer.loss import (
     minillm_loss,
 )
 from trainer.loss.head import HeadOutput
-from trainer.optimizer import build_optimizer, build_schedule
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
 from trainer.ranks.group import Ranks
 from trainer.student import Student
@@ -46,6 +46,7 @@ class Learner:
         num_steps: of the run, for the schedule.
         ranks: this process among those that train.
         check: called where a step may be given up, which it is when this raises, on all ranks at the same place.
+        optimizers: the same on every rank.
 
     Attributes:
         finished_step: the step whose updates the student holds.
@@ -58,11 +59,11 @@ class Learner:
         num_steps: int,
         ranks: Ranks | None = None,
         check: Callable[[], None] = lambda: None,
+        optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
         self._share = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
-        self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
-        self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
+        self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
         self.finished_step = 0
         self._copy: HostCopy | None = None
         self._skipped_in_a_row = 0

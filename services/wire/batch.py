@@ -40,6 +40,7 @@ class TrainingBatch:
     teacher_tail_logprob: np.ndarray  # [N] log of the mass outside the support
     window_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # [W] int64
     window_ids: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [M] int32
+    loss_mask: np.ndarray = field(default_factory=partial(np.zeros, 0, np.bool_))  # [N] bool, or none where all count
     texts: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -64,6 +65,10 @@ class TrainingBatch:
         end = int(self._completion_ends[index])
         return slice(end - int(self.completion_lengths[index]), end)
 
+    def counts(self) -> np.ndarray:
+        """[N] bool, which completion tokens are trained: those that the student sampled."""
+        return self.loss_mask if len(self.loss_mask) else np.ones(len(self.token_ids), np.bool_)
+
     def windows(self) -> list[list[int]]:
         """Token ids of each window of text."""
         parts = np.split(self.window_ids, np.cumsum(self.window_lengths))[:-1]
@@ -71,6 +76,8 @@ class TrainingBatch:
 
 
 _ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in ("texts", "metrics"))
+# What earlier versions did not record.
+_OPTIONAL = ("loss_mask",)
 _OF_TOKENS = (
     "rollout_logprobs",
     "teacher_token_logprobs",
@@ -95,7 +102,7 @@ def decode_batch(document: bytes) -> TrainingBatch:
     """
     arrays, metadata = decode_document(document)
     columns: dict[str, Any] = {**arrays, **metadata}
-    if missing := [name for name in _ARRAYS if name not in arrays]:
+    if missing := [name for name in _ARRAYS if name not in arrays and name not in _OPTIONAL]:
         raise PeerError(f"the document is not a batch: {', '.join(missing)} are missing")
     try:
         batch = TrainingBatch(**columns)
@@ -105,6 +112,8 @@ def decode_batch(document: bytes) -> TrainingBatch:
         for name in names:
             if len(arrays[name]) != length:
                 raise PeerError(f"the batch holds {len(arrays[name])} {name} for {length}")
+    if len(batch.loss_mask) not in (0, len(batch.token_ids)):
+        raise PeerError(f"the batch holds {len(batch.loss_mask)} loss_mask for {len(batch.token_ids)}")
     for lengths, name in (
         ("prompt_lengths", "prompt_ids"),
         ("completion_lengths", "token_ids"),
