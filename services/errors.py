@@ -12,7 +12,7 @@
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
-    ├── UserCodeError            a callback or function that the user handed in failed             exit 9
+    ├── UserCodeError            a callback or function that the user handed in failed             exit 10
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
@@ -125,7 +125,7 @@ class RankLostError(DistillServeError):
 class UserCodeError(DistillServeError):
     """A callback, rollout function or factory that the user handed in failed; what it raised is the cause of this one."""
 
-    exit_code = 9
+    exit_code = 10
 
 
 class InputError(DistillServeError, ValueError):

@@ -12,7 +12,15 @@ TRAIN = ["services.cli", "train"]
 
 def accelerate_launch(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
     """Two ranks; --multi_gpu is its word for several processes, on a machine without GPUs as well."""
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
     return _start([*words, "--num_machines", "1", "--main_process_port", "0", "--module", *TRAIN, *arguments], log)
 
 

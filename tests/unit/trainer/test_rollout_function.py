@@ -181,7 +181,7 @@ def test_asking_in_a_way_that_would_wait_for_itself_is_named() -> None:
     async def function(prompts: Any, sampling: Any, client: StudentClient) -> Any:
         return client.generate_sync([[48]])
 
-    with pytest.raises(UserCodeError, match="use `await client.generate"):
+    with pytest.raises(UserCodeError, match=r"use `await client\.generate"):
         groups_of(function)
 
 
@@ -219,7 +219,7 @@ def test_an_error_of_a_server_stays_one() -> None:
     async def function(prompts: Any, sampling: Any, client: StudentClient) -> Any:
         raise PeerError("away")
 
-    with pytest.raises(PeerError, match="^away$"):
+    with pytest.raises(PeerError, match=r"^away$"):
         groups_of(function)
 
 
@@ -262,6 +262,6 @@ def test_a_function_that_fails_ends_the_run_with_the_student_saved(run: Run, tmp
             raise ValueError("second call")
         return await plain(prompts, sampling, client)
 
-    with pytest.raises(UserCodeError, match="the rollout function .*function raised ValueError: second call"):
+    with pytest.raises(UserCodeError, match=r"the rollout function .*function raised ValueError: second call"):
         run(UserObjects(rollout_function=function))
     assert (tmp_path / "out" / "student" / "config.json").exists()
