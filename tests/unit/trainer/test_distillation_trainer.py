@@ -19,7 +19,6 @@ from services.config import RunConfig
 from services.errors import ConfigError, DataError, FolderInUseError, PeerError
 from services.gpus.advice import updated
 from services.process.folder_lock import lock_folder
-from tests.models import save_model
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import opener, run_config
 from trainer import Callback, DistillationTrainer

@@ -1,15 +1,17 @@
 """A user's own optimizer and schedule: what may be given, what is refused, and that it is what trains."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from services.config import OptimizerConfig, RunConfig
 from services.errors import ConfigError, UserCodeError
 from tests.unit.trainer.samples import BATCH
+from tests.unit.trainer.two_ranks import run_pair
 from trainer.learner import Learner
 from trainer.own_optimizers import OwnOptimizers
 from trainer.student import load_student
@@ -119,3 +121,23 @@ def test_what_comes_of_a_factory_is_checked(
 ) -> None:
     with pytest.raises(UserCodeError, match=message):
         learner_with(tiny_model_folder("llama"), optimizer, schedule)
+
+
+def two_steps(leading: Any, into: Path) -> list[float]:
+    learner = leading.learner
+    losses = [learner.step(BATCH)["loss"] for _ in range(2)]
+    leading.students.save(learner.state())
+    return losses
+
+
+def test_two_ranks_with_an_own_optimizer_learn_as_one_does(tiny_model_folder: Any, tmp_path: Path) -> None:
+    folder, own = tiny_model_folder("qwen3"), OwnOptimizers((SGD, {"lr": 0.5, "momentum": 0.9}))
+    config = RunConfig(student={"model": folder}, output={"dir": str(tmp_path / "out")})
+    leading, following = run_pair(config, tmp_path, two_steps, optimizers=own)
+    assert "error" not in leading and "error" not in following, (leading, following)
+    alone = Learner(config, load_student(config.student), 10, optimizers=own)
+    losses = [alone.step(BATCH)["loss"] for _ in range(2)]
+    assert leading["result"] == pytest.approx(losses, rel=1e-5) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", dtype=torch.float32)
+    for name, parameter in saved.named_parameters():
+        torch.testing.assert_close(parameter, alone.student.model.get_parameter(name), rtol=1e-5, atol=1e-6)

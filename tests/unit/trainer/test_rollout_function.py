@@ -140,7 +140,7 @@ def test_what_cannot_be_trained_on_ends_with_one_line(columns: dict[str, Any], m
 
 
 def test_weights_that_are_not_live_are_refused() -> None:
-    with pytest.raises(PeerError, match="sampled under the version '2.1@old'"):
+    with pytest.raises(PeerError, match=r"sampled under the version '2\.1@old'"):
         groups_of(answering(policy_versions=["2.1@old", "2.1@old"]))
 
 
