@@ -182,7 +182,7 @@ class Session:
 
     def _record_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> dict[str, float]:
         """One row of metrics, which is returned, a few samples now and then."""
-        num_tokens, wall_s = len(batch.token_ids), self.record.wall_s
+        num_tokens, wall_s = int(batch.counts().sum()), self.record.wall_s
         self.num_tokens += num_tokens
         row = metrics | batch.metrics
         row |= {
