@@ -13,6 +13,7 @@
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
     ├── RewardError              a reward function failed, or took too long                        exit 9
+    ├── UserCodeError            a callback or function that the user handed in failed             exit 10
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
     └── RequestError             a request we refuse, answered as a problem document               4xx
@@ -126,6 +127,12 @@ class RewardError(DistillServeError):
     """A reward function raised, took too long, or returned what is no reward; names it, and the row where there is one."""
 
     exit_code = 9
+
+
+class UserCodeError(DistillServeError):
+    """A callback, rollout function or factory that the user handed in failed; what it raised is the cause of this one."""
+
+    exit_code = 10
 
 
 class InputError(DistillServeError, ValueError):

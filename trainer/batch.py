@@ -14,7 +14,7 @@ import torch
 from services.config import LossConfig, RewardConfig
 from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
 from services.wire.batch import TrainingBatch
-from trainer.groups import PromptGroup, ScoredSample
+from trainer.groups import PromptGroup, Rollout, ScoredSample
 from trainer.loss import LossInputs
 from trainer.loss.head import HeadOutput
 from trainer.rewards.totals import advantages
@@ -79,6 +79,7 @@ def collect(
         support_ids=_joined([s.support_ids for s in samples], np.int32),
         teacher_support_logprobs=_joined([s.teacher_support_logprobs for s in samples]),
         teacher_tail_logprob=_joined([s.teacher_tail_logprob for s in samples]),
+        loss_mask=_loss_masks(rollouts),
         window_lengths=np.array([len(window) for window in windows], np.int64),
         window_ids=_joined([np.array(window) for window in windows], np.int32),
         rewards=_rewards(samples, len(reward_names)) if reward_names else None,
@@ -86,6 +87,14 @@ def collect(
         texts=[prompt.text for prompt in prompts],
         metrics=metrics or {},
     )
+
+
+def _loss_masks(rollouts: list[Rollout]) -> np.ndarray:
+    """[N] bool, or [0] where every token was sampled by the student."""
+    if all(rollout.loss_mask is None for rollout in rollouts):
+        return np.zeros(0, np.bool_)
+    whole = [np.ones(len(rollout.completion.token_ids), np.bool_) for rollout in rollouts]
+    return _joined([w if r.loss_mask is None else r.loss_mask for r, w in zip(rollouts, whole, strict=True)], np.bool_)
 
 
 def _rewards(samples: list[ScoredSample], num_functions: int) -> np.ndarray:
@@ -139,7 +148,7 @@ def _pack_group(batch: TrainingBatch, group: list[int], advantages: torch.Tensor
     return MicroBatch(
         **vars(padded),
         samples=torch.tensor(group, dtype=torch.int64),
-        loss_mask=torch.ones(len(rows), dtype=torch.bool),
+        loss_mask=column(batch.counts(), np.bool_),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(batch.completion_lengths[group])])),
         rollout_logprobs=column(batch.rollout_logprobs),
         teacher_token_logprobs=column(batch.teacher_token_logprobs),

@@ -19,6 +19,7 @@ from services.process.signals import ENDING, handling
 from services.wire.batch import decode_batch
 from trainer.learner import Learner
 from trainer.output.saving import SavedStudents
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.parallel import load_and_place, load_reference
 from trainer.ranks.channel import Leader
 from trainer.ranks.group import GivenUp, Ranks, check_together, is_of_ranks
@@ -33,22 +34,25 @@ _STUCK_S = 12.0
 _REASON_S = 3.0
 
 
-def follow(ranks: Ranks) -> None:
+def follow(ranks: Ranks, optimizers: OwnOptimizers = DEFAULT) -> None:
     """Do what rank 0 asks, until it says that it is over.
+
+    Args:
+        optimizers: those of rank 0; a function does not travel.
 
     Raises:
         RankLostError: rank 0 was killed; the student of the last version that was pushed is saved, by one rank of its machine.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    follower = _Follower(ranks)
+    follower = _Follower(ranks, optimizers)
     with handling(lambda number, frame: follower.leader.tell_signal(number), *ENDING):
         follower.run()
 
 
 class _Follower:
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, optimizers: OwnOptimizers) -> None:
+        self._ranks, self._optimizers = ranks, optimizers
         self._config = RunConfig()
         self._student: Student | None = None
         self._reference: Student | None = None
@@ -80,9 +84,8 @@ class _Follower:
             elif name == "learn":
                 assert self._student is not None, "load comes first"
                 check = partial(check_together, self._ranks)
-                self._learner = Learner(
-                    self._config, self._student, json.loads(document), self._ranks, check, self._reference
-                )
+                given = (self._config, self._student, json.loads(document), self._ranks, check)
+                self._learner = Learner(*given, self._reference, self._optimizers)
             else:
                 assert self._learner is not None, "learn comes first"
                 _CALLS[name](self._learner, document)

@@ -14,6 +14,8 @@ class Rollout:
     completion: RolloutCompletion
     policy_version: int
     """Of its oldest token."""
+    loss_mask: np.ndarray | None = None
+    """[T] bool, which tokens the student sampled; None: all of them. The others, of a tool say, are not trained."""
 
     @property
     def sequence(self) -> list[int]:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from services.errors import ERROR_PREFIX, RankLostError
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch, encode_batch
 from trainer.learner import Learner
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks, check_together
 from trainer.student import Student
@@ -42,10 +44,12 @@ class LeadingLearner(Learner):
         ranks: Ranks,
         followers: Followers,
         interruption: Interruption,
-        rescue: Callable[[StudentState], None],
+        rescue: Callable[[StudentState], object],
         reference: Student | None = None,
+        optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
-        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption), reference)
+        check = partial(check_together, ranks, interruption)
+        super().__init__(config, student, num_steps, ranks, check, reference, optimizers)
         self._followers, self._interruption, self._rescue = followers, interruption, rescue
         self._is_called = False
         self._is_broken = False

@@ -32,7 +32,7 @@ from trainer.loss import (
     minillm_loss,
 )
 from trainer.loss.head import HeadOutput
-from trainer.optimizer import build_optimizer, build_schedule
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
 from trainer.ranks.group import Ranks
 from trainer.student import Student
@@ -59,6 +59,7 @@ class Learner:
         ranks: this process among those that train.
         check: called where a step may be given up, which it is when this raises, on all ranks at the same place.
         reference: the frozen student that loss.alpha_reference_kl stays near to.
+        optimizers: the same on every rank.
 
     Attributes:
         finished_step: the step whose updates the student holds.
@@ -72,6 +73,7 @@ class Learner:
         ranks: Ranks | None = None,
         check: Callable[[], None] = lambda: None,
         reference: Student | None = None,
+        optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
         assert (reference is not None) == (config.loss.alpha_reference_kl > 0), (
             "a reference is held where it is looked at"
@@ -79,8 +81,7 @@ class Learner:
         self._reference = reference
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
         self._share: dict[str, Any] = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
-        self.optimizer: torch.optim.Optimizer = build_optimizer(student, config.optimizer)
-        self.schedule = build_schedule(self.optimizer, config.optimizer, num_steps)
+        self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
         self.finished_step = 0
         self._copy: HostCopy | None = None
         self._skipped_in_a_row = 0

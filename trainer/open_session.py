@@ -46,29 +46,36 @@ from trainer.ranks.group import Ranks
 from trainer.rewards.of_groups import GroupRewards, check_arguments, column_names
 from trainer.rewards.pool import RewardPool
 from trainer.rewards.process import refuse_in_worker
+from trainer.rollout_function import OwnRollouts
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import Student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teachers, teacher_urls
+from trainer.user_objects import NOTHING, UserObjects
 from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_session(config: RunConfig, interruption: Interruption, ranks: Ranks) -> Iterator[Session]:
+def open_session(
+    config: RunConfig, interruption: Interruption, ranks: Ranks, objects: UserObjects = NOTHING
+) -> Iterator[Session]:
     """Check everything, attach to the servers, load the student; close all of it at the end.
 
     Args:
         interruption: its signals are raised at once until the session is open, and deferred afterwards.
         ranks: this process is the first of them.
+        objects: of the program that trains.
 
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
     """
     refuse_in_worker()
     config.require("train")
+    objects.check(config)
+    objects.watch(interruption)
     with ExitStack() as stack:
         followers = _lead(ranks, interruption, stack)
         stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
@@ -80,7 +87,7 @@ def open_session(config: RunConfig, interruption: Interruption, ranks: Ranks) ->
                 inputs = _read_inputs(config, ranks, followers, rewards)
             with progress.doing("waiting for the servers"):
                 servers = _attach(inputs, event_loop, stack)
-            session = _assemble(inputs, servers, rewards, interruption, event_loop, progress, stack)
+            session = _assemble(inputs, servers, rewards, objects, interruption, event_loop, progress, stack)
             interruption.defer()
             yield session
         except Interrupted as error:
@@ -222,6 +229,7 @@ def _assemble(
     inputs: _Inputs,
     servers: _Servers,
     pool: RewardPool | None,
+    objects: UserObjects,
     interruption: Interruption,
     event_loop: EventLoopThread,
     progress: Progress,
@@ -229,19 +237,20 @@ def _assemble(
 ) -> Session:
     """The parts of the run; the rollout servers are its own from here on."""
     config, record, ranks = inputs.config, inputs.record, inputs.ranks
-    room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
+    max_model_len = preflight.max_model_len(config, servers.rollouts, servers.teachers)
+    room = max_model_len - config.longest_completion()
     prompts = inputs.prompts.fitting(room)
     num_steps = count_steps(config, len(prompts))
     stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
     texts = stream(inputs.texts) if inputs.texts else None
     students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
     if inputs.followers is None:
-        learner = Learner(config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
-    else:
-        learner = LeadingLearner(
-            *(config, inputs.student, num_steps, ranks, inputs.followers),
-            *(interruption, students.save, inputs.reference),
+        learner = Learner(
+            *(config, inputs.student, num_steps, ranks, interruption.check, inputs.reference, objects.optimizers)
         )
+    else:
+        given = (config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save)
+        learner = LeadingLearner(*given, inputs.reference, objects.optimizers)
     weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
@@ -264,8 +273,11 @@ def _assemble(
         columns = column_names(prompts, config)
         rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, columns)
     scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature, rewards)
+    own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
     pipeline = Pipeline(
-        config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token, texts
+        *(config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token),
+        texts=texts,
+        own_rollouts=own_rollouts,
     )
     stack.callback(event_loop.run, pipeline.close)
     return Session(
@@ -280,6 +292,25 @@ def _assemble(
         record=record,
         students=students,
         progress=progress,
+        callbacks=objects.callbacks,
+    )
+
+
+def _own_rollouts(
+    objects: UserObjects, inputs: _Inputs, servers: _Servers, weights: WeightSync, max_model_len: int
+) -> OwnRollouts | None:
+    """The user's rollout function, where there is one."""
+    if objects.rollout_function is None:
+        return None
+    return OwnRollouts(
+        function=objects.rollout_function,
+        timeout_s=objects.rollout_timeout_s,
+        client=servers.rollout_client,
+        versions=weights.versions,
+        tokenizer=inputs.tokenizer,
+        vocab_size=inputs.student.vocab_size,
+        max_model_len=max_model_len,
+        end_token_ids=inputs.end_token_ids,
     )
 
 

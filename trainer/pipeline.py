@@ -21,6 +21,7 @@ from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.groups import PromptGroup
 from trainer.rewards.totals import reward_metrics
+from trainer.rollout_function import OwnRollouts
 from trainer.rollouts import completion_metrics, generate_groups, training_sampling
 from trainer.scoring import Scoring
 from trainer.staleness_buffer import StalenessBuffer
@@ -37,6 +38,7 @@ class Pipeline:
         weights: pushes them.
         spell: a token as text, for the names of metrics.
         texts: windows of data.lm_path, whose cross-entropy is learned as well.
+        own_rollouts: asked for completions in the place of `client`.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class Pipeline:
         quarantine: Quarantine,
         spell: Callable[[int], str],
         texts: RowStream[list[int]] | None = None,
+        own_rollouts: OwnRollouts | None = None,
     ) -> None:
         self._config, self._prompts, self._num_steps, self._client = config, prompts, num_steps, client
         self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
-        self._texts = texts
+        self._texts, self._own_rollouts = texts, own_rollouts
         self._sampling = training_sampling(config.sampling)
         self._buffer: StalenessBuffer[bytes] = StalenessBuffer(config.pipeline.max_staleness)
         self._producing: asyncio.Task[None] | None = None
@@ -95,6 +98,20 @@ class Pipeline:
             await self._buffer.slot()
             await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
 
+    async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
+        samples = self._config.pipeline.samples_per_prompt
+        if self._own_rollouts is not None:
+            return await self._own_rollouts.generate_groups(prompts, self._sampling, samples, on_group)
+        return await generate_groups(
+            self._client,
+            prompts,
+            self._sampling,
+            self._weights.versions,
+            samples_per_prompt=samples,
+            student_top_k=self._scoring.support.student_top_k,
+            on_group=on_group,
+        )
+
     async def _make_batch(self, step: int, prompts: list[Prompt]) -> None:
         """Generate and score; completions go to the teachers as they arrive."""
         arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
@@ -105,17 +122,7 @@ class Pipeline:
         rewarding_s = 0.0 if rewards is None else rewards.busy_s
 
         async def generate() -> None:
-            groups.extend(
-                await generate_groups(
-                    self._client,
-                    prompts,
-                    self._sampling,
-                    self._weights.versions,
-                    samples_per_prompt=pipeline.samples_per_prompt,
-                    student_top_k=scoring.support.student_top_k,
-                    on_group=arriving.put_nowait,
-                )
-            )
+            groups.extend(await self._generate(prompts, arriving.put_nowait))
             times["rollout_s"] = time.monotonic() - started
             arriving.put_nowait(None)
 

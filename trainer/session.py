@@ -1,15 +1,19 @@
 """A run between its first and its last step: what train.py's loop asks for by name."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from services.config import RunConfig
 from services.errors import DistillServeError, EvaluationError, RankLostError
 from services.process.event_loop import EventLoopThread
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
+from trainer.callbacks.callback import Callback, RunControl, RunState
+from trainer.callbacks.run_callbacks import RunCallbacks
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.feed import BatchFeed
 from trainer.learner import Learner
@@ -36,17 +40,55 @@ class Session:
     record: RunRecord
     students: SavedStudents
     progress: Progress
+    callbacks: Sequence[Callback] = ()
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
     num_tokens: int = 0
     step_began: float = 0.0
 
     def __post_init__(self) -> None:
-        self.feed = BatchFeed(lambda: self.event_loop.run(self.pipeline.next))
+        self.feed = BatchFeed(self._next_document)
+        learner, control = self.learner, RunControl(can_evaluate=self.evaluator is not None)
+        state = RunState(
+            self.config,
+            self.num_steps,
+            learner.student.model,
+            self.record.tokenizer,
+            learner.optimizer,
+            learner.schedule,
+        )
+        self._events = RunCallbacks(self.callbacks, state, control)
+
+    def _next_document(self) -> bytes:
+        self._tell("on_step_begin")
+        return self.event_loop.run(self.pipeline.next)
+
+    def _tell(self, event: str, **changes: Any) -> None:
+        """The callbacks, which a Ctrl-C may end.
+
+        Raises:
+            UserCodeError: one of them failed.
+        """
+        with self.interruption.raising():
+            self._events.tell(event, **changes)
+
+    def telling_its_end(self) -> AbstractContextManager[None]:
+        """However the block ends, the callbacks hear of it."""
+        return self._events.until_the_end()
+
+    def steps(self) -> Iterator[int]:
+        """The steps to train: all, or up to where a callback asks to stop."""
+        for step in range(1, self.num_steps + 1):
+            if self._events.control.is_stopping:
+                logger.info("a callback asked to stop after step %d of %d", step - 1, self.num_steps)
+                return
+            yield step
 
     def begin(self) -> None:
         """Push version 0; then this run's files replace those of an earlier one."""
+        self._tell("on_start")
         with self.progress.doing("sending the student's weights for the first time"):
             self.push(0)
+        self._tell("on_push", policy_version=0)
         self.record.begin()
         self.step_began = self.record.wall_s
 
@@ -66,12 +108,20 @@ class Session:
         Raises:
             WeightSyncError: the push failed twice, or another run has taken a server over.
             OutputError: a file cannot be written.
+            UserCodeError: a callback failed.
         """
-        self.students.step_finished(step, self.learner.state)
+        saved = self.students.step_finished(step, self.learner.state)
         try:
             metrics = metrics | self.push(step)
         finally:  # a step whose push fails was trained all the same
-            self._record_step(step, batch, metrics)
+            row = self._record_step(step, batch, metrics)
+        self._tell("on_push", step=step, policy_version=step, metrics=row)
+        self._tell("on_step_end")
+        is_asked = self._events.control.take("save")
+        if saved is None and is_asked:
+            saved = self.students.keep(step, self.learner.state())
+        if saved is not None:
+            self._tell("on_save", student_folder=saved)
 
     @contextmanager
     def saving_the_student(self) -> Iterator[None]:
@@ -94,16 +144,19 @@ class Session:
                 except (Exception, Interrupted) as error:
                     logger.error("the student of step %d is lost: %s", step, error)
             raise
-        self._save()
+        if (folder := self._save()) is not None:
+            self._tell("on_save", student_folder=folder)
 
-    def _save(self) -> None:
-        if (state := self.learner.state()).step:
-            self.students.save(state)
+    def _save(self) -> Path | None:
+        """The student's folder; None without a step, unless that is what a callback wants."""
+        state = self.learner.state()
+        return self.students.save(state) if state.step or self._events.control.is_stopping else None
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student is measured after a step that is not the last one."""
-        every = self.config.evaluation.every_steps
-        return every > 0 and step % every == 0 and step < self.num_steps
+        every, control = self.config.evaluation.every_steps, self._events.control
+        is_due = control.take("evaluate") or (every > 0 and step % every == 0)
+        return is_due and step < self.num_steps and not control.is_stopping
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
@@ -124,11 +177,12 @@ class Session:
             self.step_began = self.record.wall_s  # the time of a step is without the evaluation before it
         self.record.evaluation(step, evaluation)
         self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
+        self._tell("on_evaluate", step=step, evaluation=evaluation)
         return evaluation
 
-    def _record_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """One row of metrics, a few samples now and then."""
-        num_tokens, wall_s = len(batch.token_ids), self.record.wall_s
+    def _record_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> dict[str, float]:
+        """One row of metrics, which is returned, a few samples now and then."""
+        num_tokens, wall_s = int(batch.counts().sum()), self.record.wall_s
         self.num_tokens += num_tokens
         row = metrics | batch.metrics
         row |= {
@@ -144,6 +198,7 @@ class Session:
         self.record.step(step, row)
         self.record.samples(step, batch)
         self.progress.step({"step": step, **row})
+        return row
 
     def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
         """Write the summary, show the table.
@@ -152,7 +207,7 @@ class Session:
             EvaluationError: the run is complete, but an evaluation failed.
         """
         failed = self.failed_evaluations
-        summary = Summary(before, after, self.num_steps, self.record.wall_s, self.num_tokens, failed)
+        summary = Summary(before, after, self.learner.finished_step, self.record.wall_s, self.num_tokens, failed)
         self.record.finish(summary)
         if failed:
             steps = ", ".join(str(one.step) for one in failed)

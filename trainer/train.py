@@ -15,15 +15,19 @@ from trainer.open_session import open_session
 from trainer.output.report import Summary
 from trainer.ranks.group import join_ranks
 from trainer.session import Session
+from trainer.user_objects import NOTHING, UserObjects
 
 
-def train(config: RunConfig) -> Summary | None:
+def train(config: RunConfig, objects: UserObjects = NOTHING) -> Summary | None:
     """Run the whole job; the servers must be up or coming up.
 
     On several ranks the first one does all of this, and every call of its learner is made on all of them; the others return
     None at the end.
 
     However it ends after the first step, short of being killed, the student of the last finished step is in output.dir.
+
+    Args:
+        objects: callbacks and other objects of the program that trains; of a run from the command line none.
 
     Raises:
         DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
@@ -33,9 +37,9 @@ def train(config: RunConfig) -> Summary | None:
     with interruptible() as interruption:
         ranks = join_ranks(config)
         if ranks.index > 0:
-            follow(ranks)
+            follow(ranks, objects.optimizers)
             return None
-        with open_session(config, interruption, ranks) as run:
+        with open_session(config, interruption, ranks, objects) as run, run.telling_its_end():
             return _train(run)
 
 
@@ -43,11 +47,11 @@ def _train(run: Session) -> Summary:
     with run.saving_the_student():
         run.begin()
         before = run.evaluate(step=0)
-        for step in range(1, run.num_steps + 1):
+        for step in run.steps():
             batch = run.feed.next()
             metrics = run.learner.step(batch)
             run.finish_step(step, batch, metrics)
             if run.is_evaluated(step):
                 run.evaluate(step)
-    after = run.evaluate(step=run.num_steps)
+    after = run.evaluate(step=run.learner.finished_step)
     return run.finish(before, after)

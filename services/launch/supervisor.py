@@ -85,26 +85,49 @@ def up(config: RunConfig, command: Command = role_command, grace_s: float = _GRA
             earlier run.
         StartupError: a model folder is missing, or the output folder cannot be used.
     """
-    refuse_urls(config)
-    check_model_folder("student.model", config.student.model or "")
-    check_model_folder("teacher.model", config.teacher.model or "")
-    check_socket_folder()
-    _share_gpus(config)
+    check_start(config)
     with ExitStack() as stack:
         lock = stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve up`"))
-        output_dir = check_output_dir(config)
-        check_output_room(output_dir)
-        moved, reservations = with_free_ports(config)
-        for reservation in reservations:
-            stack.callback(reservation.release)
-        folder = stack.enter_context(run_folder(output_dir, moved))
-        servers = _servers(moved, folder.run_file, stack)
-        wanted = {name: getattr(config, name).port for name in ("rollout", "teacher")}
+        moved, folder, servers = prepare(config, stack)
+        wanted = wanted_ports(config)
 
         async def supervise() -> int:
             return await Supervisor(moved, servers, folder, lock, command, grace_s, verbose).run(wanted)
 
         return asyncio.run(supervise())
+
+
+def check_start(config: RunConfig) -> None:
+    """What is found out before a run's folder is touched.
+
+    Raises:
+        ConfigError, StartupError: as of `up`.
+    """
+    refuse_urls(config)
+    check_model_folder("student.model", config.student.model or "")
+    check_model_folder("teacher.model", config.teacher.model or "")
+    check_socket_folder()
+    _share_gpus(config)
+
+
+def prepare(config: RunConfig, stack: ExitStack) -> tuple[RunConfig, RunFolder, list[Server]]:
+    """The run on ports that are free, its folder, and the servers to start; the stack gives all of it back.
+
+    Raises:
+        ConfigError, StartupError: as of `up`.
+    """
+    output_dir = check_output_dir(config)
+    check_output_room(output_dir)
+    moved, reservations = with_free_ports(config)
+    for reservation in reservations:
+        stack.callback(reservation.release)
+    folder = stack.enter_context(run_folder(output_dir, moved))
+    return moved, folder, _servers(moved, folder.run_file, stack)
+
+
+def wanted_ports(config: RunConfig) -> dict[str, int]:
+    """The port of each kind of server that a run names."""
+    return {name: getattr(config, name).port for name in ("rollout", "teacher")}
 
 
 def _share_gpus(config: RunConfig) -> None:
@@ -131,22 +154,28 @@ def _servers(config: RunConfig, run_file: Path, stack: ExitStack) -> list[Server
 
 
 class Supervisor:
-    """Starts, watches and ends the roles of one run."""
+    """Starts, watches and ends the roles of one run.
+
+    Args:
+        lock: of the run's folder, shared with the trainer; None where that is started by others.
+        screen: shows what happens; default: this process's console.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         servers: Sequence[Server],
         folder: RunFolder,
-        lock: FolderLock,
+        lock: FolderLock | None,
         command: Command,
         grace_s: float,
         verbose: bool,
+        screen: Screen | None = None,
     ) -> None:
         self._config, self._servers, self._folder, self._lock = config, servers, folder, lock
         self._command, self._grace_s, self._verbose = command, grace_s, verbose
         self._launch = secrets.token_hex(16)
-        self._keys = _keys()
+        self._keys = run_keys()
         self._roles: list[RoleProcess] = []
         self._failed: RoleProcess | None = None
         self._why = ""
@@ -154,7 +183,7 @@ class Supervisor:
         self._interrupted: asyncio.Future[int] = loop.create_future()
         self._hurried: asyncio.Future[None] = loop.create_future()  # by a second Ctrl-C
         metrics = self._folder.path / "metrics.jsonl"
-        self.screen = Screen(
+        self.screen = screen or Screen(
             verbose=verbose, metrics=metrics, on_reader_gone=lambda: self._interrupt(int(signal.SIGPIPE))
         )
 
@@ -192,6 +221,11 @@ class Supervisor:
             self._hurried.set_result(None)
 
     async def _run_roles(self) -> int:
+        code = await self._start_servers()
+        return await self._train() if code is None else code
+
+    async def _start_servers(self) -> int | None:
+        """Until all are ready; the exit code of the run where it has ended before."""
         self.screen.say(f"this run is in {self._folder.path}, what its roles say in {self._folder.path / 'logs'}")
         groups = [self._servers]
         if any(servers_share_a_gpu(server.config) for server in self._servers):
@@ -203,6 +237,10 @@ class Supervisor:
                 ready.append(asyncio.create_task(self._wait_ready(process, server)))
             if (code := await self._first(asyncio.gather(*ready))) is not None:
                 return code
+        return None
+
+    async def _train(self) -> int:
+        """Until the trainer is done or anybody ends; returns the exit code of the run."""
         count, master = self._config.trainer.num_processes, reserve_port("trainer", MASTER_ADDRESS, 0)
         try:
             for rank in range(count):
@@ -272,6 +310,7 @@ class Supervisor:
         # The trainer alone writes into the folder. What a server may leave behind when `up` is killed must not hold it.
         works_in_folder = role.trains
         if works_in_folder:
+            assert self._lock is not None
             environment |= self._lock.environment()
             environment = with_rank(environment, role.number, role.count, master_port)
         process = await RoleProcess.start(
@@ -280,7 +319,7 @@ class Supervisor:
             environment,
             RoleLog(self._folder.path / "logs" / role.log_name),
             self.screen.role_said,
-            pass_fds=(self._lock.descriptor,) if works_in_folder else (),
+            pass_fds=() if self._lock is None or not works_in_folder else (self._lock.descriptor,),
         )
         self._roles.append(process)
         if role.leads or not role.trains:  # of the other ranks there is nothing to say while all is well
@@ -396,9 +435,9 @@ class Supervisor:
             self.screen.say(f"{what} saved in {student}", "trainer")
 
 
-def _keys() -> dict[str, str]:
-    """The keys of this run's servers, random where the environment names none: other users of this machine, and web pages,
-    reach its loopback too."""
+def run_keys() -> dict[str, str]:
+    """Environment variables with the keys of a run's servers, random where the environment names none: other users of this
+    machine, and web pages, reach its loopback too."""
     given = Secrets()
     keys = {"DISTILLSERVE_ROLLOUT_KEY": given.rollout_key, "DISTILLSERVE_TEACHER_KEY": given.teacher_key}
     variables = {name: reveal(key) or make_key() for name, key in keys.items()}

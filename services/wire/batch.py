@@ -42,6 +42,7 @@ class TrainingBatch:
     teacher_tail_logprob: np.ndarray  # [N] log of the mass outside the support
     window_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # [W] int64
     window_ids: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [M] int32
+    loss_mask: np.ndarray = field(default_factory=partial(np.zeros, 0, np.bool_))  # [N] bool, or none where all count
     rewards: np.ndarray | None = None  # [B, F] float64
     reward_names: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -68,6 +69,10 @@ class TrainingBatch:
         end = int(self._completion_ends[index])
         return slice(end - int(self.completion_lengths[index]), end)
 
+    def counts(self) -> np.ndarray:
+        """[N] bool, which completion tokens are trained: those that the student sampled."""
+        return self.loss_mask if len(self.loss_mask) else np.ones(len(self.token_ids), np.bool_)
+
     def windows(self) -> list[list[int]]:
         """Token ids of each window of text."""
         parts = np.split(self.window_ids, np.cumsum(self.window_lengths))[:-1]
@@ -76,7 +81,8 @@ class TrainingBatch:
 
 _METADATA = ("reward_names", "texts", "metrics")
 _ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in _METADATA)
-_OPTIONAL = ("rewards",)
+# What earlier versions did not record.
+_OPTIONAL = ("rewards", "loss_mask")
 _OF_TOKENS = (
     "rollout_logprobs",
     "teacher_token_logprobs",
@@ -114,6 +120,8 @@ def decode_batch(document: bytes) -> TrainingBatch:
     of_rewards = (len(batch.rows), len(batch.reward_names))
     if batch.rewards is not None and batch.rewards.shape != of_rewards:
         raise PeerError(f"the batch holds rewards of shape {batch.rewards.shape}, expected {of_rewards}")
+    if len(batch.loss_mask) not in (0, len(batch.token_ids)):
+        raise PeerError(f"the batch holds {len(batch.loss_mask)} loss_mask for {len(batch.token_ids)}")
     for lengths, name in (
         ("prompt_lengths", "prompt_ids"),
         ("completion_lengths", "token_ids"),

@@ -98,7 +98,7 @@ class RunRecord:
     def __init__(self, config: RunConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
         self.dir = check_output_dir(config)
         check_trackers(config)
-        self._config, self._accelerator, self._tokenizer = config, accelerator, tokenizer
+        self._config, self._accelerator, self.tokenizer = config, accelerator, tokenizer
         self._started = time.monotonic()
 
     def begin(self) -> None:
@@ -124,7 +124,7 @@ class RunRecord:
 
     def token(self, token_id: int) -> str:
         """The tokenizer's spelling of an id."""
-        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One row of metrics.jsonl, which others can follow, and the trackers.
@@ -155,9 +155,9 @@ class RunRecord:
         return {
             "row": int(batch.rows[index]),
             "prompt": batch.texts[index],
-            "completion": self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            "completion": self.tokenizer.decode(token_ids, skip_special_tokens=True),
             "finish_reason": "length" if batch.truncated[index] else "stop",
-            "tokens": self._tokenizer.convert_ids_to_tokens(token_ids.tolist()),
+            "tokens": self.tokenizer.convert_ids_to_tokens(token_ids.tolist()),
             "student_logprobs": [round(float(x), 5) for x in batch.rollout_logprobs[tokens]],
             "teacher_logprobs": [round(float(x), 5) for x in batch.teacher_token_logprobs[tokens]],
             **({} if batch.rewards is None else {"rewards": _by_name(batch.reward_names, batch.rewards[index])}),

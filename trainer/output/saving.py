@@ -89,8 +89,8 @@ class SavedStudents:
         """Give up the reserved room."""
         _remove(self._dir / ".reserve")
 
-    def step_finished(self, step: int, state: Callable[[], StudentState]) -> None:
-        """Keep the student of `step` in checkpoints/ if it is one's turn.
+    def step_finished(self, step: int, state: Callable[[], StudentState]) -> Path | None:
+        """Keep the student of `step` in checkpoints/ if it is one's turn; returns its folder.
 
         The first step's student takes the place of those of an earlier run in this folder.
 
@@ -106,14 +106,23 @@ class SavedStudents:
                 self._write(self._dir / "student", state())
                 _remove(self._dir / "checkpoints")
         if not self._every or step % self._every:
-            return
+            return None
+        return self.keep(step, state())
+
+    def keep(self, step: int, state: StudentState) -> Path:
+        """Put a student into checkpoints/, whose oldest ones go; returns its folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         self._checkpoints.append(self._dir / "checkpoints" / f"step-{step}")
-        self._write(self._checkpoints[-1], state())
+        self._write(self._checkpoints[-1], state)
         while len(self._checkpoints) > self._limit:
             _remove(self._checkpoints.pop(0))
+        return self._dir / "checkpoints" / f"step-{step}"
 
-    def save(self, state: StudentState) -> None:
-        """Put a student into student/.
+    def save(self, state: StudentState) -> Path:
+        """Put a student into student/, which is returned.
 
         Raises:
             OutputError: it cannot be written.
@@ -127,6 +136,7 @@ class SavedStudents:
             logger.warning(
                 "its adapter alone is lost with the rank that was killed; the student is whole, with it merged"
             )
+        return self._dir / "student"
 
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""

@@ -27,12 +27,14 @@ from trainer.output.saving import SavedStudents
 from trainer.pipeline import Pipeline
 from trainer.ranks.group import Ranks
 from trainer.rewards.of_groups import GroupRewards
+from trainer.rollout_function import OwnRollouts
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import load_student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teacher, Teachers
 from trainer.tiny.pair import build_tokenizer
+from trainer.user_objects import NOTHING, UserObjects
 from trainer.weights.policy_versions import PolicyVersions
 from trainer.weights.snapshot import GivenTokens, WeightSnapshot
 
@@ -95,7 +97,13 @@ class Pushes:
         return {"push_s": 0.0}
 
 
-def build_session(config: RunConfig, interruption: Interruption, teacher: ScriptedTeacher, stack: ExitStack) -> Session:
+def build_session(
+    config: RunConfig,
+    interruption: Interruption,
+    teacher: ScriptedTeacher,
+    stack: ExitStack,
+    objects: UserObjects = NOTHING,
+) -> Session:
     """What trainer.open_session opens, over `teacher` and the stand-ins above."""
     tokenizer, student = build_tokenizer(), load_student(config.student)
     accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
@@ -116,20 +124,27 @@ def build_session(config: RunConfig, interruption: Interruption, teacher: Script
     rewards = None if pool is None else GroupRewards(config, pool, tokenizer, num_steps, ())
     scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0, rewards)
     stream = RowStream(PROMPTS, seed=0, shuffle=False)
-    pipeline = Pipeline(config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token)
+    own = None
+    if objects.rollout_function is not None:
+        function, versions = objects.rollout_function, weights.versions
+        own = OwnRollouts(function, objects.rollout_timeout_s, rollouts, versions, tokenizer, VOCAB, 64, [END])
+    pipeline = Pipeline(
+        config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token, own_rollouts=own
+    )
     stack.callback(event_loop.run, pipeline.close)
     return Session(
         config=config,
         num_steps=num_steps,
         interruption=interruption,
         event_loop=event_loop,
-        learner=Learner(config, student, num_steps, check=interruption.check),
+        learner=Learner(config, student, num_steps, check=interruption.check, optimizers=objects.optimizers),
         pipeline=pipeline,
         weights=weights,
         evaluator=Evaluator(config, event_loop, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),
         record=record,
         students=students,
         progress=Progress(),
+        callbacks=objects.callbacks,
     )
 
 
@@ -153,11 +168,14 @@ def opener(teacher: ScriptedTeacher, prepare: Callable[[Session], None]) -> Any:
     """
 
     @contextmanager
-    def open_session(config: RunConfig, interruption: Interruption, ranks: Ranks) -> Iterator[Session]:
+    def open_session(
+        config: RunConfig, interruption: Interruption, ranks: Ranks, objects: UserObjects = NOTHING
+    ) -> Iterator[Session]:
         with ExitStack() as stack:
-            session = build_session(config, interruption, teacher, stack)
+            session = build_session(config, interruption, teacher, stack, objects)
             prepare(session)
             interruption.defer()
+            objects.watch(interruption)
             try:
                 yield session
             finally:

@@ -23,6 +23,7 @@ from trainer.leading import LeadingLearner
 from trainer.learner import Learner
 from trainer.open_session import _lead
 from trainer.output.saving import SavedStudents
+from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.parallel import load_and_place, load_reference
 from trainer.ranks.group import Ranks, join_ranks
 from trainer.student import Student
@@ -35,7 +36,7 @@ CANARY = GivenTokens([[5, 6, 7], [8]], [[9, 10], [11]])
 class Leading:
     """What a scenario does on rank 0."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, stack: ExitStack, optimizers: OwnOptimizers) -> None:
         self.interruption = Interruption()
         self.interruption.defer()
         followers = _lead(ranks, self.interruption, stack)
@@ -44,9 +45,8 @@ class Leading:
         followers.send("load", config.model_dump_json().encode())
         student, reference = load_and_place(config, ranks), load_reference(config, ranks)
         self.students = SavedStudents(config.output, student.model, build_tokenizer(), has_begun=True)
-        self.learner = LeadingLearner(
-            config, student, 10, ranks, followers, self.interruption, self.students.save, reference
-        )
+        given = (config, student, 10, ranks, followers, self.interruption, self.students.save)
+        self.learner = LeadingLearner(*given, reference, optimizers)
 
     def push(self, version: int) -> list[torch.Tensor]:
         snapshot = self.learner.snapshot(version, torch.bfloat16, CANARY)
@@ -75,25 +75,34 @@ def break_step(number: int, error: Exception) -> None:
     Learner.step, Student.forward = counting, failing  # type: ignore[assignment, method-assign]
 
 
-def _rank_0(config: RunConfig, scenario: Scenario, into: Path) -> Any:
+def _rank_0(config: RunConfig, scenario: Scenario, into: Path, optimizers: OwnOptimizers) -> Any:
     with ExitStack() as stack:
-        return scenario(Leading(config, join_ranks(config), stack), into)
+        return scenario(Leading(config, join_ranks(config), stack, optimizers), into)
 
 
-def _rank_1(config: RunConfig, prepare: Callable[[], None]) -> None:
+def _rank_1(config: RunConfig, prepare: Callable[[], None], optimizers: OwnOptimizers) -> None:
     prepare()
-    follow(join_ranks(config))
+    follow(join_ranks(config), optimizers)
 
 
 def _process(
-    rank: int, port: int, config: RunConfig, into: Path, scenario: Scenario, prepare: Callable[[], None]
+    rank: int,
+    port: int,
+    config: RunConfig,
+    into: Path,
+    scenario: Scenario,
+    prepare: Callable[[], None],
+    optimizers: OwnOptimizers,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     said: dict[str, Any] = {}
     try:
-        said["result"] = _rank_0(config, scenario, into) if rank == 0 else _rank_1(config, prepare)
+        if rank == 0:
+            said["result"] = _rank_0(config, scenario, into, optimizers)
+        else:
+            _rank_1(config, prepare, optimizers)
     except (DistillServeError, Interrupted) as error:
         said["error"] = f"{type(error).__name__}: {error}"
     except BaseException:
@@ -107,12 +116,17 @@ def nothing() -> None:
 
 
 def run_pair(
-    config: RunConfig, into: Path, scenario: Scenario, prepare: Callable[[], None] = nothing
+    config: RunConfig,
+    into: Path,
+    scenario: Scenario,
+    prepare: Callable[[], None] = nothing,
+    optimizers: OwnOptimizers = DEFAULT,
 ) -> list[dict[str, Any]]:
     """What each rank came to: its "result" or its "error", or nothing where it was killed."""
     context, port = multiprocessing.get_context("spawn"), free_port("127.0.0.1", 0)
     processes = [
-        context.Process(target=_process, args=(rank, port, config, into, scenario, prepare)) for rank in range(2)
+        context.Process(target=_process, args=(rank, port, config, into, scenario, prepare, optimizers))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()
