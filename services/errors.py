@@ -12,6 +12,7 @@
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
+    ├── RewardError              a reward function failed, or took too long                        exit 9
     ├── UserCodeError            a callback or function that the user handed in failed             exit 10
     ├── InputError               an argument of a Python client cannot be sent                     exit 2
     ├── ClientClosedError        a Python client was used after its close
@@ -120,6 +121,12 @@ class RankLostError(DistillServeError):
     """Another rank of the trainer has ended, and with it the run."""
 
     exit_code = 8
+
+
+class RewardError(DistillServeError):
+    """A reward function raised, took too long, or returned what is no reward; names it, and the row where there is one."""
+
+    exit_code = 9
 
 
 class UserCodeError(DistillServeError):

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from services.config import LossConfig
+from services.config import LossConfig, RewardConfig
 from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
 from services.wire.batch import TrainingBatch
-from trainer.groups import PromptGroup, Rollout
+from trainer.groups import PromptGroup, Rollout, ScoredSample
 from trainer.loss import LossInputs
 from trainer.loss.head import HeadOutput
+from trainer.rewards.totals import advantages
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MicroBatch(PaddedSequences):
     support_ids: torch.Tensor  # [N, K] int64
     teacher_support_logprobs: torch.Tensor  # [N, K] float32
     teacher_tail_logprob: torch.Tensor  # [N] float32
+    external_advantages: torch.Tensor | None = None  # [B] float64, of rewards
 
 
 def pack_texts(
@@ -47,13 +49,17 @@ def pack_texts(
 
 
 def collect(
-    groups: list[PromptGroup], metrics: dict[str, float] | None = None, windows: Sequence[list[int]] = ()
+    groups: list[PromptGroup],
+    metrics: dict[str, float] | None = None,
+    windows: Sequence[list[int]] = (),
+    reward_names: Sequence[str] = (),
 ) -> TrainingBatch:
     """The scored samples of one step as columns.
 
     Args:
         metrics: of how they came about.
         windows: of text, whose cross-entropy is learned in the step as well.
+        reward_names: of the functions that gave the samples' rewards.
     """
     places = [group.place for group in groups for _ in group.samples]
     samples = [sample for group in groups for sample in group.samples]
@@ -76,6 +82,8 @@ def collect(
         loss_mask=_loss_masks(rollouts),
         window_lengths=np.array([len(window) for window in windows], np.int64),
         window_ids=_joined([np.array(window) for window in windows], np.int32),
+        rewards=_rewards(samples, len(reward_names)) if reward_names else None,
+        reward_names=list(reward_names),
         texts=[prompt.text for prompt in prompts],
         metrics=metrics or {},
     )
@@ -87,6 +95,11 @@ def _loss_masks(rollouts: list[Rollout]) -> np.ndarray:
         return np.zeros(0, np.bool_)
     whole = [np.ones(len(rollout.completion.token_ids), np.bool_) for rollout in rollouts]
     return _joined([w if r.loss_mask is None else r.loss_mask for r, w in zip(rollouts, whole, strict=True)], np.bool_)
+
+
+def _rewards(samples: list[ScoredSample], num_functions: int) -> np.ndarray:
+    rows = [[np.nan if reward is None else reward for reward in sample.rewards] for sample in samples]
+    return np.array(rows, np.float64).reshape(len(samples), num_functions)
 
 
 def _joined(arrays: list[np.ndarray], dtype: type = np.float32) -> np.ndarray:
@@ -101,22 +114,29 @@ def pack(
     *,
     rank: int = 0,
     num_ranks: int = 1,
+    rewards: RewardConfig | None = None,
 ) -> list[MicroBatch]:
     """Cut a rank's share of a batch into micro-batches of rows of similar length, as many as every other rank has.
 
     Args:
         batch: of one optimizer step; truncated completions are left out unless `config.truncated` is "train": masked
-            ones have no part in the loss either, and need no forward pass.
+            ones have no part in the loss either, and need no forward pass. Their rewards are compared with those of
+            their group unless it is "drop".
         tokens_per_micro_batch: bound on B * T; a longer sample stands alone.
         boundary: samples up to this length and longer ones are never in one micro-batch (`rope_switch`).
+        rewards: how the batch's rewards become advantages; None: they do not.
+
+    Raises:
+        PeerError: the batch's rewards are not those of `rewards`.
     """
+    of_samples = None if rewards is None else advantages(batch, rewards, config.truncated)
     used = [index for index in range(len(batch)) if config.truncated == "train" or not batch.truncated[index]]
     lengths = (batch.prompt_lengths + batch.completion_lengths)[used].tolist()
     groups = cut_for_ranks(lengths, tokens_per_micro_batch, rank, num_ranks, boundary)
-    return [_pack_group(batch, [used[index] for index in group]) for group in groups]
+    return [_pack_group(batch, [used[index] for index in group], of_samples) for group in groups]
 
 
-def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
+def _pack_group(batch: TrainingBatch, group: list[int], advantages: torch.Tensor | None) -> MicroBatch:
     ranges = [np.arange(*batch.completion(index).indices(len(batch.token_ids))) for index in group]
     rows = np.concatenate([np.zeros(0, np.int64), *ranges])
     sequences = [[*batch.prompt(index).tolist(), *batch.token_ids[batch.completion(index)].tolist()] for index in group]
@@ -135,10 +155,17 @@ def _pack_group(batch: TrainingBatch, group: list[int]) -> MicroBatch:
         support_ids=column(batch.support_ids, np.int64),
         teacher_support_logprobs=column(batch.teacher_support_logprobs),
         teacher_tail_logprob=column(batch.teacher_tail_logprob),
+        external_advantages=None if advantages is None else advantages[group],
     )
 
 
-def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch.Tensor | None = None) -> LossInputs:
+def loss_inputs(
+    batch: MicroBatch,
+    output: HeadOutput,
+    old_token_logprobs: torch.Tensor | None = None,
+    reference_token_logprobs: torch.Tensor | None = None,
+    policy_gradient_mask: torch.Tensor | None = None,
+) -> LossInputs:
     """Student and teacher side by side, position by position."""
     return LossInputs(
         student_token_logprobs=output.token_logprobs,
@@ -154,4 +181,7 @@ def loss_inputs(batch: MicroBatch, output: HeadOutput, old_token_logprobs: torch
         token_ids=batch.token_ids,
         loss_mask=batch.loss_mask,
         cu_seqlens=batch.cu_seqlens,
+        external_advantages=batch.external_advantages,
+        reference_token_logprobs=reference_token_logprobs,
+        policy_gradient_mask=policy_gradient_mask,
     )

@@ -38,6 +38,8 @@ from trainer.measure import measure
 from trainer.model_folder import model_folder
 from trainer.output.report import Summary
 from trainer.own_optimizers import OptimizerSource, OwnOptimizers, ScheduleSource
+from trainer.reward_names import RewardSource, reward_names
+from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import RolloutFunction
 from trainer.train import train
 from trainer.user_objects import UserObjects
@@ -64,6 +66,8 @@ class DistillationTrainer:
         train_dataset, eval_dataset: in the place of config.data.path and config.data.eval_path. Of a stream as many rows are
             taken as the run uses.
         processing_class: tokenizer of a student that is an object; default: the one it was loaded with.
+        reward_functions: in the place of config.reward.functions: names, functions at the top level of a file, which a process of
+            their own imports, or sequence-classification models.
         callbacks: told of the run's events, in their order; `Callback` or transformers.TrainerCallback.
         optimizers: what makes the optimizer and the learning rate's schedule, see trainer/own_optimizers.py; None: AdamW and
             the schedule of config.optimizer.
@@ -87,6 +91,7 @@ class DistillationTrainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_functions: RewardSource | Sequence[RewardSource] = (),
         callbacks: Sequence[Callback | TrainerCallback] = (),
         optimizers: tuple[OptimizerSource, ScheduleSource] = (None, None),
         rollout_function: RolloutFunction | None = None,
@@ -99,7 +104,7 @@ class DistillationTrainer:
         self.config = config or RunConfig()
         self._models = {"student": student, "teacher": teacher}
         self._rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._tokenizer = processing_class
+        self._tokenizer, self._reward_functions = processing_class, list(_several(reward_functions))
         self._refuse_twice()
         if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
             raise ConfigError(
@@ -186,6 +191,7 @@ class DistillationTrainer:
 
     def _run(self, work: Callable[[RunConfig, UserObjects], Result], config: RunConfig, objects: UserObjects) -> Result:
         """`work` with the run as the servers have it."""
+        refuse_in_worker()
         self._check_ranks()
         environment = dict(os.environ)  # of the servers: before it is narrowed to the trainer's GPUs
         self._choose_gpus()
@@ -251,6 +257,8 @@ class DistillationTrainer:
         ):
             if (rows := self._rows[name]) is not None:
                 config = updated(config, "data", **{option: _file_of(name, rows, folder / "data", limit)})
+        if self._reward_functions:
+            config = updated(config, "reward", functions=reward_names(self._reward_functions, folder / "models"))
         config = updated(config, "trainer", num_processes=_number_of_ranks("LOCAL_WORLD_SIZE"))
         try:
             config = RunConfig.model_validate(config.model_dump(), context={"role": role})
@@ -295,6 +303,8 @@ class DistillationTrainer:
                 raise ConfigError(
                     f"{name} = {shown} and config.{option} = {named!r} contradict each other; give one of them"
                 )
+        if self._reward_functions and self.config.reward.functions:
+            raise ConfigError("reward_functions and config.reward.functions are both given; give one of them")
         teacher = self._models["teacher"]
         if self.attaches and teacher is not None and not isinstance(teacher, str | Path):
             raise ConfigError(
@@ -324,6 +334,11 @@ class DistillationTrainer:
 
     def _is_follower(self) -> bool:
         return _number_of_ranks("WORLD_SIZE") > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """A list of objects; one alone, which TRL takes as well, is a list of one."""
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def _number_of_ranks(variable: str) -> int:

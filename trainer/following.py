@@ -20,7 +20,7 @@ from services.wire.batch import decode_batch
 from trainer.learner import Learner
 from trainer.output.saving import SavedStudents
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import load_and_place
+from trainer.parallel import load_and_place, load_reference
 from trainer.ranks.channel import Leader
 from trainer.ranks.group import GivenUp, Ranks, check_together, is_of_ranks
 from trainer.student import Student
@@ -55,6 +55,7 @@ class _Follower:
         self._ranks, self._optimizers = ranks, optimizers
         self._config = RunConfig()
         self._student: Student | None = None
+        self._reference: Student | None = None
         self._learner: Learner | None = None
         self._is_called = False
         self._is_over = threading.Event()
@@ -79,11 +80,14 @@ class _Follower:
             if name == "load":
                 self._config = RunConfig.model_validate_json(document, context={"role": None})
                 self._student = load_and_place(self._config, self._ranks)
+                self._reference = load_reference(self._config, self._ranks)
             elif name == "learn":
                 assert self._student is not None, "load comes first"
                 check = partial(check_together, self._ranks)
                 num_steps = json.loads(document)
-                self._learner = Learner(self._config, self._student, num_steps, self._ranks, check, self._optimizers)
+                self._learner = Learner(
+                    *(self._config, self._student, num_steps, self._ranks, check, self._reference), self._optimizers
+                )
             else:
                 assert self._learner is not None, "learn comes first"
                 _CALLS[name](self._learner, document)

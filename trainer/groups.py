@@ -32,6 +32,8 @@ class ScoredSample:
     support_ids: np.ndarray  # [T, K] int32
     teacher_support_logprobs: np.ndarray  # [T, K]
     teacher_tail_logprob: np.ndarray  # [T]
+    rewards: tuple[float | None, ...] = ()
+    """Of each reward function; None where it does not apply."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class PromptGroup:
     Attributes:
         place: index of the prompt in the step, which identifies the group: a step over two epochs can hold a row twice.
         rollouts: by sample, without those that the rollout server spoilt.
+        rewards: of each of the rollouts, where the run has rewards and they have been asked for; by function, None where one
+            does not apply.
         samples: rollouts with their scores, without those that the teacher could not score; empty until they are asked for.
         quarantined: what neither of them has.
     """
@@ -57,5 +61,6 @@ class PromptGroup:
     place: int
     prompt: Prompt
     rollouts: list[Rollout]
+    rewards: list[tuple[float | None, ...]] = field(default_factory=list, kw_only=True)
     samples: list[ScoredSample] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,9 +45,11 @@ class LeadingLearner(Learner):
         followers: Followers,
         interruption: Interruption,
         rescue: Callable[[StudentState], object],
+        reference: Student | None = None,
         optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
-        super().__init__(config, student, num_steps, ranks, lambda: check_together(ranks, interruption), optimizers)
+        check = partial(check_together, ranks, interruption)
+        super().__init__(config, student, num_steps, ranks, check, reference, optimizers)
         self._followers, self._interruption, self._rescue = followers, interruption, rescue
         self._is_called = False
         self._is_broken = False

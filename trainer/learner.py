@@ -8,8 +8,9 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequence
 from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
+from trainer.high_entropy import highest_share
 from trainer.loss import (
     LossTotals,
     estimate_reverse_kl,
@@ -38,6 +40,13 @@ from trainer.weights.snapshot import GivenTokens, StudentState, WeightSnapshot
 logger = logging.getLogger(__name__)
 
 
+class _BeforeUpdates(NamedTuple):
+    """Of a micro-batch, as `loss_inputs` takes it."""
+
+    reference_token_logprobs: torch.Tensor | None  # [N]
+    policy_gradient_mask: torch.Tensor | None  # [N] bool
+
+
 class Learner:
     """The student with its optimizer.
 
@@ -46,6 +55,7 @@ class Learner:
         num_steps: of the run, for the schedule.
         ranks: this process among those that train.
         check: called where a step may be given up, which it is when this raises, on all ranks at the same place.
+        reference: the frozen student that loss.alpha_reference_kl stays near to.
         optimizers: the same on every rank.
 
     Attributes:
@@ -59,8 +69,13 @@ class Learner:
         num_steps: int,
         ranks: Ranks | None = None,
         check: Callable[[], None] = lambda: None,
+        reference: Student | None = None,
         optimizers: OwnOptimizers = DEFAULT,
     ) -> None:
+        assert (reference is not None) == (config.loss.alpha_reference_kl > 0), (
+            "a reference is held where it is looked at"
+        )
+        self._reference = reference
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
         self._share = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
         self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
@@ -99,22 +114,25 @@ class Learner:
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
-        micro_batches = pack(batch, config.loss, config.pipeline.micro_batch_tokens, switch, **self._share)
+        rewards = config.reward if config.learns_rewards else None
+        limit = config.pipeline.micro_batch_tokens
+        micro_batches = pack(batch, config.loss, limit, switch, rewards=rewards, **self._share)
         longest = config.sampling.max_new_tokens
         totals = LossTotals.sum([LossTotals.of(m.loss_mask, m.cu_seqlens, longest) for m in micro_batches]).over_ranks()
         windows = batch.windows()
-        text_batches = pack_texts(windows, config.pipeline.micro_batch_tokens, switch, **self._share)
+        text_batches = pack_texts(windows, limit, switch, **self._share)
         num_text_tokens = sum(len(window) - 1 for window in windows)
         learning_rate = self.schedule.get_last_lr()[0]
         if totals.num_valid_tokens == 0 and not windows:
             self._advance_schedule()
             return {"num_valid_tokens": 0.0}
+        before = self._before_updates(micro_batches)
         # Log-probabilities before the first update: those of its own forward passes.
         old: list[torch.Tensor] | None = None
         updates: list[dict[str, float]] = []
         num_skipped = 0
         for _ in range(config.pipeline.updates_per_batch):
-            metrics, of_update = self._backward(micro_batches, totals, old, texts_follow=bool(text_batches))
+            metrics, of_update = self._backward(micro_batches, totals, old, before, texts_follow=bool(text_batches))
             old = of_update if old is None else old
             metrics |= self._backward_texts(text_batches, num_text_tokens)
             norm = self._apply()
@@ -145,11 +163,35 @@ class Learner:
                     local(parameter).copy_(value)
             raise
 
+    def _before_updates(self, micro_batches: list[MicroBatch]) -> list[_BeforeUpdates]:
+        """What the loss looks at of the policies before the first update on the batch, besides `old`."""
+        loss = self.config.loss
+        nothing: list[None] = [None] * len(micro_batches)
+        references: Sequence[torch.Tensor | None] = nothing
+        masks: Sequence[torch.Tensor | None] = nothing
+        if self._reference is not None:
+            references = [output.token_logprobs for output in self._measured(self._reference, micro_batches)]
+        if loss.top_entropy_quantile < 1:
+            entropies = [output.entropy for output in self._measured(self.student, micro_batches)]
+            lowest = highest_share(entropies, loss.top_entropy_quantile, self.ranks)
+            masks = [entropy >= lowest for entropy in entropies]
+        return [_BeforeUpdates(*parts) for parts in zip(references, masks, strict=True)]
+
+    def _measured(self, student: Student, micro_batches: list[MicroBatch]) -> Iterator[HeadOutput]:
+        """Of each micro-batch what a student says of the sampled tokens, without gradient and dropout."""
+        for micro_batch in micro_batches:
+            self._check()
+            batch = micro_batch.to(self.ranks.device)
+            nothing = batch.token_ids.new_empty((len(batch.token_ids), 0))
+            with measuring(student):
+                yield self._forward(batch, nothing, self.config.loss.kd_temperature, student=student)
+
     def _backward(
         self,
         micro_batches: list[MicroBatch],
         totals: LossTotals,
         old: list[torch.Tensor] | None,
+        before: list[_BeforeUpdates],
         *,
         texts_follow: bool,
     ) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -157,6 +199,7 @@ class Learner:
 
         Args:
             old: [N] of each micro-batch, log q before the first update on this batch; None on that update.
+            before: of each micro-batch, what else was known before that update.
             texts_follow: more is added to the gradient before it is used.
 
         Returns:
@@ -167,8 +210,11 @@ class Learner:
             self._check()
             delay_reduction(self.student, index == len(micro_batches) - 1 and not texts_follow)
             batch = micro_batch.to(self.ranks.device)
-            output = self._forward(batch, batch.support_ids, self.config.loss.kd_temperature)
-            inputs = loss_inputs(batch, output, None if old is None else old[index])
+            has_bonus = self.config.loss.alpha_entropy > 0
+            output = self._forward(
+                batch, batch.support_ids, self.config.loss.kd_temperature, entropy_gradient=has_bonus
+            )
+            inputs = loss_inputs(batch, output, None if old is None else old[index], *before[index])
             loss, metrics = minillm_loss(inputs, self.config.loss, totals)
             loss.backward()
             collected.append(metrics)
@@ -228,9 +274,17 @@ class Learner:
             )
         logger.warning("the gradient norm of step %d is %s: the update is skipped", self.finished_step + 1, norm)
 
-    def _forward(self, batch: PaddedSequences, support_ids: torch.Tensor, temperature: float = 1.0) -> HeadOutput:
+    def _forward(
+        self,
+        batch: PaddedSequences,
+        support_ids: torch.Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy_gradient: bool = False,
+        student: Student | None = None,
+    ) -> HeadOutput:
         ids = batch.input_ids, batch.positions, batch.token_ids, support_ids
-        output: HeadOutput = self.student(*ids, temperature, batch.lengths)
+        output: HeadOutput = (student or self.student)(*ids, temperature, batch.lengths, entropy_gradient)
         return output
 
     # ----------------------------------------------------------------------------------------- measuring

@@ -39,10 +39,13 @@ from trainer.learner import Learner
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
-from trainer.parallel import load_and_place
+from trainer.parallel import load_and_place, load_reference
 from trainer.pipeline import Pipeline
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks
+from trainer.rewards.of_groups import GroupRewards, check_arguments, column_names
+from trainer.rewards.pool import RewardPool
+from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import OwnRollouts
 from trainer.scoring import Scoring
 from trainer.session import Session
@@ -69,6 +72,7 @@ def open_session(
     Raises:
         DistillServeError: whatever a user can act on, before the first weight is changed.
     """
+    refuse_in_worker()
     config.require("train")
     objects.check(config)
     objects.watch(interruption)
@@ -78,11 +82,12 @@ def open_session(
         progress = stack.enter_context(Progress())
         event_loop = stack.enter_context(EventLoopThread(interruption))
         try:
+            rewards = _start_rewards(config, event_loop, progress, stack)
             with progress.doing("reading the data and loading the student"):
-                inputs = _read_inputs(config, ranks, followers)
+                inputs = _read_inputs(config, ranks, followers, rewards, objects)
             with progress.doing("waiting for the servers"):
                 servers = _attach(inputs, event_loop, stack)
-            session = _assemble(inputs, servers, objects, interruption, event_loop, progress, stack)
+            session = _assemble(inputs, servers, objects, rewards, interruption, event_loop, progress, stack)
             interruption.defer()
             yield session
         except Interrupted as error:
@@ -100,6 +105,19 @@ def _lead(ranks: Ranks, interruption: Interruption, stack: ExitStack) -> Followe
     followers = Followers(ranks, on_lost=interruption.fail, on_signal=lambda n: interruption.fail(Interrupted(n)))
     stack.callback(followers.end)
     return followers
+
+
+def _start_rewards(
+    config: RunConfig, event_loop: EventLoopThread, progress: Progress, stack: ExitStack
+) -> RewardPool | None:
+    """The processes of the reward functions, which end with the stack; before any model is loaded, for a name may be wrong."""
+    if not config.reward.functions:
+        return None
+    pool = RewardPool(config.reward)
+    stack.callback(event_loop.run, pool.close)
+    with progress.doing("importing the reward functions"):
+        event_loop.run(pool.start)
+    return pool
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,7 @@ class _Inputs:
     held_out: PromptRows | None
     texts: list[list[int]]
     student: Student
+    reference: Student | None
 
     def teacher_names(self) -> set[str | None]:
         """What the rows call their teachers; None is in it when a row names none."""
@@ -130,7 +149,9 @@ class _Inputs:
         return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
 
 
-def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None) -> _Inputs:
+def _read_inputs(
+    config: RunConfig, ranks: Ranks, followers: Followers | None, pool: RewardPool | None, objects: UserObjects
+) -> _Inputs:
     """Files first: a broken one must not wait for a model, or for the servers, to be reported."""
     Secrets().check()
     on_gpu = ranks.device.type == "cuda"
@@ -145,17 +166,23 @@ def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None) -
     record = RunRecord(config, accelerator, tokenizer)
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
+    if pool is not None:
+        may_come = objects.rollout_function is not None
+        check_arguments(
+            config.reward.functions, pool.required, column_names(prompts.prompts, config), may_come=may_come
+        )
     for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
         logger.info(line)
     if followers is None:
-        student = load_and_place(config, ranks)
+        student, reference = load_and_place(config, ranks), load_reference(config, ranks)
     else:
         with followers.blaming():
             followers.send("load", config.model_dump_json().encode())
-            student = load_and_place(config, ranks)
+            student, reference = load_and_place(config, ranks), load_reference(config, ranks)
     check_windows_fit(texts, student.model.config.get_text_config())
     return _Inputs(
-        config, ranks, followers, accelerator, tokenizer, end_token_ids, record, prompts, held_out, texts, student
+        *(config, ranks, followers, accelerator, tokenizer, end_token_ids),
+        *(record, prompts, held_out, texts, student, reference),
     )
 
 
@@ -206,6 +233,7 @@ def _assemble(
     inputs: _Inputs,
     servers: _Servers,
     objects: UserObjects,
+    pool: RewardPool | None,
     interruption: Interruption,
     event_loop: EventLoopThread,
     progress: Progress,
@@ -221,10 +249,13 @@ def _assemble(
     texts = stream(inputs.texts) if inputs.texts else None
     students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
     if inputs.followers is None:
-        learner = Learner(config, inputs.student, num_steps, ranks, interruption.check, objects.optimizers)
+        given = (config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
+        learner = Learner(*given, objects.optimizers)
     else:
-        given = (config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save)
-        learner = LeadingLearner(*given, objects.optimizers)
+        learner = LeadingLearner(
+            *(config, inputs.student, num_steps, ranks, inputs.followers),
+            *(interruption, students.save, inputs.reference, objects.optimizers),
+        )
     weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
@@ -242,7 +273,11 @@ def _assemble(
     students.reserve(num_steps)
     stack.callback(record.close)
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
-    scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature)
+    rewards = None
+    if pool is not None:
+        columns = column_names(prompts, config)
+        rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, columns)
+    scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature, rewards)
     own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
     pipeline = Pipeline(
         *(config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token),

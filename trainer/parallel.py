@@ -46,6 +46,14 @@ def load_and_place(config: RunConfig, ranks: Ranks) -> Student:
     return student
 
 
+def load_reference(config: RunConfig, ranks: Ranks) -> Student | None:
+    """A frozen copy of the student as the run finds it, placed as the student is; None where the loss does not look at one."""
+    if config.loss.alpha_reference_kl == 0:
+        return None
+    reference = load_and_place(config, ranks)
+    return reference.requires_grad_(False).eval()
+
+
 def place(student: Student, config: RunConfig, ranks: Ranks) -> Student:
     """Put a student where it trains, spread over the ranks.
 

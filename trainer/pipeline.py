@@ -1,7 +1,7 @@
 """Prompts to batches, beside the learner and in an event loop of its own.
 
-    slot ─► rollout servers ─► teachers ─► batch ─► StalenessBuffer ─► next()
-     └───────────────────────────────────────────────────────────────── publish()
+    slot ─► rollout servers ─► teachers, rewards ─► batch ─► StalenessBuffer ─► next()
+     └────────────────────────────────────────────────────────────────────────── publish()
 
 consumes   the next prompts of the data
 produces   for each step one document (services/wire/batch.py)
@@ -20,6 +20,7 @@ from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.groups import PromptGroup
+from trainer.rewards.totals import reward_metrics
 from trainer.rollout_function import OwnRollouts
 from trainer.rollouts import completion_metrics, generate_groups, training_sampling
 from trainer.scoring import Scoring
@@ -93,9 +94,9 @@ class Pipeline:
             await asyncio.wait({self._producing})
 
     async def _produce(self) -> None:
-        for _ in range(self._num_steps):
+        for step in range(1, self._num_steps + 1):
             await self._buffer.slot()
-            await self._make_batch(self._prompts.take(self._config.pipeline.prompts_per_step))
+            await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
 
     async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
         samples = self._config.pipeline.samples_per_prompt
@@ -111,24 +112,29 @@ class Pipeline:
             on_group=on_group,
         )
 
-    async def _make_batch(self, prompts: list[Prompt]) -> None:
+    async def _make_batch(self, step: int, prompts: list[Prompt]) -> None:
         """Generate and score; completions go to the teachers as they arrive."""
         arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
         groups: list[PromptGroup] = []
         pipeline, scoring = self._config.pipeline, self._scoring
         started, busy_s, times = time.monotonic(), scoring.busy_s, {}
+        rewards = scoring.rewards
+        rewarding_s = 0.0 if rewards is None else rewards.busy_s
 
         async def generate() -> None:
             groups.extend(await self._generate(prompts, arriving.put_nowait))
             times["rollout_s"] = time.monotonic() - started
             arriving.put_nowait(None)
 
-        await all_or_first_error([generate(), scoring.score_arriving(arriving)])
+        await all_or_first_error([generate(), scoring.score_arriving(arriving, step)])
         times["teacher_s"] = scoring.busy_s - busy_s
+        if rewards is not None:
+            times["reward_s"] = rewards.busy_s - rewarding_s
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         quarantined = [item for group in groups for item in group.quarantined]
         self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt)
         metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
         windows = [] if self._texts is None else self._texts.take(pipeline.texts_per_step)
-        batch = collect(groups, metrics, windows)
+        batch = collect(groups, metrics, windows, self._config.reward.names)
+        batch.metrics.update(reward_metrics(batch, self._config.reward))
         self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())

@@ -44,6 +44,7 @@ class Student(nn.Module):
         support_ids: Tensor,
         temperature: float = 1.0,
         lengths: Tensor | None = None,
+        entropy_gradient: bool = False,
     ) -> HeadOutput:
         """Logprobs at packed completion positions.
 
@@ -54,6 +55,7 @@ class Student(nn.Module):
             support_ids: [N, K].
             temperature: divides the logits.
             lengths: [B] of the sequences; needed where attention takes packed rows.
+            entropy_gradient: whether the entropy carries a gradient.
 
         Returns:
             [N], [N, K], [N] and [N] in float32 at least.
@@ -74,6 +76,7 @@ class Student(nn.Module):
             temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            entropy_gradient=entropy_gradient,
         )
 
 

@@ -7,6 +7,7 @@ from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
 from services.config.pipeline import PipelineConfig
+from services.config.reward import RewardConfig
 from services.config.rollout import RolloutConfig
 from services.config.rollout_client import RolloutClientConfig
 from services.config.run import RunConfig, check_output_dir
@@ -30,6 +31,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "PipelineConfig",
+    "RewardConfig",
     "RolloutClientConfig",
     "RolloutConfig",
     "RunConfig",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from services.config import loss_checks, passed_on
+from services.config import loss_checks, passed_on, reward_checks
 from services.config.addresses import checked_urls, is_wildcard
 from services.config.cuda_devices import overlap, parse_devices
 from services.config.roles import Role
@@ -283,6 +283,8 @@ _CHECKS: list[tuple[tuple[Role, ...], Callable[["RunConfig"], None]]] = [
     (_TRAINER, _check_columns),
     (_TRAINER, loss_checks.refuse_ignored_loss_options),
     (_TRAINER, loss_checks.refuse_ignored_text_options),
+    (_TRAINER, reward_checks.check_rewards_can_teach),
+    (_TRAINER, reward_checks.refuse_ignored_reward_options),
     (_TRAINER, _refuse_ignored_chat_options),
     (_TRAINER, _refuse_ignored_schedule_options),
 ]

@@ -37,7 +37,11 @@ class LossConfig(Section):
     alpha_single_step: float = Field(1.0, ge=0)
     """Weight of the single-step term."""
     alpha_reward: float = Field(1.0, ge=0)
-    """Weight of rewards besides the teacher, where there are any."""
+    """Weight of the rewards of reward.functions; 0: they are only measured."""
+    alpha_entropy: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus: the entropy of the student's next-token distributions, which the loss then raises."""
+    alpha_reference_kl: float = Field(0.0, ge=0)
+    """Weight of the KL to a frozen copy of the student as the run found it, which the trainer then holds as well; GRPO's beta."""
     alpha_lm: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the texts of data.lm_path (MiniLLM's L_PT)."""
     advantage_clip: float | None = Field(10.0, gt=0)
@@ -54,6 +58,9 @@ class LossConfig(Section):
     """With several updates per batch: the policy ratio counts down to 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
     """With several updates per batch: the policy ratio counts up to 1 + clip_high."""
+    top_entropy_quantile: float = Field(1.0, ge=0, le=1)
+    """Share of a step's tokens, those where the student's entropy is highest, that the policy gradient looks at (GRPO's option);
+    below 1 a step takes one more forward pass."""
     truncated: Literal["train", "mask", "drop"] = "train"
     """Completions that hit max_new_tokens: train on them; mask: only count them in their group of rewards; drop: nowhere."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 def check_something_to_learn(config: "RunConfig") -> None:
     loss = config.loss
+    if config.learns_rewards:
+        return
     if not loss.uses_rkl_advantage and not loss.uses_single_step:
         raise ValueError(
             f"loss.rkl_advantage = {loss.rkl_advantage} (alpha_rkl = {loss.alpha_rkl}) and loss.single_step_decomposition = "
             f"{loss.single_step_decomposition} (alpha_single_step = {loss.alpha_single_step}) leave nothing to learn; "
-            "set one of them to true, with a weight above 0"
+            "set one of them to true, with a weight above 0, or give reward.functions and loss.alpha_reward"
         )
     if not loss.has_policy_gradient and not loss.uses_single_step:
         raise ValueError(
@@ -25,10 +27,10 @@ def check_something_to_learn(config: "RunConfig") -> None:
 def check_sampled_policy(config: "RunConfig") -> None:
     """Terms that are expectations over the sampled token need it to come from the policy that learns."""
     loss, sampling = config.loss, config.sampling
-    if not loss.uses_sampled_tokens:
+    if not loss.uses_sampled_tokens and not config.learns_rewards:
         return
     without = "make them equal"
-    if loss.uses_single_step:
+    if loss.uses_single_step and not config.learns_rewards:
         without += ", or set loss.rkl_advantage = false and loss.single_step_estimator = truncated"
     is_cut = sampling.top_p < 1.0 or sampling.top_k > 0
     if loss.kd_temperature != 1.0:
@@ -67,12 +69,13 @@ def refuse_ignored_loss_options(config: "RunConfig") -> None:
     metrics and costs depend in any case.
     """
     loss = config.loss
+    has_policy_gradient = loss.has_policy_gradient or config.learns_rewards
     rules: list[tuple[bool, str, list[str]]] = [
         (not loss.uses_rkl_advantage, "the policy-gradient term is off", ["gamma", "reward_to_go"]),
         (
-            not loss.has_policy_gradient,
+            not has_policy_gradient,
             "the policy-gradient term is silent (off, or loss.gamma = 0 beside the single-step term)",
-            ["advantage_clip", "clip_low", "clip_high"],
+            ["advantage_clip", "clip_low", "clip_high", "top_entropy_quantile"],
         ),
         (
             loss.uses_rkl_advantage and not loss.has_policy_gradient,
@@ -98,13 +101,13 @@ def refuse_ignored_loss_options(config: "RunConfig") -> None:
         (not loss.single_step_decomposition, "loss.single_step_decomposition = False", ["alpha_single_step"]),
         (loss.single_step_divergence != "jsd", "loss.single_step_divergence is not jsd", ["jsd_beta"]),
         (
-            not loss.uses_sampled_tokens,
+            not loss.uses_sampled_tokens and not config.learns_rewards,
             "no term looks at the sampled token",
             ["importance_sampling", "importance_cap", "icepop_low", "icepop_high"],
         ),
         (loss.importance_sampling != "tis", "loss.importance_sampling is not tis", ["importance_cap"]),
         (loss.importance_sampling != "icepop", "loss.importance_sampling is not icepop", ["icepop_low", "icepop_high"]),
-        (True, "a run has no rewards besides the teacher", ["alpha_reward"]),
+        (not config.reward.functions, "there are no reward.functions", ["alpha_reward"]),
         (
             config.pipeline.updates_per_batch == 1,
             "pipeline.updates_per_batch = 1 never clips the policy ratio",

@@ -35,7 +35,7 @@ _TAKEN: dict[Role, Mapping[str, frozenset[str]]] = {
         "teacher": frozenset({"host", "port", "model", "trust_remote_code", "cuda_devices"}),
         **dict.fromkeys(
             (
-                *("trainer", "data", "sampling", "loss", "optimizer", "pipeline"),
+                *("trainer", "data", "sampling", "loss", "reward", "optimizer", "pipeline"),
                 *("weight_sync", "evaluation", "output", "seed"),
             ),
             _EVERY,

@@ -17,6 +17,7 @@ from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
 from services.config.pipeline import PipelineConfig
+from services.config.reward import RewardConfig
 from services.config.roles import Role
 from services.config.rollout import RolloutConfig
 from services.config.rollout_client import RolloutClientConfig
@@ -42,6 +43,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
+    reward: RewardConfig = RewardConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     pipeline: PipelineConfig = PipelineConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
@@ -62,6 +64,11 @@ class RunConfig(Section):
     def teacher_urls(self) -> list[str]:
         """The servers that score rows which name no teacher."""
         return self.teacher_client.server_urls(self.teacher)
+
+    @property
+    def learns_rewards(self) -> bool:
+        """Whether rewards besides the teacher's are in the loss; with loss.alpha_reward = 0 they are only measured."""
+        return bool(self.reward.functions) and self.loss.alpha_reward > 0
 
     def longest_completion(self) -> int:
         """Tokens of the longest completion that training or evaluation asks for."""

@@ -70,7 +70,8 @@ class PaddedSequences:
     lengths: torch.Tensor  # [B] int64, without padding; of a row that only fills up, 1
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def pad_sequences(sequences: list[list[int]], prompt_lengths: list[int]) -> PaddedSequences:

@@ -21,6 +21,8 @@ class TrainingBatch:
     Attributes:
         groups: index of the prompt in the step; the samples of one prompt share it, those of a row that comes twice do not.
         policy_versions: of the oldest token of each completion.
+        rewards: None where the run has none; NaN where a function does not apply to a completion.
+        reward_names: of the F functions that gave them.
         texts: of the prompts, for people.
         metrics: of how the batch came about.
     """
@@ -41,6 +43,8 @@ class TrainingBatch:
     window_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # [W] int64
     window_ids: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [M] int32
     loss_mask: np.ndarray = field(default_factory=partial(np.zeros, 0, np.bool_))  # [N] bool, or none where all count
+    rewards: np.ndarray | None = None  # [B, F] float64
+    reward_names: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -75,9 +79,10 @@ class TrainingBatch:
         return [part.tolist() for part in parts]
 
 
-_ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in ("texts", "metrics"))
-# What earlier versions did not record.
-_OPTIONAL = ("loss_mask",)
+_METADATA = ("reward_names", "texts", "metrics")
+_ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in _METADATA)
+# What a run has not, or earlier versions did not record.
+_OPTIONAL = ("rewards", "loss_mask")
 _OF_TOKENS = (
     "rollout_logprobs",
     "teacher_token_logprobs",
@@ -91,7 +96,7 @@ _OF_SEQUENCES = ("groups", "prompt_lengths", "completion_lengths", "truncated", 
 def encode_batch(batch: TrainingBatch) -> bytes:
     """The batch as a document."""
     arrays: dict[str, np.ndarray | None] = {name: getattr(batch, name) for name in _ARRAYS}
-    return encode_document(arrays, {"texts": batch.texts, "metrics": batch.metrics})
+    return encode_document(arrays, {name: getattr(batch, name) for name in _METADATA})
 
 
 def decode_batch(document: bytes) -> TrainingBatch:
@@ -114,6 +119,9 @@ def decode_batch(document: bytes) -> TrainingBatch:
                 raise PeerError(f"the batch holds {len(arrays[name])} {name} for {length}")
     if len(batch.loss_mask) not in (0, len(batch.token_ids)):
         raise PeerError(f"the batch holds {len(batch.loss_mask)} loss_mask for {len(batch.token_ids)}")
+    of_rewards = (len(batch.rows), len(batch.reward_names))
+    if batch.rewards is not None and batch.rewards.shape != of_rewards:
+        raise PeerError(f"the batch holds rewards of shape {batch.rewards.shape}, expected {of_rewards}")
     for lengths, name in (
         ("prompt_lengths", "prompt_ids"),
         ("completion_lengths", "token_ids"),

@@ -38,6 +38,8 @@ class Prompt:
     teacher: str | None = None  # its name in teacher_client.named; None: the teacher of rows that name none
     answer_token_ids: list[int] = field(default_factory=list)
     """Of the stripped answer behind the prompt, without an end."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation that `text` renders, for reward functions; None where the row holds a text."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _parse_row(
         teacher = _teacher(content, config.teacher_column, teachers)
         used.add(config.teacher_column)
     columns = {name: value for name, value in content.items() if name not in used}
-    return Prompt(row, token_ids, prompt.text, answer, columns, teacher, answer_ids)
+    return Prompt(row, token_ids, prompt.text, answer, columns, teacher, answer_ids, prompt.messages)
 
 
 def _teacher(row: dict[str, Any], column: str, known: Collection[str]) -> str | None:
@@ -232,8 +234,12 @@ def _answer(row: dict[str, Any], column: str) -> str | None:
 @dataclass(frozen=True)
 class _PromptText:
     text: str
-    is_chat: bool
-    """A chat template rendered it, its special tokens included."""
+    messages: list[dict[str, Any]] | None = None
+    """What a chat template rendered, special tokens included."""
+
+    @property
+    def is_chat(self) -> bool:
+        return self.messages is not None
 
 
 def _encode_answer(
@@ -253,14 +259,16 @@ def _read_prompt(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedT
     (column,) = found
     value = row[column]
     if column == messages_column or isinstance(value, list):
-        return _PromptText(_render(column, value, row.get("tools"), config, tokenizer), is_chat=True)
+        return _render(column, value, row.get("tools"), config, tokenizer)
     if not isinstance(value, str) or not value:
         raise DataError(f"`{column}` must be non-empty text or a list of messages, got {reprlib.repr(value)}")
     check_is_text(f"`{column}`", value)
-    return _PromptText(value, is_chat=False)
+    return _PromptText(value)
 
 
-def _render(column: str, messages: Any, tools: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(
+    column: str, messages: Any, tools: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> _PromptText:
     """What the chat template makes of the `messages` in `column` and of `tools`."""
     try:
         conversation = Conversation.model_validate({"messages": messages, "tools": tools})
@@ -276,9 +284,10 @@ def _render(column: str, messages: Any, tools: Any, config: DataConfig, tokenize
     }
     if conversation.tools is not None:
         options["tools"] = conversation.tools
-    text = render_messages(f"`{column}`", [message.for_template() for message in asked], tokenizer, **options)
+    rendered = [message.for_template() for message in asked]
+    text = render_messages(f"`{column}`", rendered, tokenizer, **options)
     check_is_text(f"`{column}`", text)
-    return text
+    return _PromptText(text, rendered)
 
 
 def _without_last_turn(column: str, messages: list[ChatMessage], config: DataConfig) -> list[ChatMessage]:

@@ -9,8 +9,10 @@ Logits are z = softcap(logit_scale * (h W^T + b)) / temperature, in float32 (flo
 dtype of h and W: products of bfloat16 numbers are exact in it. On a GPU its tensor cores make them, ten times as fast as
 products of float32 numbers; there the gradient of the logits is rounded to h's dtype, as that of every layer below is.
 
-Left out: gradients of the entropy, of temperature, scale and soft cap; second derivatives; products with a shard of the
-weight (a sharded weight is gathered).
+The entropy carries a gradient where it is asked for (an entropy bonus), which takes two more buffers in backward.
+
+Left out: gradients of temperature, scale and soft cap; second derivatives; products with a shard of the weight (a sharded
+weight is gathered).
 
 Shape legend: N positions (project only the trained ones), H hidden size, V vocabulary, K support tokens, C positions of
 a chunk, T columns of a tile.
@@ -41,7 +43,7 @@ class HeadOutput(NamedTuple):
     tail_logprob: Tensor
     """[N] log of the probability outside S; -inf without gradient where S is the whole vocabulary."""
     entropy: Tensor
-    """[N] entropy of q over the whole vocabulary, detached."""
+    """[N] entropy of q over the whole vocabulary; detached unless its gradient was asked for."""
 
 
 class _Logits(NamedTuple):
@@ -141,6 +143,7 @@ class _SupportLogprobs(torch.autograd.Function):
         support_ids: Tensor,
         options: tuple[float, float | None, float],
         chunk_tokens: int | None,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_positions, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
         lse, lse_tail, entropy = torch.empty(3, num_positions, dtype=dtype, device=hidden.device).unbind()
@@ -161,15 +164,17 @@ class _SupportLogprobs(torch.autograd.Function):
                         torch.maximum(logits[rows], ids.read(z), out=logits[rows])
                     tails.append(_tail_of_tile(z, e, in_support))
                 lse[rows], lse_tail[rows], entropy[rows] = _join_tails(support[rows], tails)
-        ctx.save_for_backward(hidden, weight, bias, token_ids, support_ids, lse, lse_tail)
+        kept = entropy if entropy_gradient else None
+        ctx.save_for_backward(hidden, weight, bias, token_ids, support_ids, lse, lse_tail, kept)
         ctx.options, ctx.chunk_tokens = options, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return token.squeeze(-1) - lse, support - lse.unsqueeze(-1), lse_tail - lse, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_token: Tensor, g_support: Tensor, g_tail: Tensor, _: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, token_ids, support_ids, lse, lse_tail = ctx.saved_tensors
+    def backward(ctx: Any, g_token: Tensor, g_support: Tensor, g_tail: Tensor, g_entropy: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, token_ids, support_ids, lse, lse_tail, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head = _Logits(weight, bias, *ctx.options)
         # Float32 whatever the dtype: thousands of contributions would vanish in a bfloat16 sum.
@@ -183,6 +188,7 @@ class _SupportLogprobs(torch.autograd.Function):
             lse,
             lse_tail,
         )
+        of_entropy = None if entropy is None else _EntropyGradients.of(g_entropy * head.scale, entropy, lse)
         tiling = _Tiling.of(hidden, len(weight), ctx.chunk_tokens)
         buffer = hidden.new_empty(tiling.shape, dtype=lse.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -192,7 +198,10 @@ class _SupportLogprobs(torch.autograd.Function):
                     head.write(hidden[rows], tile, z)
                     slope = head.softcap_slope(z)
                     ids = _TileIds.of(token_ids[rows], tile), _TileIds.of(support_ids[rows], tile)
+                    added = None if of_entropy is None else of_entropy.of_tile(rows, z)
                     _backward_tile(z, *ids, gradients.of_chunk(rows))
+                    if added is not None:
+                        z.add_(added)
                     if slope is not None:
                         z.mul_(slope)
                     if d_bias is not None:
@@ -205,7 +214,7 @@ class _SupportLogprobs(torch.autograd.Function):
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -274,6 +283,23 @@ class _RowGradients(NamedTuple):
         return _RowGradients(*(x[rows] for x in self))
 
 
+class _EntropyGradients(NamedTuple):
+    """What the entropy adds to dz of a position: d H / d z_v = - q_v (log q_v + H)."""
+
+    gradient: Tensor  # [N, 1] g_H
+    entropy: Tensor  # [N, 1] H
+    lse: Tensor  # [N, 1]
+
+    @classmethod
+    def of(cls, gradient: Tensor, entropy: Tensor, lse: Tensor) -> "_EntropyGradients":
+        return cls(*(x.unsqueeze(-1) for x in (gradient, entropy, lse)))
+
+    def of_tile(self, rows: slice, z: Tensor) -> Tensor:
+        """[C, T] of the logits z [C, T] of a chunk, which stay as they are."""
+        logprobs = z - self.lse[rows]
+        return logprobs.exp().mul_(logprobs.add_(self.entropy[rows])).mul_(-self.gradient[rows])
+
+
 def _backward_tile(z: Tensor, token: _TileIds, support: _TileIds, g: _RowGradients) -> None:
     """Overwrite the logits z [C, T] with dz, their gradient.
 
@@ -299,6 +325,7 @@ def support_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    entropy_gradient: bool = False,
 ) -> HeadOutput:
     """Student log-probabilities of the sampled token, of the support and of the tail, with gradients.
 
@@ -312,6 +339,7 @@ def support_logprobs(
         softcap: c of c * tanh(x / c), None for none (Gemma 2's final_logit_softcapping).
         logit_scale: multiplies h W^T + b first (Cohere's logit_scale).
         chunk_tokens: positions projected at a time; None: 1024, on a GPU 4096.
+        entropy_gradient: whether the entropy carries a gradient.
     """
     num_positions, num_support = support_ids.shape
     assert hidden.shape == (num_positions, weight.shape[1]), (hidden.shape, weight.shape, support_ids.shape)
@@ -320,7 +348,7 @@ def support_logprobs(
         support_ids = token_ids.new_full((num_positions, 1), -1)
     options = (temperature, softcap, logit_scale)
     token, support, tail, entropy = _SupportLogprobs.apply(
-        hidden, weight, bias, token_ids.unsqueeze(-1), support_ids, options, chunk_tokens
+        hidden, weight, bias, token_ids.unsqueeze(-1), support_ids, options, chunk_tokens, entropy_gradient
     )
     # Not a view of the column of pads: FSDP2 puts its hooks on what a forward pass returns.
     return HeadOutput(token, support if num_support else support.new_empty((num_positions, 0)), tail, entropy)

@@ -1,6 +1,7 @@
 """The MiniLLM loss as pure functions: tensors in, (loss, metrics) out.
 
-    loss = policy-gradient term on the sequence's reverse KL  +  single-step divergence of the next-token distributions
+    loss = policy-gradient term on the sequence's reverse KL and on rewards  +  single-step divergence of the next-token
+           distributions  +  KL to a reference  -  entropy bonus
 
 MiniLLM (arXiv 2306.08543, eq. 2-7) with TRL's options gamma and length normalisation. Two special cases: gamma = 0
 without the single-step term is Thinking Machines' on-policy distillation; the single-step term alone on the full
@@ -27,6 +28,7 @@ from trainer.loss.aggregation import LossTotals, token_weights, tokens_per_seque
 from trainer.loss.divergences import bucketed, single_step_divergence, tail_correction
 from trainer.loss.importance import Importance, importance_weights, policy_gradient, policy_ratio
 from trainer.loss.metrics import LossMetrics
+from trainer.loss.reference import reference_kl
 
 _OF_SUPPORT = ("student_support_logprobs", "teacher_support_logprobs", "support_ids")
 _OF_TAIL = ("student_tail_logprob", "teacher_tail_logprob")
@@ -54,7 +56,11 @@ class LossInputs:
     old_token_logprobs: Tensor | None = None  # [N] log q before the first update on this batch; None: this is the first
     external_advantages: Tensor | None = None  # [B] of rewards besides the teacher, see `reward_advantages`
     single_step_kl: Tensor | None = None  # [N] full-vocabulary divergence with gradient, in place of the estimators
-    student_entropies: Tensor | None = None  # [N] for the metrics only
+    student_entropies: Tensor | None = None  # [N] for the metrics, and with gradient for an entropy bonus
+    reference_token_logprobs: Tensor | None = None  # [N] log-probability of token_ids[t] under the frozen reference
+    policy_gradient_mask: Tensor | None = (
+        None  # [N] bool, tokens that the policy gradient looks at; None: all trained ones
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -95,10 +101,13 @@ def minillm_loss(
     per_token, is_ratio_clipped = policy_gradient(
         x.student_token_logprobs, x.old_token_logprobs, importance.weight, advantages, config
     )
+    if x.policy_gradient_mask is not None:
+        per_token = torch.where(x.policy_gradient_mask, per_token, 0.0)
     rho = policy_ratio(x.student_token_logprobs.detach(), old)
     single_step, single_step_kl = _single_step(x, importance.weight * rho, config)
     if config.uses_single_step:
         per_token = per_token + config.alpha_single_step * single_step
+    per_token, of_regularizers = _regularized(per_token, x, config)
     weights = token_weights(x.loss_mask, x.cu_seqlens, config, totals, per_token.dtype)
     of_loss = {
         "single_step_kl": single_step_kl,
@@ -106,9 +115,26 @@ def minillm_loss(
         "policy_ratio_clipped_fraction": is_ratio_clipped,
     }
     metrics = LossMetrics.of(
-        of_loss | _policy_metrics(x, importance), advantages, importance.ratio, x.loss_mask, x.cu_seqlens
+        of_loss | of_regularizers | _policy_metrics(x, importance),
+        advantages,
+        importance.ratio,
+        x.loss_mask,
+        x.cu_seqlens,
     )
     return (per_token * weights).sum(), metrics
+
+
+def _regularized(per_token: Tensor, x: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The token losses with the KL to the reference and the entropy bonus, and what the metrics say of them."""
+    metrics = {}
+    if config.alpha_reference_kl > 0:
+        assert x.reference_token_logprobs is not None, "loss.alpha_reference_kl needs reference_token_logprobs"
+        kl = reference_kl(x.student_token_logprobs, x.reference_token_logprobs)
+        per_token, metrics = per_token + config.alpha_reference_kl * kl, {"reference_kl": kl.detach()}
+    if config.alpha_entropy > 0:
+        assert x.student_entropies is not None, "loss.alpha_entropy needs student_entropies"
+        per_token = per_token - config.alpha_entropy * x.student_entropies
+    return per_token, metrics
 
 
 def language_model_loss(token_logprobs: Tensor, num_tokens: int) -> Tensor:

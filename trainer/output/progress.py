@@ -20,7 +20,7 @@ _INTERVAL_S = 12.0
 _POLL_S = 0.5
 _TRAINING = "training"
 _TIMES = ("step_s", "rollout_s", "teacher_s", "train_s", "push_s", "canary_s")
-_NUMBERS = {"loss": "loss", "reverse KL": "single_step_kl"}
+_NUMBERS = {"loss": "loss", "reverse KL": "single_step_kl", "reward": "reward_mean"}
 
 
 class Progress:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -159,6 +160,7 @@ class RunRecord:
             "tokens": self.tokenizer.convert_ids_to_tokens(token_ids.tolist()),
             "student_logprobs": [round(float(x), 5) for x in batch.rollout_logprobs[tokens]],
             "teacher_logprobs": [round(float(x), 5) for x in batch.teacher_token_logprobs[tokens]],
+            **({} if batch.rewards is None else {"rewards": _by_name(batch.reward_names, batch.rewards[index])}),
         }
 
     def finish(self, summary: Summary) -> None:
@@ -186,6 +188,11 @@ class RunRecord:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         append_line(self.dir / name, json.dumps(row, ensure_ascii=False).encode())
+
+
+def _by_name(names: list[str], rewards: np.ndarray) -> dict[str, float | None]:
+    """Of one completion; None where a function does not apply."""
+    return {name: None if np.isnan(x) else float(x) for name, x in zip(names, rewards, strict=True)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

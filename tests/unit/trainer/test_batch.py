@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from services.config import LossConfig, RunConfig
+from services.config import LossConfig, RewardConfig, RunConfig
 from services.wire.batch import decode_batch, encode_batch
 from tests.models import LONGROPE_SWITCH, save_model
 from tests.unit.trainer.samples import BATCH, SAMPLES, batch_of, sample
@@ -145,6 +146,10 @@ def test_every_token_of_a_window_but_the_first_is_predicted() -> None:
 
 
 def test_all_columns_of_a_batch_go_to_the_device() -> None:
-    for batch in (*pack(BATCH, LossConfig(), 1000), *pack_texts([[5, 6]], 100)):
+    rewarded = replace(BATCH, rewards=np.zeros((len(BATCH), 1)), reward_names=["f"])
+    with_rewards = pack(rewarded, LossConfig(), 1000, rewards=RewardConfig(functions=["m:f"]))
+    for batch in (*with_rewards, *pack_texts([[5, 6]], 100)):
         moved = vars(batch.to(torch.device("meta")))
         assert moved.keys() == vars(batch).keys() and {tensor.device.type for tensor in moved.values()} == {"meta"}
+    (without,) = pack(BATCH, LossConfig(), 1000)
+    assert without.to(torch.device("meta")).external_advantages is None

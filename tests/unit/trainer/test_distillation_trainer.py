@@ -193,6 +193,11 @@ URLS = {"rollout_client": {"urls": ["http://a:1"]}}
         ),
         (URLS, {"teacher": torch.nn.Linear(1, 1)}, "teacher is an object, but config.rollout_client.urls"),
         ({}, {"processing_class": object()}, "processing_class belongs to the student"),
+        (
+            {"reward": {"functions": ["a:b"]}, "pipeline": {"samples_per_prompt": 2}},
+            {"reward_functions": ["c:d"]},
+            "are both given",
+        ),
     ],
 )
 def test_what_contradicts_is_refused_when_it_is_said(
@@ -200,6 +205,20 @@ def test_what_contradicts_is_refused_when_it_is_said(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillationTrainer(config_in(tmp_path, **sections), **arguments)
+
+
+def a_reward(completions: list[str]) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+@pytest.mark.parametrize("given", [a_reward, [a_reward], (a_reward,)])
+def test_reward_functions_reach_the_run_by_name(
+    given: Any, world: World, models: dict[str, str], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, pipeline={"samples_per_prompt": 2})
+    DistillationTrainer(config, **models, train_dataset=ROWS, reward_functions=given).train()  # type: ignore[arg-type]
+    ((found, _),) = world.trained
+    assert found.reward.functions == [f"{__name__}:a_reward"]
 
 
 def test_a_config_of_another_kind_is_refused() -> None:

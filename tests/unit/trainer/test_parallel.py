@@ -17,7 +17,7 @@ from tests.models import save_model
 from tests.ranks import leave
 from tests.unit.trainer.samples import batch_of, sample
 from trainer.learner import Learner
-from trainer.parallel import load_and_place, local, whole
+from trainer.parallel import load_and_place, load_reference, local, whole
 from trainer.ranks.group import Ranks
 from trainer.weights.snapshot import GivenTokens
 
@@ -28,6 +28,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointed": {"student": {"gradient_checkpointing": True}},
     "small_micro_batches": {"pipeline": {"tokens_per_micro_batch": 12, "updates_per_batch": 2}},
     "bfloat16": {"student": {"compute_dtype": "bfloat16"}},
+    "rewards": {
+        "reward": {"functions": ["m:a", "m:b"], "advantage": "leave_one_out"},
+        "loss": {
+            **{"gamma": 0.9, "truncated": "mask", "top_entropy_quantile": 0.5},
+            **{"alpha_reference_kl": 0.1, "alpha_entropy": 0.01},
+        },
+        "pipeline": {"tokens_per_micro_batch": 12, "updates_per_batch": 2, "samples_per_prompt": 2},
+    },
 }
 # Of untied embeddings, what differs for them.
 OF_UNTIED = ("fsdp2", "ddp")
@@ -46,6 +54,14 @@ def batches() -> list[TrainingBatch]:
     return made
 
 
+def rewarded(batch: TrainingBatch, step: int) -> TrainingBatch:
+    """In groups of two, some truncated, with rewards of which some do not apply."""
+    random, places = np.random.default_rng(step), np.arange(len(batch))
+    rewards = random.normal(0, 2, (len(batch), 2))
+    rewards[random.random(rewards.shape) < 0.3] = np.nan
+    return replace(batch, groups=places // 2, truncated=places % 4 == 3, rewards=rewards, reward_names=["a", "b"])
+
+
 def run(folder: str, ranks: Ranks, way: str) -> dict[str, Any]:
     """What twenty steps come to."""
     sections = WAYS[way]
@@ -54,14 +70,17 @@ def run(folder: str, ranks: Ranks, way: str) -> dict[str, Any]:
             **sections,
             "student": {"model": folder, **sections.get("student", {})},
             "optimizer": {"learning_rate": 1e-3},
-            "loss": {"alpha_lm": 0.3},
+            "loss": {"alpha_lm": 0.3, **sections.get("loss", {})},
             "data": {"lm_path": "texts.jsonl"},
         }
     )
     student = load_and_place(config, ranks)
-    learner = Learner(config, student, NUM_STEPS, ranks)
+    learner = Learner(config, student, NUM_STEPS, ranks, reference=load_reference(config, ranks))
     num_held = sum(local(p).numel() for p in student.parameters())
-    steps = [learner.step(batch) for batch in batches()]
+    recorded = batches()
+    if "reward" in sections:
+        recorded = [rewarded(batch, step) for step, batch in enumerate(recorded)]
+    steps = [learner.step(batch) for batch in recorded]
     moments = [v for state in learner.optimizer.state.values() for v in state.values() if v.ndim > 0]
     snapshot = learner.snapshot(0, torch.float32, CANARY)
     return {

@@ -53,7 +53,7 @@ REFUSED = {
         "loss.importance_cap = 3.0 would be ignored ... no term looks at the sampled token"
     ),
     "--loss.clip_low 0.1 --loss.gamma 0.5": "clip_low = 0.1 would be ignored ... updates_per_batch = 1",
-    "--loss.alpha_reward 2": "loss.alpha_reward = 2.0 would be ignored ... no rewards besides the teacher",
+    "--loss.alpha_reward 2": "loss.alpha_reward = 2.0 would be ignored ... no reward.functions",
     "--loss.alpha_lm 0.5": "loss.alpha_lm = 0.5 ... data.lm_path = None ... give both or neither",
     "--data.lm_path t.jsonl": "loss.alpha_lm = 0.0 ... data.lm_path = 't.jsonl'",
     "--data.max_text_tokens 64": "data.max_text_tokens = 64 would be ignored ... no data.lm_path",

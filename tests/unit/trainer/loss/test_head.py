@@ -288,6 +288,47 @@ def test_entropy_carries_no_gradient() -> None:
     assert [x.requires_grad for x in output] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradient_of_the_entropy_equals_dense_autograd_beside_those_of_the_others(
+    options: dict, chunk_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "MAX_TILE_ELEMENTS", 1)  # tokens 0..63, 64..127 and 128..149
+    options, v = dict(options), 150
+    inputs = leaves(v=v)
+    hidden, weight, bias = inputs
+    used = bias if options.pop("with_bias") else None
+    tokens, ids = token_ids(v=v), distinct_ids(N, K, v)
+    ids[2] = -1
+    got = support_logprobs(
+        hidden, weight, tokens, ids, bias=used, chunk_tokens=chunk_tokens, entropy_gradient=True, **options
+    )
+    expected = dense(hidden, weight, tokens, ids, used, **options)
+    logits = (hidden @ weight.t() + (0 if used is None else used)) * options["logit_scale"]
+    if options["softcap"] is not None:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logprobs = (logits / options["temperature"]).log_softmax(-1)
+    entropy, weights = -(logprobs.exp() * logprobs).sum(-1), randn(N, seed=11)
+    assert_close(got.entropy, entropy)
+    wanted = inputs if used is not None else inputs[:2]
+    for others in (0.0, 1.0):
+        ours = torch.autograd.grad(
+            (got.entropy * weights).sum() + others * random_functional(got), wanted, retain_graph=True
+        )
+        theirs = torch.autograd.grad(
+            (entropy * weights).sum() + others * random_functional(expected), wanted, retain_graph=True
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b)
+
+
+def test_gradient_of_the_entropy_of_a_nearly_certain_token_is_finite_in_float32() -> None:
+    logits = torch.tensor([[5_000.0, 1.0, -5_000.0, 0.25]], requires_grad=True)
+    output = support_logprobs(logits, torch.eye(4), torch.tensor([1]), torch.tensor([[0]]), entropy_gradient=True)
+    (got,) = torch.autograd.grad(output.entropy.sum(), logits)
+    assert_close(got, torch.zeros(1, 4), 1e-6)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_gradient_of_one_input_does_not_need_that_of_the_other(frozen: int) -> None:
     inputs = leaves()[:2]
