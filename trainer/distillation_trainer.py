@@ -9,6 +9,7 @@ ranks (torchrun) every rank runs the program; the first one does all of this, th
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,6 +31,7 @@ from services.launch.script_screen import ScriptScreen
 from services.launch.started_servers import started_servers, variables
 from services.process.files import cannot_write
 from services.process.folder_lock import lock_folder
+from services.process.signals import Interrupted
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.run_callbacks import checked_callbacks
 from trainer.data.dataset_file import write_rows
@@ -135,7 +137,8 @@ class DistillationTrainer:
         Raises:
             DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
                 EvaluationError.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM or SIGHUP came.
         """
         summary = self._run(train, self.config, self._objects)
         self._is_trained = True
@@ -147,7 +150,8 @@ class DistillationTrainer:
 
         Raises:
             DistillServeError: as of `train`; an EvaluationError if it cannot be measured.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM or SIGHUP came.
         """
         folder = str(Path(self.config.output.dir) / "evaluation")
         config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], save_every_steps=0)
@@ -195,7 +199,12 @@ class DistillationTrainer:
         self._check_ranks()
         environment = dict(os.environ)  # of the servers: before it is narrowed to the trainer's GPUs
         self._choose_gpus()
-        result = work(config, objects) if self._is_follower() else self._lead(work, config, objects, environment)
+        try:
+            result = work(config, objects) if self._is_follower() else self._lead(work, config, objects, environment)
+        except Interrupted as error:  # as Python itself ends a program: an exit code of 1 would say that it failed
+            if error.number == signal.SIGINT:
+                raise KeyboardInterrupt(str(error)) from error
+            raise SystemExit(128 + error.number) from error
         if dist.is_initialized():
             dist.destroy_process_group()  # the program may go on, and train again
         return result

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from services.config import RunConfig
 from services.errors import ConfigError, DataError, FolderInUseError, PeerError
 from services.gpus.advice import updated
 from services.process.folder_lock import lock_folder
+from services.process.signals import Interrupted
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import opener, run_config
 from trainer import Callback, DistillationTrainer
@@ -332,6 +334,22 @@ def test_a_server_that_is_lost_is_the_reason_of_what_fails_for_want_of_it(
     with pytest.raises(PeerError, match="the teacher was ended by SIGKILL") as caught:
         DistillationTrainer(config_in(tmp_path), **models, train_dataset=ROWS).train()  # type: ignore[arg-type]
     assert str(caught.value.__cause__) == "connection refused"
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [(signal.SIGINT, KeyboardInterrupt, "^ended by SIGINT$"), (signal.SIGTERM, SystemExit, "^143$")],
+)
+def test_a_signal_ends_a_program_as_python_does(
+    number: int, error: type[BaseException], said: str, world: World, models: dict[str, str], tmp_path: Path
+) -> None:
+    def interrupt() -> None:
+        raise Interrupted(number)
+
+    world.act = interrupt
+    with pytest.raises(error, match=said) as caught:
+        DistillationTrainer(config_in(tmp_path), **models, train_dataset=ROWS).train()  # type: ignore[arg-type]
+    assert type(caught.value) is error and world.num_running == 0
 
 
 def test_another_rank_starts_nothing_and_writes_nothing(
