@@ -154,6 +154,7 @@ class Session:
         failed = self.failed_evaluations
         summary = Summary(before, after, self.num_steps, self.record.wall_s, self.num_tokens, failed)
         self.record.finish(summary)
+        self.students.write_card()
         if failed:
             steps = ", ".join(str(one.step) for one in failed)
             raise EvaluationError(
