@@ -59,7 +59,9 @@ class Hub:
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         """What is in a branch, but for what the hub itself put there."""
-        return {name: content for name, content in self.repos[repo].branches[branch].items() if name != ".gitattributes"}
+        return {
+            name: content for name, content in self.repos[repo].branches[branch].items() if name != ".gitattributes"
+        }
 
     def write(self, repo: str, folder: Path, branch: str = "main") -> Path:
         """The files of a branch, in a folder."""
@@ -100,7 +102,9 @@ def _app(hub: Hub) -> FastAPI:
         body = await request.json()
         name = f"{body.get('organization') or OWNER}/{body['name']}"
         if not name.startswith(f"{OWNER}/"):
-            return _error(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}")
+            return _error(
+                403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}"
+            )
         if name in hub.repos:
             return JSONResponse({"error": "You already created this model repo", "url": f"{hub.url}/{name}"}, 409)
         hub.repos[name] = Repo(private=body.get("visibility") == "private")

@@ -69,18 +69,20 @@ def model_card(run: RunRecords, what: What = "merged", repo: str | None = None, 
         dtype: of the weights in it; default: that of training.
     """
     name, base = repo.split("/")[-1] if repo else public_name(run.name), run.text("student", "model")
+    is_of_hub = base is not None and is_hub_id(base)  # a base of this machine alone has no place in the metadata
+    relation: dict[str, Any] = (
+        {"base_model_relation": "adapter" if what == "adapter" else "finetune"} if is_of_hub else {}
+    )
     data = ModelCardData(
         model_name=name,
-        base_model=base if base and is_hub_id(base) else None,
-        base_model_relation="adapter" if what == "adapter" else "finetune",
+        base_model=base if is_of_hub else None,
         library_name="peft" if what == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
         datasets=[source for source in _data(run) if is_hub_id(source)] or None,
         eval_results=_metadata_results(run),
+        **relation,
     )
-    if data.base_model is None:  # a relation to nothing is refused by the hub
-        del data.base_model_relation
     body = "\n".join(_body(run, what, name, repo or f"./{public_name(run.name)}/student", dtype))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
@@ -127,7 +129,11 @@ def _training(run: RunRecords, dtype: str | None) -> Iterator[tuple[str, str]]:
     yield "teacher", _teacher(run)
     yield "data", ", ".join(code_span(public_name(source)) for source in _data(run)) or "unknown"
     if run.step is not None:
-        of = "" if run.is_complete or run.num_steps is None else f" of {run.num_steps} (the run ended early, or this is a checkpoint)"
+        of = (
+            ""
+            if run.is_complete or run.num_steps is None
+            else f" of {run.num_steps} (the run ended early, or this is a checkpoint)"
+        )
         yield "steps", f"{run.step}{of}"
     prompts = run.option("pipeline", "prompts_per_step")
     if prompts is not None:
@@ -170,7 +176,11 @@ def _results(run: RunRecords) -> Iterator[str]:
         teacher = _exact_match(run.after or run.before, "teacher_exact_match")
         yield "| exact match, % | " + " | ".join(_shown(pair, 100, 1) for pair in (*matches, teacher)) + " |"
     divergences = [_reverse_kl(side) for side in sides]
-    yield "| reverse KL to the teacher, nats a token | " + " | ".join(_shown(pair, 1, 4) for pair in divergences) + " | 0 |"
+    yield (
+        "| reverse KL to the teacher, nats a token | "
+        + " | ".join(_shown(pair, 1, 4) for pair in divergences)
+        + " | 0 |"
+    )
     yield "\n± is one standard error. Exact match is greedy; the reverse KL is that of completions sampled at temperature 1.\n"
 
 

@@ -27,7 +27,9 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
         default="merged",
         help="the whole model, or the adapter of a run with a [lora] section (default: %(default)s)",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="the student of checkpoints/step-N (default: the last one)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the student of checkpoints/step-N (default: the last one)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

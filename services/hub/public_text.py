@@ -76,7 +76,11 @@ def code_span(text: str) -> str:
 def toml_value(value: Any) -> str:
     """A JSON value without nulls as one line of TOML."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)} = {toml_value(part)}" for name, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(name, ensure_ascii=False)} = {toml_value(part)}" for name, part in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -71,7 +71,9 @@ class Repository:
         if not token:
             raise ConfigError("there is no token for the model hub; set HF_TOKEN or run `hf auth login`")
         if (problem := key_problem(token)) is not None:
-            raise ConfigError(f"the token for the model hub (HF_TOKEN, or that of `hf auth login`) {problem}; set it again")
+            raise ConfigError(
+                f"the token for the model hub (HF_TOKEN, or that of `hf auth login`) {problem}; set it again"
+            )
         self._token = token
         self._api = HfApi(token=token)
 
@@ -114,9 +116,7 @@ class Repository:
         ]
         operations += [CommitOperationDelete(name) for name in removed]
         with self._refusals("uploading"):
-            done = self._api.create_commit(
-                self.repo, operations, commit_message=message, revision=self.revision
-            )
+            done = self._api.create_commit(self.repo, operations, commit_message=message, revision=self.revision)
             return str(done.commit_url)
 
     @contextmanager
@@ -151,7 +151,9 @@ class Repository:
         if _in_chain(error, httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError):
             return f"HF_ENDPOINT = {endpoint!r} is no address: {error}"
         if isinstance(error, ConnectionError) and "xet-" in str(error):  # of hf_xet
-            return f"{endpoint} has no Xet storage, or it cannot be reached: {error}; HF_HUB_DISABLE_XET=1 does without it"
+            return (
+                f"{endpoint} has no Xet storage, or it cannot be reached: {error}; HF_HUB_DISABLE_XET=1 does without it"
+            )
         return f"{endpoint} gave no usable answer: {type(error).__name__}: {error}"
 
     def _advice(self, error: HfHubHTTPError) -> str:

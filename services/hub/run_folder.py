@@ -107,7 +107,9 @@ def weights_folder(run: Path, what: What, step: int | None = None) -> Path:
     kind = "student" if what == "merged" else "adapter"
     if step is not None:
         steps = ", ".join(map(str, _saved_steps(run, what))) or "none"
-        raise ConfigError(f"--step = {step}: {str(run)!r} holds no {kind} of it; checkpoints there are of steps: {steps}")
+        raise ConfigError(
+            f"--step = {step}: {str(run)!r} holds no {kind} of it; checkpoints there are of steps: {steps}"
+        )
     hint = "adapters are saved by runs with a [lora] section" if what == "adapter" else "the run saves it when it ends"
     raise ConfigError(f"RUN_FOLDER = {str(run)!r} holds no {kind}; {hint}")
 
@@ -125,7 +127,9 @@ def _saved_steps(run: Path, what: What) -> list[int]:
 
 def _holds_weights(folder: Path, what: What) -> bool:
     config = folder / _WEIGHTS[what]
-    return config.is_file() and any(folder.glob("*.safetensors")) and (what == "adapter" or "model_type" in _json(config))
+    return (
+        config.is_file() and any(folder.glob("*.safetensors")) and (what == "adapter" or "model_type" in _json(config))
+    )
 
 
 def _json(path: Path) -> Any:

@@ -112,7 +112,9 @@ def _public_config(path: Path, dtype: str | None) -> Path | bytes:
 def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            name: public_name(part) if name.endswith("name_or_path") and isinstance(part, str) else _without_folders(part)
+            name: public_name(part)
+            if name.endswith("name_or_path") and isinstance(part, str)
+            else _without_folders(part)
             for name, part in value.items()
         }
     return [_without_folders(part) for part in value] if isinstance(value, list) else value

@@ -133,23 +133,6 @@ class SavedStudents:
         except (DistillServeError, OSError, ValueError) as error:
             logger.warning("the student has no model card: %s", error)
 
-    def write(self, path: Path, state: StudentState) -> None:
-        """Save a student wherever its caller wants it, as a folder that from_pretrained loads.
-
-        Args:
-            path: does not exist, is empty, or holds a model, which is replaced.
-
-        Raises:
-            OutputError: it cannot be written, or would replace something else.
-        """
-        if path.exists() and not _may_be_replaced(path):
-            raise OutputError(f"{path} holds other files than those of a saved model; choose a folder of its own")
-        try:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        self._write(path.absolute(), state)
-
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""
         return any((self._dir / name).exists() for name in ("student", "checkpoints"))
@@ -189,15 +172,6 @@ def _put_back(path: Path) -> None:
     """After an end between the two renames."""
     if _before(path).exists() and not path.exists():
         _before(path).replace(path)
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Whether a folder is empty, or holds a model and nothing that is none."""
-    if not path.is_dir():
-        return False
-    entries = list(path.iterdir())
-    is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-    return not entries or (is_model and all(entry.is_file() or (entry / "adapter_config.json").exists() for entry in entries))
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 from services.config import RunConfig
 
-MEASURED = {"reverse_kl": 1.25, "reverse_kl_stderr": 0.05, "num_prompts": 100, "num_kl_tokens": 900, "num_quarantined": 0}
+MEASURED = {
+    "reverse_kl": 1.25,
+    "reverse_kl_stderr": 0.05,
+    "num_prompts": 100,
+    "num_kl_tokens": 900,
+    "num_quarantined": 0,
+}
 BEFORE = {**MEASURED, "exact_match": 0.1, "teacher_exact_match": 0.99, "num_answers": 100}
 AFTER = {**BEFORE, "reverse_kl": 0.015625, "reverse_kl_stderr": 0.002, "exact_match": 0.9}
 OPTIONS: dict[str, Any] = {

@@ -137,7 +137,9 @@ def test_names_of_any_kind_neither_break_the_card_nor_become_markup(tmp_path: Pa
     assert toml_in(card)["data"]["prompt_column"].startswith('a "quoted" | `name` # heading')
 
 
-@pytest.mark.parametrize("name", ["run", "a b", "x\ny", 'q"', "#1", "模型", "---", "hf_abcdefghijklmnopqrstuv", "a'b: c"])
+@pytest.mark.parametrize(
+    "name", ["run", "a b", "x\ny", 'q"', "#1", "模型", "---", "hf_abcdefghijklmnopqrstuv", "a'b: c"]
+)
 def test_a_folder_of_any_name_gives_a_card(name: str, tmp_path: Path) -> None:
     card = card_of(tmp_path / name)
     metadata(card)
@@ -178,5 +180,7 @@ def test_records_of_another_version_or_with_damage_still_give_a_card(tmp_path: P
     run = finished_run(tmp_path / "run", None)
     (run / "config.json").write_text(json.dumps({"loss": [1], "data": None, "student": {"model": 3}, "new": {"x": 1}}))
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"step": "x"}\n{"step": 21, "eval_reverse_kl": "NaN"}\n{"step": 22, "eval_reverse_kl": NaN}\n{"st')
+        file.write(
+            '[1]\n{"step": "x"}\n{"step": 21, "eval_reverse_kl": "NaN"}\n{"step": 22, "eval_reverse_kl": NaN}\n{"st'
+        )
     metadata(model_card(read_records(run)))

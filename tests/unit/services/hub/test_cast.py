@@ -31,8 +31,13 @@ def source(tmp_path: Path) -> Path:
     tensors = {name: torch.randn(32, 32) for name in "abcd"}
     folder = tmp_path / "source"
     folder.mkdir()
-    save_file({"a": tensors["a"], "b": tensors["b"], "ids": torch.arange(5)}, folder / "model-00001-of-00002.safetensors")
-    save_file({"c": tensors["c"], "d": tensors["d"], "mask": torch.tensor([True])}, folder / "model-00002-of-00002.safetensors")
+    save_file(
+        {"a": tensors["a"], "b": tensors["b"], "ids": torch.arange(5)}, folder / "model-00001-of-00002.safetensors"
+    )
+    save_file(
+        {"c": tensors["c"], "d": tensors["d"], "mask": torch.tensor([True])},
+        folder / "model-00002-of-00002.safetensors",
+    )
     return folder
 
 

@@ -74,7 +74,8 @@ def test_everything_in_a_value_is_public() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("a|b", "`a\\|b`"), ("a`b", "`` a`b ``"), ("``", "``` `` ```"), ("", "` `"), ("<b>", "`<b>`")]
+    ("text", "expected"),
+    [("a|b", "`a\\|b`"), ("a`b", "`` a`b ``"), ("``", "``` `` ```"), ("", "` `"), ("<b>", "`<b>`")],
 )
 def test_a_code_span_holds_any_text(text: str, expected: str) -> None:
     assert code_span(text) == expected

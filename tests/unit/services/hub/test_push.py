@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import set_client_factory
-from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +63,9 @@ def test_a_cast_student_is_the_rounded_one(dtype: Any, run: Path, hub: Hub, tmp_
     assert loaded.dtype == getattr(torch, dtype)
     for (name, weight), (_, other) in zip(loaded.named_parameters(), before.named_parameters(), strict=True):
         assert torch.equal(weight, other.to(weight.dtype)), name
-    assert told[0] == f"casting to {dtype}: file 1 of 1" and told[1].startswith("uploading 7 files, 0.2 MB, to me/student")
+    assert told[0] == f"casting to {dtype}: file 1 of 1" and told[1].startswith(
+        "uploading 7 files, 0.2 MB, to me/student"
+    )
     assert not (run / ".push").exists()
 
 
@@ -94,7 +94,11 @@ def test_a_branch_is_created_and_main_stays_as_it_was(run: Path, hub: Hub) -> No
 
 
 def test_what_an_earlier_push_left_is_not_loaded_beside_the_new_one(run: Path, hub: Hub) -> None:
-    old = {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "adapter_config.json": b"{}"}
+    old = {
+        "model-00001-of-00002.safetensors": b"x",
+        "model.safetensors.index.json": b"{}",
+        "adapter_config.json": b"{}",
+    }
     hub.add("me/student", {**old, "LICENSE": b"mine", "model.safetensors": b"old"})
     push_to_hub(run, "me/student")
     arrived = hub.files("me/student")
@@ -164,7 +168,9 @@ def refusal(run: Path, **options: Any) -> str:
     """The line with which a push is refused."""
     with pytest.raises(PeerError) as refused:
         push_to_hub(run, **{"repo": "me/student", **options})
-    assert refused.value.__cause__ is None and refused.value.__suppress_context__  # no traceback shows what the hub said
+    assert (
+        refused.value.__cause__ is None and refused.value.__suppress_context__
+    )  # no traceback shows what the hub said
     line = str(refused.value)
     assert "\n" not in line and len(line) < 400
     return line
@@ -278,11 +284,10 @@ def test_offline_mode_is_named(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPa
 
 def test_a_hub_that_says_nothing_is_given_up(run: Path, hub: Hub) -> None:
     set_timeouts(connect_s=5, silence_s=0.2)
+    hub.faults["create"] = "silent"
     try:
-        hub.faults["create"] = "silent"
         assert "does not answer (ReadTimeout)" in refusal(run)
     finally:
-        set_client_factory(default_client_factory)
         hub.left.set()
         hub.left.clear()
 

@@ -37,7 +37,11 @@ def test_weights_configuration_and_tokenizer_go_as_they_are_and_nothing_else(fol
 
 
 def test_templates_in_folders_go_and_an_adapter_in_its_own_does_not(folder: Path) -> None:
-    for name in ("additional_chat_templates/tool.jinja", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+    for name in (
+        "additional_chat_templates/tool.jinja",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     names = plan_upload(folder, "merged", None, "").names()

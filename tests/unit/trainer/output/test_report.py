@@ -20,7 +20,13 @@ from trainer.tiny.pair import build_tokenizer
 
 def evaluation(**changes: object) -> Evaluation:
     values = {"policy_version": 2, "exact_match": 0.25, "teacher_exact_match": 0.99, "reverse_kl": 1.2}
-    values |= {"reverse_kl_stderr": 0.05, "num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1, "num_answers": 8}
+    values |= {
+        "reverse_kl_stderr": 0.05,
+        "num_prompts": 10,
+        "num_kl_tokens": 40,
+        "num_quarantined": 1,
+        "num_answers": 8,
+    }
     return Evaluation(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -42,6 +48,16 @@ def begun(folder: Path, **output: object) -> RunRecord:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_trackers_are_told_the_project_and_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    run = record(tmp_path / "out", project="my project")
+    monkeypatch.setattr(
+        run._accelerator, "init_trackers", lambda project, config: told.update(project=project, seed=config["seed"])
+    )
+    run.begin()
+    assert told == {"project": "my project", "seed": 0}
 
 
 def test_a_run_leaves_config_metrics_samples_and_summary(tmp_path: Path) -> None:

@@ -184,31 +184,3 @@ def test_a_card_that_cannot_be_made_costs_a_warning_and_not_the_student(
     students(tmp_path, model).save(StudentState(1))
     assert "the student has no model card" in caplog.text and "config.json cannot be read" in caplog.text
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-
-
-def test_a_student_is_written_wherever_one_wants_it(model: Any, tmp_path: Path) -> None:
-    saved = students(tmp_path / "run", model)
-    for _ in range(2):  # into a new folder, and over the model in it
-        saved.write(tmp_path / "a" / "b", StudentState(1))
-        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "b")), logits(model))
-        AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
-    (tmp_path / "empty").mkdir()
-    saved.write(tmp_path / "empty", StudentState(1))
-    assert not (tmp_path / "run").exists()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b"]
-
-
-def test_a_folder_of_other_things_is_not_replaced_by_a_student(model: Any, tmp_path: Path) -> None:
-    saved = students(tmp_path / "run", model)
-    home, model_inside, file = tmp_path / "home", tmp_path / "project", tmp_path / "file"
-    home.mkdir()
-    (home / "thesis.tex").touch()
-    saved.write(model_inside, StudentState(1))
-    (model_inside / "src").mkdir()
-    file.touch()
-    for path in (home, model_inside, file):
-        with pytest.raises(OutputError, match="holds other files than those of a saved model"):
-            saved.write(path, StudentState(1))
-    assert (home / "thesis.tex").exists() and (model_inside / "src").exists() and file.exists()
-    with pytest.raises(OutputError, match="cannot be written"):
-        saved.write(file / "inside", StudentState(1))
