@@ -94,7 +94,7 @@ def _body(run: RunRecords, what: What, name: str, source: str, dtype: str | None
     yield f"{code_span(name)} is {kind} {base}, made by on-policy distillation: the student writes, and the teacher"
     yield f"{_teacher(run)} scores every token that it wrote.\n"
     yield from _results(run)
-    yield from _usage(what, source)
+    yield from _usage(run, what, source)
     yield "## Training\n"
     yield "| | |\n|---|---|"
     for label, value in _training(run, dtype):
@@ -111,16 +111,19 @@ def _body(run: RunRecords, what: What, name: str, source: str, dtype: str | None
     yield f"```bibtex\n{CITATIONS}```\n"
 
 
-def _usage(what: What, source: str) -> Iterator[str]:
-    model = "AutoPeftModelForCausalLM" if what == "adapter" else "AutoModelForCausalLM"
-    library = "peft" if what == "adapter" else "transformers"
-    place = toml_value(source)  # a string of Python as well
+def _usage(run: RunRecords, what: What, source: str) -> Iterator[str]:
+    place, base = toml_value(source), run.text("student", "model")  # a string of TOML is one of Python as well
     yield "## Use\n\n```python"
-    if what == "adapter":
-        yield f"from peft import {model}\nfrom transformers import AutoTokenizer\n"
-    else:
-        yield f"from {library} import {model}, AutoTokenizer\n"
-    yield f"model = {model}.from_pretrained({place})"
+    if what == "merged":
+        yield "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        yield f"model = AutoModelForCausalLM.from_pretrained({place})"
+    elif base is not None and is_hub_id(base):
+        yield "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n"
+        yield f"model = AutoPeftModelForCausalLM.from_pretrained({place})"
+    else:  # the adapter's configuration cannot say where its base is
+        yield "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        yield f"base = AutoModelForCausalLM.from_pretrained({toml_value(public_name(base or 'base'))})"
+        yield f"model = PeftModel.from_pretrained(base, {place})"
     yield f"tokenizer = AutoTokenizer.from_pretrained({place})\n```\n"
 
 

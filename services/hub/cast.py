@@ -89,10 +89,11 @@ class Cast:
         if tensor.dtype not in (torch.float64, *_DTYPES.values()):
             return tensor
         cast = tensor.to(_DTYPES[self.dtype])
-        if self.dtype == "float16" and not torch.equal(cast.isfinite(), tensor.isfinite()):
+        if not torch.equal(cast.isfinite(), tensor.isfinite()):
+            largest = tensor[tensor.isfinite()].abs().max().item()
             raise DataError(
-                f"{self.sources[name]}: {name} holds {tensor[tensor.isfinite()].abs().max().item():.4g}, more than float16 "
-                "can (65504); push it as bfloat16"
+                f"{self.sources[name]}: {name} holds {largest:.4g}, more than {self.dtype} can "
+                f"({torch.finfo(cast.dtype).max:.5g}); push it in another dtype"
             )
         return cast
 

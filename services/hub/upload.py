@@ -16,6 +16,11 @@ CARD = "README.md"
 
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken", "LICENSE*")
 """Files of configuration, tokenizer, chat templates and a model's own code."""
+_TOKENIZER = (
+    *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "*.jinja"),
+)
+"""Those of them that a tokenizer has written."""
 _INDEX = ".safetensors.index.json"
 _REPLACED = ("*.safetensors", f"*{_INDEX}", "pytorch_model*.bin*", "adapter_config.json", "adapter_model.bin")
 """What an earlier push may have left: from_pretrained would load it instead of what is pushed."""
@@ -63,6 +68,9 @@ def plan_upload(folder: Path, what: What, dtype: str | None, card: str) -> Uploa
     for name, path in _others(folder):
         if not (cast and name.endswith(_INDEX)):
             files[name] = _public_config(path, dtype if cast else None) if name.endswith("config.json") else path
+    if what == "adapter":  # its tokenizer is with the student around it
+        student = _others(folder.parent)
+        files |= {name: path for name, path in student if any(fnmatch(path.name, one) for one in _TOKENIZER)}
     files[CARD] = card.encode()
     return Upload(files, cast)
 

@@ -158,9 +158,16 @@ def test_an_adapter_is_one_of_its_base(tmp_path: Path) -> None:
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/a")' in card
 
 
-def test_the_code_that_loads_the_model_is_python(tmp_path: Path) -> None:
+def test_an_adapter_of_a_folder_names_its_base_where_it_is_loaded(tmp_path: Path) -> None:
+    card = card_of(tmp_path / "run", config={"student": {"model": "/home/me/base"}}, what="adapter", repo="me/a")
+    assert 'AutoModelForCausalLM.from_pretrained("base")' in card
+    assert 'PeftModel.from_pretrained(base, "me/a")' in card and "base_model" not in metadata(card)
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", '/home/me/a"b', ""])
+def test_the_code_that_loads_the_model_is_python(model: str, tmp_path: Path) -> None:
     for index, what in enumerate(("merged", "adapter")):
-        card = card_of(tmp_path / f'r"{index}', what=what)
+        card = card_of(tmp_path / f'r"{index}', what=what, config={"student": {"model": model}})
         compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
 
 

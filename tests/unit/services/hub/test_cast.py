@@ -1,6 +1,7 @@
 """Weights in another dtype: the same tensors, a file at a time, and nothing that the dtype cannot hold."""
 
 import json
+import math
 import resource
 import shutil
 from collections.abc import Callable
@@ -87,12 +88,17 @@ def test_weights_that_have_the_dtype_are_not_copied(source: Path) -> None:
     assert plan_cast(sorted(source.iterdir()), "float32") is None
 
 
-def test_half_precision_that_cannot_hold_a_weight_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [("float16", -70000.0, r"7e\+04, more than float16 can \(65504\)"), ("bfloat16", 3.4e38, "more than bfloat16 can")],
+)
+def test_a_weight_that_the_dtype_cannot_hold_is_refused(
+    dtype: str, value: float, expected: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"fine": torch.tensor([1.0]), "large": torch.tensor([-70000.0])}, path)
-    with pytest.raises(DataError, match=r"large holds 7e\+04, more than float16 can .* bfloat16"):
-        written(plan_cast([path], "float16"), tmp_path / "made")
-    written(plan_cast([path], "bfloat16"), tmp_path / "other")
+    save_file({"fine": torch.tensor([1.0, math.inf, math.nan]), "large": torch.tensor([value])}, path)
+    with pytest.raises(DataError, match=f"large holds .*{expected}"):
+        written(plan_cast([path], dtype), tmp_path / "made")
 
 
 def test_float8_weights_keep_their_dtype(tmp_path: Path) -> None:

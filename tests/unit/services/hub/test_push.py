@@ -76,7 +76,10 @@ def test_an_adapter_arrives_and_gives_the_adapted_logits(run: Path, model: str, 
     adapted.save_pretrained(run / "student" / "adapter")
     push_to_hub(run, "me/adapter", what="adapter")
     folder = hub.write("me/adapter", tmp_path / "downloaded")
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md", *tokenizer}
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == Path(model).name
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": model}))
@@ -221,7 +224,9 @@ def test_a_hub_that_fails_for_a_moment_is_asked_again(
     assert "503" in caplog.text and "secret-of-the-address" not in caplog.text
 
 
-@pytest.mark.parametrize(("token", "status"), [("hf_wrongToken0123456789abcdef", 401), (READ_TOKEN, 403)])
+@pytest.mark.parametrize(
+    ("token", "status"), [("hf_wrongToken0123456789abcdef", 401), ("plainsecret", 401), (READ_TOKEN, 403)]
+)
 def test_a_token_that_may_not_is_told_apart_and_never_shown(
     token: str,
     status: int,
