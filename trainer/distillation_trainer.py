@@ -27,6 +27,8 @@ from services.config.roles import Role
 from services.errors import ConfigError, OutputError, PeerError, WeightSyncError, describe_validation_error
 from services.gpus.advice import updated
 from services.gpus.cards import make_visible
+from services.hub.push import Dtype, push_to_hub
+from services.hub.run_folder import What
 from services.launch.script_screen import ScriptScreen
 from services.launch.started_servers import started_servers, variables
 from services.process.files import cannot_write
@@ -184,6 +186,31 @@ class DistillationTrainer:
             raise OutputError(f"{into} cannot be written: {error}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        what: What = "merged",
+        step: int | None = None,
+        dtype: Dtype | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the student of config.output.dir with its model card, in one commit; returns its URL, on other ranks "".
+
+        Args:
+            repo, what, step, dtype, private, revision, commit_message: as of `services.hub.push.push_to_hub`.
+
+        Raises:
+            DistillServeError: as of that.
+        """
+        if self._is_follower():
+            return ""
+        options: dict[str, Any] = {"what": what, "step": step, "dtype": dtype, "private": private}
+        options |= {"revision": revision, "commit_message": commit_message}
+        return push_to_hub(self.config.output.dir, repo, **options)
 
     # ---------------------------------------------------------------------------------------------- how it is done
 
