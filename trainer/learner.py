@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Learner:
         )
         self._reference = reference
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
-        self._share = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
+        self._share: dict[str, Any] = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
         self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
         self.finished_step = 0
         self._copy: HostCopy | None = None

@@ -225,7 +225,8 @@ def _attach(inputs: _Inputs, event_loop: EventLoopThread, stack: ExitStack) -> _
     event_loop.run(preflight.check_teachers, config, inputs.tokenizer, inputs.end_token_ids, teachers)
     support = preflight.choose_support(config.loss, student.vocab_size, rollouts, teachers)
     if config.loss.uses_rkl_advantage and not config.loss.has_policy_gradient:
-        logger.info("loss.gamma = 0 with the single-step term: the policy-gradient term is zero (docs/losses.md)")
+        whose = "the teacher's part of the policy gradient" if config.learns_rewards else "the policy-gradient term"
+        logger.info("loss.gamma = 0 with the single-step term: %s is zero (docs/losses.md)", whose)
     return _Servers(rollout_client, rollouts, teachers, support)
 
 

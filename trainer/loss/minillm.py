@@ -58,9 +58,7 @@ class LossInputs:
     single_step_kl: Tensor | None = None  # [N] full-vocabulary divergence with gradient, in place of the estimators
     student_entropies: Tensor | None = None  # [N] for the metrics, and with gradient for an entropy bonus
     reference_token_logprobs: Tensor | None = None  # [N] log-probability of token_ids[t] under the frozen reference
-    policy_gradient_mask: Tensor | None = (
-        None  # [N] bool, tokens that the policy gradient looks at; None: all trained ones
-    )
+    policy_gradient_mask: Tensor | None = None  # [N] bool, what the policy gradient looks at; None: all
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

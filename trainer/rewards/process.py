@@ -105,7 +105,8 @@ class WorkerProcess:
         self._calls[number] = answer
         try:
             await self._send(request | {"id": number})
-            await asyncio.wait({answer, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {answer, self._reading}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise WorkerEndedError(await self._how_it_ended())
             return answer.result()

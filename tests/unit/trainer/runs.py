@@ -20,11 +20,13 @@ from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
 from trainer.learner import Learner
+from trainer.open_session import _start_rewards
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
 from trainer.pipeline import Pipeline
 from trainer.ranks.group import Ranks
+from trainer.rewards.of_groups import GroupRewards
 from trainer.rollout_function import OwnRollouts
 from trainer.scoring import Scoring
 from trainer.session import Session
@@ -118,7 +120,9 @@ def build_session(
     students.reserve(num_steps)
     stack.callback(record.close)
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
-    scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0)
+    pool = _start_rewards(config, event_loop, Progress(), stack)
+    rewards = None if pool is None else GroupRewards(config, pool, tokenizer, num_steps, ())
+    scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0, rewards)
     stream = RowStream(PROMPTS, seed=0, shuffle=False)
     own = None
     if objects.rollout_function is not None:

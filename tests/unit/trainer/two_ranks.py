@@ -24,7 +24,7 @@ from trainer.learner import Learner
 from trainer.open_session import _lead
 from trainer.output.saving import SavedStudents
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import load_and_place
+from trainer.parallel import load_and_place, load_reference
 from trainer.ranks.group import Ranks, join_ranks
 from trainer.student import Student
 from trainer.tiny.pair import build_tokenizer
@@ -43,10 +43,10 @@ class Leading:
         assert followers is not None
         self.followers = followers
         followers.send("load", config.model_dump_json().encode())
-        student = load_and_place(config, ranks)
+        student, reference = load_and_place(config, ranks), load_reference(config, ranks)
         self.students = SavedStudents(config.output, student.model, build_tokenizer(), has_begun=True)
         given = (config, student, 10, ranks, followers, self.interruption, self.students.save)
-        self.learner = LeadingLearner(*given, optimizers)
+        self.learner = LeadingLearner(*given, reference, optimizers)
 
     def push(self, version: int) -> list[torch.Tensor]:
         snapshot = self.learner.snapshot(version, torch.bfloat16, CANARY)
