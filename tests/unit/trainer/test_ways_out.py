@@ -151,10 +151,10 @@ def ended_in_a_push(session: Session, run: Run) -> None:
 def ended_in_a_forward_pass(session: Session, run: Run) -> None:
     forward, learner = session.learner._forward, session.learner
 
-    def signalled_forward(*arguments: Any) -> Any:
+    def signalled_forward(*arguments: Any, **options: Any) -> Any:
         if learner.finished_step == 2 and torch.is_grad_enabled():
             signalled(signal.SIGHUP)
-        return forward(*arguments)
+        return forward(*arguments, **options)
 
     learner._forward = signalled_forward  # type: ignore[method-assign]
 
