@@ -22,6 +22,8 @@ from services.config.command_line import add_options, load_config, unknown_argum
 from services.config.roles import Role
 from services.errors import ERROR_PREFIX, ConfigError, DistillServeError
 from services.gpus.cards import check_granted, keep_segments_expandable, make_visible
+from services.hub.command import EXAMPLES as PUSH_EXAMPLES
+from services.hub.command import add_push_options, push
 from services.logs import set_up_logging
 from services.process.signals import Interrupted, handling, raise_interrupted
 from services.process.streams import give_up_unwritten, say, set_up_streams, writing_stdout
@@ -51,6 +53,7 @@ _EXAMPLES = {
 A row of the input is {"prompt", "completion"} (texts or lists of messages), {"messages"} (maybe with "tools") or
 {"token_ids", "prompt_length"}. A run that ended early is
 finished by the same command; services.score.command.read_shards reads the folder. The key is DISTILLSERVE_TEACHER_KEY.""",
+    "push": PUSH_EXAMPLES,
 }
 _SUMMARIES = {
     "up": "start rollout server, teacher server and trainer on this machine",
@@ -58,6 +61,7 @@ _SUMMARIES = {
     "teacher": "start the teacher server",
     "train": "train against running servers",
     "score": "score one completion, or a JSONL file of them, with a teacher server",
+    "push": "upload the student of a run to a model hub, with a model card",
     "tiny": "build the tiny teacher and student that `make train` uses",
 }
 
@@ -339,6 +343,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 _PLAIN_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "score": (_add_score_options, _score),
+    "push": (add_push_options, push),
     "tiny": (_add_tiny_options, _tiny),
 }
 """Commands without a run file: their options, and what they do."""

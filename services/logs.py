@@ -40,7 +40,8 @@ def set_up_logging() -> None:
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
         logging.getLogger("vllm").setLevel(logging.ERROR)  # rank 0 has the same machine
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # the second one is the model hub's
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def add_request_id(record: logging.LogRecord) -> bool:

@@ -9,6 +9,7 @@ ranks (torchrun) every rank runs the program; the first one does all of this, th
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,10 +27,13 @@ from services.config.roles import Role
 from services.errors import ConfigError, OutputError, PeerError, WeightSyncError, describe_validation_error
 from services.gpus.advice import updated
 from services.gpus.cards import make_visible
+from services.hub.push import Dtype, push_to_hub
+from services.hub.run_folder import What
 from services.launch.script_screen import ScriptScreen
 from services.launch.started_servers import started_servers, variables
 from services.process.files import cannot_write
 from services.process.folder_lock import lock_folder
+from services.process.signals import Interrupted
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.run_callbacks import checked_callbacks
 from trainer.data.dataset_file import write_rows
@@ -38,6 +42,8 @@ from trainer.measure import measure
 from trainer.model_folder import model_folder
 from trainer.output.report import Summary
 from trainer.own_optimizers import OptimizerSource, OwnOptimizers, ScheduleSource
+from trainer.reward_names import RewardSource, reward_names
+from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import RolloutFunction
 from trainer.train import train
 from trainer.user_objects import UserObjects
@@ -64,6 +70,8 @@ class DistillationTrainer:
         train_dataset, eval_dataset: in the place of config.data.path and config.data.eval_path. Of a stream as many rows are
             taken as the run uses.
         processing_class: tokenizer of a student that is an object; default: the one it was loaded with.
+        reward_functions: in the place of config.reward.functions: names, functions at the top level of a file, which a process of
+            their own imports, or sequence-classification models.
         callbacks: told of the run's events, in their order; `Callback` or transformers.TrainerCallback.
         optimizers: what makes the optimizer and the learning rate's schedule, see trainer/own_optimizers.py; None: AdamW and
             the schedule of config.optimizer.
@@ -87,6 +95,7 @@ class DistillationTrainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_functions: RewardSource | Sequence[RewardSource] = (),
         callbacks: Sequence[Callback | TrainerCallback] = (),
         optimizers: tuple[OptimizerSource, ScheduleSource] = (None, None),
         rollout_function: RolloutFunction | None = None,
@@ -99,7 +108,7 @@ class DistillationTrainer:
         self.config = config or RunConfig()
         self._models = {"student": student, "teacher": teacher}
         self._rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._tokenizer = processing_class
+        self._tokenizer, self._reward_functions = processing_class, list(_several(reward_functions))
         self._refuse_twice()
         if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
             raise ConfigError(
@@ -130,7 +139,8 @@ class DistillationTrainer:
         Raises:
             DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
                 EvaluationError.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM or SIGHUP came.
         """
         summary = self._run(train, self.config, self._objects)
         self._is_trained = True
@@ -142,7 +152,8 @@ class DistillationTrainer:
 
         Raises:
             DistillServeError: as of `train`; an EvaluationError if it cannot be measured.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM or SIGHUP came.
         """
         folder = str(Path(self.config.output.dir) / "evaluation")
         config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], save_every_steps=0)
@@ -176,6 +187,31 @@ class DistillationTrainer:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        what: What = "merged",
+        step: int | None = None,
+        dtype: Dtype | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the student of config.output.dir with its model card, in one commit; returns its URL, on other ranks "".
+
+        Args:
+            repo, what, step, dtype, private, revision, commit_message: as of `services.hub.push.push_to_hub`.
+
+        Raises:
+            DistillServeError: as of that.
+        """
+        if self._is_follower():
+            return ""
+        options: dict[str, Any] = {"what": what, "step": step, "dtype": dtype, "private": private}
+        options |= {"revision": revision, "commit_message": commit_message}
+        return push_to_hub(self.config.output.dir, repo, **options)
+
     # ---------------------------------------------------------------------------------------------- how it is done
 
     def _trained_student(self) -> Path:
@@ -186,10 +222,16 @@ class DistillationTrainer:
 
     def _run(self, work: Callable[[RunConfig, UserObjects], Result], config: RunConfig, objects: UserObjects) -> Result:
         """`work` with the run as the servers have it."""
+        refuse_in_worker()
         self._check_ranks()
         environment = dict(os.environ)  # of the servers: before it is narrowed to the trainer's GPUs
         self._choose_gpus()
-        result = work(config, objects) if self._is_follower() else self._lead(work, config, objects, environment)
+        try:
+            result = work(config, objects) if self._is_follower() else self._lead(work, config, objects, environment)
+        except Interrupted as error:  # as Python itself ends a program: an exit code of 1 would say that it failed
+            if error.number == signal.SIGINT:
+                raise KeyboardInterrupt(str(error)) from error
+            raise SystemExit(128 + error.number) from error
         if dist.is_initialized():
             dist.destroy_process_group()  # the program may go on, and train again
         return result
@@ -251,6 +293,8 @@ class DistillationTrainer:
         ):
             if (rows := self._rows[name]) is not None:
                 config = updated(config, "data", **{option: _file_of(name, rows, folder / "data", limit)})
+        if self._reward_functions:
+            config = updated(config, "reward", functions=reward_names(self._reward_functions, folder / "models"))
         config = updated(config, "trainer", num_processes=_number_of_ranks("LOCAL_WORLD_SIZE"))
         try:
             config = RunConfig.model_validate(config.model_dump(), context={"role": role})
@@ -295,6 +339,8 @@ class DistillationTrainer:
                 raise ConfigError(
                     f"{name} = {shown} and config.{option} = {named!r} contradict each other; give one of them"
                 )
+        if self._reward_functions and self.config.reward.functions:
+            raise ConfigError("reward_functions and config.reward.functions are both given; give one of them")
         teacher = self._models["teacher"]
         if self.attaches and teacher is not None and not isinstance(teacher, str | Path):
             raise ConfigError(
@@ -324,6 +370,11 @@ class DistillationTrainer:
 
     def _is_follower(self) -> bool:
         return _number_of_ranks("WORLD_SIZE") > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """A list of objects; one alone, which TRL takes as well, is a list of one."""
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def _number_of_ranks(variable: str) -> int:

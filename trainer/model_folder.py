@@ -18,6 +18,7 @@ def model_folder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     trust_remote_code: bool = False,
+    is_causal: bool = True,
 ) -> str:
     """The id or folder of a model.
 
@@ -26,6 +27,7 @@ def model_folder(
         into: where an object is saved, in its dtype, with its tokenizer; what is there is replaced.
         tokenizer: of an object; default: the one of the folder or id that it was loaded from. With an id or a folder it must
             be the one that is there.
+        is_causal: whether it must be a causal LM.
 
     Raises:
         ConfigError: it is no causal LM that can be saved, or the tokenizer is another one.
@@ -36,7 +38,7 @@ def model_folder(
         if tokenizer is not None:
             _check_same_tokenizer(name, str(model), tokenizer, trust_remote_code)
         return str(model)
-    _check_can_be_saved(name, model)
+    _check_can_be_saved(name, model, is_causal)
     tokenizer = tokenizer or _own_tokenizer(name, model, trust_remote_code)
     beside = into.with_name(f".{into.name}.part")
     try:
@@ -54,8 +56,8 @@ def model_folder(
     return str(into)
 
 
-def _check_can_be_saved(name: str, model: Any) -> None:
-    """Refuse objects whose weights are not a plain checkpoint of a causal LM."""
+def _check_can_be_saved(name: str, model: Any, is_causal: bool) -> None:
+    """Refuse objects whose weights are not a plain checkpoint."""
     kind = type(model).__name__
     if isinstance(model, type):
         raise ConfigError(f"{name} is the class {model.__name__}; give an object, an id or a folder")
@@ -63,7 +65,7 @@ def _check_can_be_saved(name: str, model: Any) -> None:
         raise ConfigError(f"{name} is a {kind} with an adapter; give the merged model, `model.merge_and_unload()`")
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{name} is a {kind}; give a transformers.PreTrainedModel, an id or a folder")
-    if not model.can_generate():
+    if is_causal and not model.can_generate():
         raise ConfigError(f"{name} is a {kind}, which has no language model head; load it with AutoModelForCausalLM")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError(f"{name} is a quantized {kind}; give the model in float32 or half precision, or its id")

@@ -84,10 +84,10 @@ def open_session(
         try:
             rewards = _start_rewards(config, event_loop, progress, stack)
             with progress.doing("reading the data and loading the student"):
-                inputs = _read_inputs(config, ranks, followers, rewards)
+                inputs = _read_inputs(config, ranks, followers, rewards, objects)
             with progress.doing("waiting for the servers"):
                 servers = _attach(inputs, event_loop, stack)
-            session = _assemble(inputs, servers, rewards, objects, interruption, event_loop, progress, stack)
+            session = _assemble(inputs, servers, objects, rewards, interruption, event_loop, progress, stack)
             interruption.defer()
             yield session
         except Interrupted as error:
@@ -149,7 +149,9 @@ class _Inputs:
         return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
 
 
-def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None, pool: RewardPool | None) -> _Inputs:
+def _read_inputs(
+    config: RunConfig, ranks: Ranks, followers: Followers | None, pool: RewardPool | None, objects: UserObjects
+) -> _Inputs:
     """Files first: a broken one must not wait for a model, or for the servers, to be reported."""
     Secrets().check()
     on_gpu = ranks.device.type == "cuda"
@@ -165,7 +167,10 @@ def _read_inputs(config: RunConfig, ranks: Ranks, followers: Followers | None, p
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
     if pool is not None:
-        check_arguments(config.reward.functions, pool.required, column_names(prompts.prompts, config))
+        may_come = objects.rollout_function is not None
+        check_arguments(
+            config.reward.functions, pool.required, column_names(prompts.prompts, config), may_come=may_come
+        )
     for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
         logger.info(line)
     if followers is None:
@@ -228,8 +233,8 @@ def _attach(inputs: _Inputs, event_loop: EventLoopThread, stack: ExitStack) -> _
 def _assemble(
     inputs: _Inputs,
     servers: _Servers,
-    pool: RewardPool | None,
     objects: UserObjects,
+    pool: RewardPool | None,
     interruption: Interruption,
     event_loop: EventLoopThread,
     progress: Progress,
@@ -245,12 +250,13 @@ def _assemble(
     texts = stream(inputs.texts) if inputs.texts else None
     students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
     if inputs.followers is None:
-        learner = Learner(
-            *(config, inputs.student, num_steps, ranks, interruption.check, inputs.reference, objects.optimizers)
-        )
+        given = (config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
+        learner = Learner(*given, objects.optimizers)
     else:
-        given = (config, inputs.student, num_steps, ranks, inputs.followers, interruption, students.save)
-        learner = LeadingLearner(*given, inputs.reference, objects.optimizers)
+        learner = LeadingLearner(
+            *(config, inputs.student, num_steps, ranks, inputs.followers),
+            *(interruption, students.save, inputs.reference, objects.optimizers),
+        )
     weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:

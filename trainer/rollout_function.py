@@ -7,6 +7,7 @@ waits for  the function, for at most `timeout_s`
 
 import asyncio
 import inspect
+import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ completion_mask  1: sampled by the student, and trained; 0: of a tool or an envi
 prompt_ids       in the place of the prompt's own token ids
 truncated        whether the completion was cut off. Default: whether its last token ends no completion
 policy_versions  the label under which it was sampled. Default: the oldest that answered `client`
-others           columns for reward functions
+others           JSON; columns for reward functions
 """
 RolloutFunction: TypeAlias = Callable[
     [list[Prompt], RolloutSampling, StudentClient], RolloutAnswer | Awaitable[RolloutAnswer]
@@ -140,7 +141,7 @@ class OwnRollouts:
             if deadline.expired():
                 raise self._failed(f"has not returned after {self.timeout_s:g} s (rollout_timeout_s)") from error
             raise self._failed(f"raised {type(error).__name__}: {' '.join(str(error).split())}") from error
-        rollouts = self._read(answer, asked, client)
+        rollouts = self._read(answer, asked, samples_per_prompt, client)
         groups = [
             PromptGroup(place, prompt, rollouts[place * samples_per_prompt : (place + 1) * samples_per_prompt])
             for place, prompt in enumerate(prompts)
@@ -149,7 +150,7 @@ class OwnRollouts:
             on_group(group)
         return groups
 
-    def _read(self, answer: Any, asked: list[Prompt], client: StudentClient) -> list[Rollout]:
+    def _read(self, answer: Any, asked: list[Prompt], samples: int, client: StudentClient) -> list[Rollout]:
         if not isinstance(answer, Mapping):
             raise self._failed(f"returned a {type(answer).__name__}; it must return a dict with {', '.join(_REQUIRED)}")
         if missing := [name for name in _REQUIRED if name not in answer]:
@@ -166,9 +167,11 @@ class OwnRollouts:
                 "never asked the client that it is given, so nothing says which weights have sampled; ask that one, or return "
                 "policy_versions"
             )
-        return [self._rollout(answer, index, prompt, client) for index, prompt in enumerate(asked)]
+        return [self._rollout(answer, index, samples, prompt, client) for index, prompt in enumerate(asked)]
 
-    def _rollout(self, answer: RolloutAnswer, index: int, prompt: Prompt, client: StudentClient) -> Rollout:
+    def _rollout(
+        self, answer: RolloutAnswer, index: int, samples: int, prompt: Prompt, client: StudentClient
+    ) -> Rollout:
         values = {name: column[index] for name, column in answer.items()}
         try:
             prompt_ids = self._ids("prompt_ids", values.get("prompt_ids", prompt.token_ids))
@@ -186,12 +189,11 @@ class OwnRollouts:
             label = values.get("policy_versions", client.oldest[1] if client.oldest else "")
             if not isinstance(label, str):
                 raise ValueError(f"policy_versions is {label!r}; it must be a label, as a completion's spans have them")
+            others = {name: _json(name, value) for name, value in values.items() if name not in _KNOWN}
         except (ValueError, TypeError, OverflowError) as error:
             raise self._failed(f"returned a bad sample {index} (row {prompt.row}): {error}") from error
-        others = {name: value for name, value in values.items() if name not in _KNOWN}
-        completion = RolloutCompletion(
-            *(0, 0, ids, logprobs, "length" if truncated else "stop", [VersionSpan(label, 0, len(ids))])
-        )
+        where, spans = divmod(index, samples), [VersionSpan(label, 0, len(ids))]
+        completion = RolloutCompletion(*where, ids, logprobs, "length" if truncated else "stop", spans)
         if reason := reason_to_set_aside(completion):
             raise self._failed(f"returned a bad sample {index} (row {prompt.row}): it {reason}")
         version = self.versions.oldest([completion])
@@ -213,6 +215,16 @@ class OwnRollouts:
     def _failed(self, how: str) -> UserCodeError:
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return UserCodeError(f"the rollout function {name} {how}")
+
+
+def _json(name: str, value: Any) -> Any:
+    """A value for other processes, with numpy's numbers and arrays as Python's."""
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    try:
+        json.dumps(plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON: {error}") from error
+    return plain
 
 
 def _mask(values: Any, length: int) -> np.ndarray:

@@ -209,6 +209,7 @@ class Session:
         failed = self.failed_evaluations
         summary = Summary(before, after, self.learner.finished_step, self.record.wall_s, self.num_tokens, failed)
         self.record.finish(summary)
+        self.students.write_card()
         if failed:
             steps = ", ".join(str(one.step) for one in failed)
             raise EvaluationError(

@@ -58,7 +58,7 @@ def key_headers(key: str | None) -> dict[str, str]:
         return {}
     if not isinstance(key, str):
         raise InputError(f"key is a {type(key).__name__}; pass the key as a str")
-    if (problem := _problem(key.strip())) is not None:
+    if (problem := key_problem(key.strip())) is not None:
         raise InputError(f"key {problem}; pass the key of the server")
     return {"Authorization": f"Bearer {key.strip()}"}
 
@@ -88,7 +88,7 @@ def _read(variable: str) -> SecretStr | None:
         source, key = variable, value.strip()
     else:
         return None
-    if (problem := _problem(key)) is not None:
+    if (problem := key_problem(key)) is not None:
         raise ConfigError(f"{source} {problem}; a key is one word, for example what `openssl rand -hex 32` prints")
     return SecretStr(key)
 
@@ -106,7 +106,7 @@ def _file_text(variable: str, path: str) -> str:
         ) from error
 
 
-def _problem(key: str) -> str | None:
+def key_problem(key: str) -> str | None:
     """Why a stripped `key` cannot be sent as a header; it never contains the key."""
     if not key:
         return "is empty"

@@ -81,7 +81,7 @@ class TrainingBatch:
 
 _METADATA = ("reward_names", "texts", "metrics")
 _ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in _METADATA)
-# What earlier versions did not record.
+# What a run has not, or earlier versions did not record.
 _OPTIONAL = ("rewards", "loss_mask")
 _OF_TOKENS = (
     "rollout_logprobs",
@@ -117,11 +117,11 @@ def decode_batch(document: bytes) -> TrainingBatch:
         for name in names:
             if len(arrays[name]) != length:
                 raise PeerError(f"the batch holds {len(arrays[name])} {name} for {length}")
+    if len(batch.loss_mask) not in (0, len(batch.token_ids)):
+        raise PeerError(f"the batch holds {len(batch.loss_mask)} loss_mask for {len(batch.token_ids)}")
     of_rewards = (len(batch.rows), len(batch.reward_names))
     if batch.rewards is not None and batch.rewards.shape != of_rewards:
         raise PeerError(f"the batch holds rewards of shape {batch.rewards.shape}, expected {of_rewards}")
-    if len(batch.loss_mask) not in (0, len(batch.token_ids)):
-        raise PeerError(f"the batch holds {len(batch.loss_mask)} loss_mask for {len(batch.token_ids)}")
     for lengths, name in (
         ("prompt_lengths", "prompt_ids"),
         ("completion_lengths", "token_ids"),

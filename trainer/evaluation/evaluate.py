@@ -52,6 +52,8 @@ class Evaluation:
     num_kl_tokens: int
     num_quarantined: int
     """Completions that have no part in the reverse KL, because the teacher's rows for them are unusable."""
+    num_answers: int | None = None
+    """Prompts that have an answer, of which exact_match is a share; None: nobody counted."""
 
 
 class Evaluator:
@@ -104,6 +106,7 @@ class Evaluator:
             num_prompts=len(self._prompts),
             num_kl_tokens=measured.num_tokens,
             num_quarantined=sum(len(group.quarantined) for group in sampled),
+            num_answers=len(self._graded),
         )
 
     def _reverse_kl(self, learner: Learner, groups: list[PromptGroup]) -> "ReverseKL":

@@ -2,6 +2,7 @@
 
 student/                 the student of the last finished step, as a folder of safetensors with its tokenizer; its adapter merged
 student/adapter/         the adapter alone, where one is trained, as peft loads it
+student/README.md        its model card, written again when the run is complete
 checkpoints/step-N/      the same after step N; the newest `output.save_total_limit` of them
 .reserve/                room for one student, held until the last one is saved: a disk that fills up meanwhile costs
                          metrics, not the student
@@ -18,9 +19,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import OutputConfig
-from services.errors import OutputError, StartupError
+from services.errors import DistillServeError, OutputError, StartupError
+from services.hub.card import model_card
+from services.hub.run_folder import read_records
 from services.models.adapters import has_adapter
-from services.process.files import cannot_write, sync_folder
+from services.process.files import cannot_write, sync_folder, write_by_rename
 from trainer.lora import save_adapter
 from trainer.weights.snapshot import StudentState
 
@@ -131,12 +134,21 @@ class SavedStudents:
         self._write(self._dir / "student", state)
         if not self._has_begun:
             _remove(self._dir / "checkpoints")
+        self.write_card()
         logger.info("the student of step %d is saved in %s", state.step, self._dir / "student")
         if has_adapter(self._model) and state.adapter is None:
             logger.warning(
                 "its adapter alone is lost with the rank that was killed; the student is whole, with it merged"
             )
         return self._dir / "student"
+
+    def write_card(self) -> None:
+        """Put what the run has recorded so far into student/README.md; a failure is a warning, for the student is there."""
+        try:
+            card = model_card(read_records(self._dir))
+            write_by_rename(self._dir / "student" / "README.md", card.encode())
+        except (DistillServeError, OSError, ValueError) as error:
+            logger.warning("the student has no model card: %s", error)
 
     def _has_earlier(self) -> bool:
         """Whether another run has left a student in this folder."""

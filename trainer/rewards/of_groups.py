@@ -72,24 +72,29 @@ class GroupRewards:
     def _arguments(self, group: PromptGroup, step: int) -> dict[str, Any]:
         """Keyword arguments: lists with a value for each completion, but for `trainer_state`."""
         prompt, count = group.prompt, len(group.rollouts)
+        rows = [columns_of(rollout.prompt, self._config) for rollout in group.rollouts]
+        # A rollout function may add to those of the data, a value for each completion.
+        names = {*self._columns, *(name for row in rows for name in row)}
         completion_ids = [rollout.completion.token_ids.tolist() for rollout in group.rollouts]
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
         is_chat = prompt.messages is not None
-        of_row = columns_of(prompt, self._config)
         return {
-            **{name: [of_row.get(name)] * count for name in self._columns},
+            **{name: [row.get(name) for row in rows] for name in sorted(names)},
             "prompts": [prompt.messages if is_chat else prompt.text] * count,
             "completions": [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts,
-            "prompt_ids": [prompt.token_ids] * count,
+            "prompt_ids": [rollout.prompt.token_ids for rollout in group.rollouts],
             "completion_ids": completion_ids,
             "trainer_state": {"step": step, "num_steps": self._num_steps},
         }
 
 
-def check_arguments(functions: list[str], required: list[list[str]], columns: Collection[str]) -> None:
+def check_arguments(
+    functions: list[str], required: list[list[str]], columns: Collection[str], *, may_come: bool = False
+) -> None:
     """Refuse functions that cannot be called on rows with these columns.
 
     Args:
+        may_come: whether a rollout function may give further columns.
         required: of each function the keyword arguments without which it cannot be called.
 
     Raises:
@@ -101,7 +106,7 @@ def check_arguments(functions: list[str], required: list[list[str]], columns: Co
         )
     known = [*ARGUMENTS, *sorted(columns)]
     for function, names in zip(functions, required, strict=True):
-        if unknown := [name for name in names if name not in known]:
+        if not may_come and (unknown := [name for name in names if name not in known]):
             raise ConfigError(
                 f"reward.functions: {function} asks for `{unknown[0]}`, but is given {', '.join(known)}; name a column of the "
                 "data, or give the parameter a default"

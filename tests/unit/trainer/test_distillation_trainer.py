@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from services.config import RunConfig
 from services.errors import ConfigError, DataError, FolderInUseError, PeerError
 from services.gpus.advice import updated
 from services.process.folder_lock import lock_folder
+from services.process.signals import Interrupted
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import opener, run_config
 from trainer import Callback, DistillationTrainer
@@ -193,6 +195,11 @@ URLS = {"rollout_client": {"urls": ["http://a:1"]}}
         ),
         (URLS, {"teacher": torch.nn.Linear(1, 1)}, "teacher is an object, but config.rollout_client.urls"),
         ({}, {"processing_class": object()}, "processing_class belongs to the student"),
+        (
+            {"reward": {"functions": ["a:b"]}, "pipeline": {"samples_per_prompt": 2}},
+            {"reward_functions": ["c:d"]},
+            "are both given",
+        ),
     ],
 )
 def test_what_contradicts_is_refused_when_it_is_said(
@@ -200,6 +207,20 @@ def test_what_contradicts_is_refused_when_it_is_said(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillationTrainer(config_in(tmp_path, **sections), **arguments)
+
+
+def a_reward(completions: list[str]) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+@pytest.mark.parametrize("given", [a_reward, [a_reward], (a_reward,)])
+def test_reward_functions_reach_the_run_by_name(
+    given: Any, world: World, models: dict[str, str], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, pipeline={"samples_per_prompt": 2})
+    DistillationTrainer(config, **models, train_dataset=ROWS, reward_functions=given).train()  # type: ignore[arg-type]
+    ((found, _),) = world.trained
+    assert found.reward.functions == [f"{__name__}:a_reward"]
 
 
 def test_a_config_of_another_kind_is_refused() -> None:
@@ -313,6 +334,22 @@ def test_a_server_that_is_lost_is_the_reason_of_what_fails_for_want_of_it(
     with pytest.raises(PeerError, match="the teacher was ended by SIGKILL") as caught:
         DistillationTrainer(config_in(tmp_path), **models, train_dataset=ROWS).train()  # type: ignore[arg-type]
     assert str(caught.value.__cause__) == "connection refused"
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [(signal.SIGINT, KeyboardInterrupt, "^ended by SIGINT$"), (signal.SIGTERM, SystemExit, "^143$")],
+)
+def test_a_signal_ends_a_program_as_python_does(
+    number: int, error: type[BaseException], said: str, world: World, models: dict[str, str], tmp_path: Path
+) -> None:
+    def interrupt() -> None:
+        raise Interrupted(number)
+
+    world.act = interrupt
+    with pytest.raises(error, match=said) as caught:
+        DistillationTrainer(config_in(tmp_path), **models, train_dataset=ROWS).train()  # type: ignore[arg-type]
+    assert type(caught.value) is error and world.num_running == 0
 
 
 def test_another_rank_starts_nothing_and_writes_nothing(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from services.errors import PeerError, UserCodeError
@@ -73,6 +74,8 @@ def test_its_completions_are_grouped_by_prompt() -> None:
     groups = groups_of(two_each, samples=2)
     assert [[r.completion.token_ids.tolist() for r in group.rollouts] for group in groups] == [[[0], [1]], [[2], [3]]]
     assert [r.completion.rollout_logprobs.tolist() for r in groups[1].rollouts] == [[-2.0], [-3.0]]
+    where = [(r.completion.prompt_index, r.completion.sample_index) for group in groups for r in group.rollouts]
+    assert where == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [group.place for group in groups] == [0, 1] and groups[0].rollouts[0].policy_version == 3
 
 
@@ -85,7 +88,7 @@ def test_a_completion_that_ends_with_no_end_token_is_truncated_unless_it_says_ot
 
 
 def test_a_mask_prompt_ids_and_other_columns_ride_along() -> None:
-    columns = {"completion_mask": [[1, 0], [1]], "logprobs": [[-1.0, None], [-3.0]], "score": [7, 8]}
+    columns = {"completion_mask": [[1, 0], [1]], "logprobs": [[-1.0, None], [-3.0]], "score": np.array([7, 8])}
     first, second = groups_of(answering(**columns, prompt_ids=[[9, 9], PROMPTS[1].token_ids]))
     rollout = first.rollouts[0]
     assert rollout.loss_mask is not None and rollout.loss_mask.tolist() == [True, False]
@@ -104,6 +107,7 @@ def test_a_mask_prompt_ids_and_other_columns_ride_along() -> None:
         ),
         ({"score": 3}, "returned a int as score"),
         ({"score": "ab"}, "returned a str as score"),
+        ({"score": [object(), 1]}, r"sample 0 \(row 1\): score is no JSON"),
         ({"logprobs": [[-1.0], [-3.0]]}, r"sample 0 \(row 1\): 1 logprobs for 2 tokens"),
         ({"logprobs": [[-1.0, -2.0], [float("nan")]]}, r"sample 1 \(row 2\): it gave a logprob that is not finite"),
         ({"logprobs": [[-1.0, 0.5], [-1.0]]}, r"sample 0 \(row 1\): it sent the logprob 0.5"),

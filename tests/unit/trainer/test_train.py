@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from services.errors import PeerError
+from services.hub.run_folder import weights_folder
 from services.process.signals import Interruption
 from services.wire.rollout import RolloutCompletion, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
@@ -221,6 +222,17 @@ def test_an_evaluation_is_made_every_so_many_steps_and_at_both_ends(every: int, 
 
     run(disturb, pipeline={"steps": 5, "prompts_per_step": 1}, evaluation={"every_steps": every, "num_prompts": 1})
     assert versions == evaluated
+
+
+def test_a_complete_runs_student_has_a_card_with_its_results_and_is_ready_to_push(run: Run, tmp_path: Path) -> None:
+    run(lambda session: None, pipeline={"steps": 2, "prompts_per_step": 1}, evaluation={"num_prompts": 2})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| reverse KL"))
+    for side in ("before", "after"):
+        assert f"| {summary[side]['reverse_kl']:.4f} ± {summary[side]['reverse_kl_stderr']:.4f} " in row
+    assert "| steps | 2 |" in card and str(tmp_path) not in card
+    assert weights_folder(tmp_path / "out", "merged") == tmp_path / "out" / "student"
 
 
 def test_the_time_of_the_first_step_is_without_what_was_before_it(run: Run, tmp_path: Path) -> None:

@@ -99,10 +99,9 @@ def _process(
     torch.set_num_threads(1)
     said: dict[str, Any] = {}
     try:
-        if rank == 0:
-            said["result"] = _rank_0(config, scenario, into, optimizers)
-        else:
-            _rank_1(config, prepare, optimizers)
+        said["result"] = (
+            _rank_0(config, scenario, into, optimizers) if rank == 0 else _rank_1(config, prepare, optimizers)
+        )
     except (DistillServeError, Interrupted) as error:
         said["error"] = f"{type(error).__name__}: {error}"
     except BaseException:

@@ -82,7 +82,7 @@ def test_help_answers_within_two_seconds_of_work() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
-    for role in ("up", "rollout", "teacher", "train", "score", "tiny"):
+    for role in ("up", "rollout", "teacher", "train", "score", "push", "tiny"):
         assert f"    {role} " in done.stdout
 
 

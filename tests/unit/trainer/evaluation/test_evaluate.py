@@ -289,7 +289,7 @@ async def test_exact_match_is_the_share_of_rows_with_an_answer_that_greedy_decod
     learner = learner_of(folder)
     async with teacher_of(folder) as teacher:
         found = await measured(evaluator(rollouts, [teacher], graded(5, without_answer=1)), learner, 7)
-    assert found.exact_match == 2 / 5 and found.num_prompts == 6
+    assert found.exact_match == 2 / 5 and found.num_prompts == 6 and found.num_answers == 5
 
 
 async def test_the_teachers_exact_match_is_that_of_each_rows_own_and_is_measured_once(

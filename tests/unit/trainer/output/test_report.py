@@ -20,7 +20,13 @@ from trainer.tiny.pair import build_tokenizer
 
 def evaluation(**changes: object) -> Evaluation:
     values = {"policy_version": 2, "exact_match": 0.25, "teacher_exact_match": 0.99, "reverse_kl": 1.2}
-    values |= {"reverse_kl_stderr": 0.05, "num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1}
+    values |= {
+        "reverse_kl_stderr": 0.05,
+        "num_prompts": 10,
+        "num_kl_tokens": 40,
+        "num_quarantined": 1,
+        "num_answers": 8,
+    }
     return Evaluation(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -44,6 +50,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_trackers_are_told_the_project_and_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    run = record(tmp_path / "out", project="my project")
+    monkeypatch.setattr(
+        run._accelerator, "init_trackers", lambda project, config: told.update(project=project, seed=config["seed"])
+    )
+    run.begin()
+    assert told == {"project": "my project", "seed": 0}
+
+
 def test_a_run_leaves_config_metrics_samples_and_summary(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = begun(out)
@@ -56,12 +72,12 @@ def test_a_run_leaves_config_metrics_samples_and_summary(tmp_path: Path) -> None
     assert RunConfig.model_validate_json((out / "config.json").read_text()).output.dir == str(out)
     assert lines(out / "metrics.jsonl")[:2] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
     measured = {"policy_version": 2, "teacher_exact_match": 0.99, "reverse_kl": 1.2, "reverse_kl_stderr": 0.05}
-    measured |= {"num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1}
+    measured |= {"num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1, "num_answers": 8}
     assert lines(out / "metrics.jsonl")[3] == {"step": 3, **{f"eval_{k}": v for k, v in measured.items()}}
     written = lines(out / "samples.jsonl")  # of the first step and of every second one, and one of two
     assert [row["step"] for row in written] == [1, 2]
     assert len(written[0]["tokens"]) == len(written[0]["teacher_logprobs"]) == 3
-    counts = {"num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1}
+    counts = {"num_prompts": 10, "num_kl_tokens": 40, "num_quarantined": 1, "num_answers": 8}
     assert json.loads((out / "summary.json").read_text()) == {
         "before": {"policy_version": 2, "exact_match": 0.25, "reverse_kl": 1.2, "reverse_kl_stderr": 0.05, **counts},
         "after": {"policy_version": 3, "exact_match": 1.0, "reverse_kl": 0.01, "reverse_kl_stderr": None, **counts},

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.config import OutputConfig, RunConfig
 from services.errors import OutputError, StartupError
+from tests.unit.services.hub.finished_runs import BEFORE, finished_run
 from trainer.output import saving
 from trainer.output.saving import SavedStudents
 from trainer.student import load_student
@@ -162,3 +163,24 @@ def test_a_first_step_that_is_only_saved_replaces_it_too(model: Any, tmp_path: P
         (tmp_path / name).mkdir(parents=True)
     students(tmp_path, model).save(StudentState(1))
     assert (tmp_path / "student" / "config.json").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_students_card_says_what_the_run_has_recorded(model: Any, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", None, steps=7, evaluations={0: BEFORE})
+    saved = students(run, model)
+    saved.save(StudentState(7))
+    assert "| steps | 7 of 20 " in (run / "student" / "README.md").read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "num_steps": 20}\n')
+    saved.write_card()
+    card = (run / "student" / "README.md").read_text()
+    assert "| steps | 8 of 20 " in card and 'from_pretrained("./run/student")' in card
+    AutoModelForCausalLM.from_pretrained(run / "student")
+
+
+def test_a_card_that_cannot_be_made_costs_a_warning_and_not_the_student(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    students(tmp_path, model).save(StudentState(1))
+    assert "the student has no model card" in caplog.text and "config.json cannot be read" in caplog.text
+    AutoModelForCausalLM.from_pretrained(tmp_path / "student")
