@@ -20,9 +20,10 @@ def _passes(value: Any, condition: Any) -> bool:
     if not isinstance(condition, dict):
         return _is_one_of(value, condition)
     number = _number(value)
-    for name in ("min", "max"):
-        if name in condition and (number is None or (number < condition[name] if name == "min" else number > condition[name])):
-            return False
+    if "min" in condition and not (number is not None and number >= condition["min"]):  # also false for NaN
+        return False
+    if "max" in condition and not (number is not None and number <= condition["max"]):
+        return False
     return "not" not in condition or not _is_one_of(value, condition["not"])
 
 
@@ -33,7 +34,7 @@ def _is_one_of(value: Any, wanted: Any) -> bool:
 def _equal(value: Any, wanted: Any) -> bool:
     if isinstance(value, bool) or isinstance(wanted, bool):  # True is 1 to Python
         return value is wanted or (isinstance(value, str) and value.lower() == str(wanted).lower())
-    if isinstance(wanted, int | float) and isinstance(value, str):
+    if isinstance(wanted, int | float) and isinstance(value, str):  # not by float alone: ids may have 20 digits
         return value == str(wanted) or _number(value) == wanted
     return bool(value == wanted)
 

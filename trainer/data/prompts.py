@@ -22,7 +22,7 @@ from services.errors import DataError
 from trainer.data.checked_rows import CheckedRows, bad_row, check_rows
 from trainer.data.filters import failed_filter
 from trainer.data.rows import Prompt, RowReader
-from trainer.data.sources import Source, open_table, table_of, without_progress_bars
+from trainer.data.sources import Source, open_table, quiet_datasets, table_of
 from trainer.data.tables import without_nulls
 from trainer.data.text_limits import NO_LIMITS, TextLimits
 
@@ -258,14 +258,25 @@ def check_source(source: str | Source | Dataset, reader: RowReader, option: str)
     Raises:
         DataError: as `read_prompts`.
     """
-    with without_progress_bars():
+    with quiet_datasets():
         if isinstance(source, Dataset):
             table = table_of(source, option)
         else:
-            table = open_table(Source(source, option) if isinstance(source, str) else source)
+            table = open_table(source_of(source, reader.config, option) if isinstance(source, str) else source)
         checked = check_rows(table, reader, is_cached=len(table) > reader.config.tokenize_at_start)
     checked.log_filters()
     return checked
+
+
+def source_of(path: str, config: DataConfig, option: str) -> Source:
+    """What `option` names: data.path has options of its own beside it, a part of which a data set on the hub needs elsewhere."""
+    is_main = path == config.path
+    hub = {"config_name": config.config_name, "revision": config.revision} if is_main else {}
+    if option == "data.path":
+        return Source(path, option, config.split, "data.split", **hub)
+    if option == "data.eval_path":
+        return Source(path, option, config.eval_split, "data.eval_split", **hub)
+    return Source(path, option)
 
 
 def encode_rows(rows: CheckedRows, reader: RowReader) -> PromptRows:

@@ -66,8 +66,10 @@ def open_table(source: Source) -> RowTable:
     Raises:
         DataError: in one line, what of which option cannot be read, and why.
     """
+    if not source.path:
+        raise DataError(f"{source.option} is empty; give a file, a folder or a data set on the hub")
     path, suffix = Path(source.path), Path(source.path).suffix.lower()
-    with without_progress_bars(), _explained(source):
+    with quiet_datasets(), _explained(source):
         if path.is_dir():
             _refuse_hub_options(source, "a folder")
             return RowTable(source.path, _open_folder(source, path))
@@ -204,13 +206,14 @@ def _advice(source: Source, error: Exception) -> str:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """`datasets` draws on the terminal, where this run has lines of its own."""
-    if not datasets.is_progress_bar_enabled():
-        yield
-        return
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars of `datasets` among this run's lines, and no line of its log before the one that says the same."""
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()

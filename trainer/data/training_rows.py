@@ -1,7 +1,7 @@
 """What a run trains on: one source, or several mixed by weight; and what is held out of them for the evaluation."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +9,16 @@ from transformers import PreTrainedTokenizerBase
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
 from trainer.data.checked_rows import CheckedRows
-from trainer.data.prompts import Prompt, PromptRows, StreamedPrompts, check_source, encode_rows, first_prompts, read_prompts
+from trainer.data.prompts import (
+    Prompt,
+    PromptRows,
+    StreamedPrompts,
+    check_source,
+    encode_rows,
+    first_prompts,
+    read_prompts,
+    source_of,
+)
 from trainer.data.rows import RowReader
 from trainer.data.sources import Source
 from trainer.data.stream import IteratedStream, MixedStream, RowStream
@@ -94,17 +103,17 @@ def read_rows(
     reader = RowReader(config, tokenizer, teachers, limits)
     if isinstance(train_dataset, IterableDataset) and config.held_out is not None:
         raise DataError("data.held_out takes rows of a source that has a number of rows; an IterableDataset has none")
-    main = Source(config.path or "", "data.path", config.split, "data.split", config.config_name, config.revision)
+    main = source_of(config.path or "", config, "data.path")
     more = [Source(path, "data.more_paths") for path in config.more_paths]
     weights = [1.0, *config.more_paths.values()]
     if isinstance(train_dataset, IterableDataset):
         streamed = read_prompts(train_dataset, config, tokenizer, "train_dataset", teachers, limits)
         others = [encode_rows(check_source(source, reader, source.option), reader) for source in more]
-        return TrainingRows([streamed, *others], weights), _read_held_out(config, main, reader, eval_dataset)
+        return TrainingRows([streamed, *others], weights), _read_held_out(config, reader, eval_dataset)
     first = check_source(main, reader, main.option) if train_dataset is None else check_source(train_dataset, reader, "train_dataset")
     parts = [first, *(check_source(source, reader, source.option) for source in more)]
     if config.held_out is None or eval_dataset is not None:
-        held_out = _read_held_out(config, main, reader, eval_dataset)
+        held_out = _read_held_out(config, reader, eval_dataset)
     else:
         parts, kept = _hold_out(parts, config.held_out, seed)
         held_out = encode_rows(kept, reader)
@@ -117,14 +126,12 @@ def _hold_out(parts: list[CheckedRows], share: float, seed: int) -> tuple[list[C
     return [first, *(part.without_keys(held_out.keys) for part in parts[1:])], held_out
 
 
-def _read_held_out(
-    config: DataConfig, main: Source, reader: RowReader, eval_dataset: Dataset | None
-) -> PromptRows | None:
+def _read_held_out(config: DataConfig, reader: RowReader, eval_dataset: Dataset | None) -> PromptRows | None:
     if eval_dataset is not None:
         return encode_rows(check_source(eval_dataset, reader, "eval_dataset"), reader)
     if config.eval_path is None and config.eval_split is None:
         return None
-    path = config.eval_path or main.path
-    hub = {"config_name": main.config_name, "revision": main.revision} if path == main.path else {}
-    source = Source(path, "data.eval_path" if config.eval_path else "data.path", config.eval_split, "data.eval_split", **hub)
+    source = source_of(config.eval_path or config.path or "", config, "data.eval_path")
+    if config.eval_path is None:
+        source = replace(source, option="data.path")
     return encode_rows(check_source(source, reader, source.option), reader)

@@ -55,8 +55,10 @@ def test_every_table_holds_json(capsys: pytest.CaptureFixture[str]) -> None:
         "teacher.teacher_model_init_kwargs",
         "teacher.engine_args",
         "data.chat_template_kwargs",
+        "data.filters",
+        "data.more_paths",
     }
-    for name in tables - {"teacher_client.named"}:
+    for name in tables - {"teacher_client.named", "data.more_paths"}:
         engine = ["--teacher.engine", "vllm"] if name == "teacher.engine_args" else []
         section, option = name.split(".")
         found = resolved(capsys, "up", *engine, f"--{name}", "output_attentions=false,n=2")[section][option]
