@@ -235,7 +235,15 @@ def _assemble(
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
     scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature)
     pipeline = Pipeline(
-        config, prompts.stream(**order), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token, texts
+        config,
+        prompts.stream(**order),
+        num_steps,
+        servers.rollout_client,
+        weights,
+        scoring,
+        quarantine,
+        record.token,
+        texts,
     )
     stack.callback(event_loop.run, pipeline.close)
     return Session(

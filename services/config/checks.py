@@ -252,7 +252,9 @@ def check_evaluation_is_used(config: "RunConfig") -> None:
     """
     if not config.data.has_held_out_rows:
         names = list(type(config.evaluation).model_fields)
-        refuse_changed(config.evaluation, "evaluation", names, "there is no data.eval_path, data.eval_split or data.held_out")
+        refuse_changed(
+            config.evaluation, "evaluation", names, "there is no data.eval_path, data.eval_split or data.held_out"
+        )
 
 
 _ROLLOUT: tuple[Role, ...] = ("up", "rollout")

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 _VERSION = "1"  # of what `_check_batch` says of a row: raise it with every change there
 _FEATURES = datasets.Features(
-    {name: datasets.Value(kind) for name, kind in dict(key="int64", teacher="string", reason="string", filter="string").items()}
+    {
+        name: datasets.Value(kind)
+        for name, kind in dict(key="int64", teacher="string", reason="string", filter="string").items()
+    }
 )
 _OPTIONS = (
     *("prompt_column", "messages_column", "answer_column", "teacher_column"),
@@ -134,8 +138,13 @@ def _mapped(table: RowTable, reader: RowReader, *, is_cached: bool) -> list[Data
             return table.map(
                 check, **options, new_fingerprint=f"{name}-{{part}}", cache_file_name=f"{folder}/{name}-{{part}}.arrow"
             )
-        except OSError as error:
-            logger.warning("%s is checked at every start: its result cannot be kept in %s (%s)", table.name, folder, error)
+        except (OSError, pa.ArrowException) as error:  # not writable, full, or a file that is broken
+            logger.warning(
+                "%s is checked at every start: the cache of its result in %s cannot be used (%s)",
+                table.name,
+                folder,
+                error,
+            )
     return table.map(check, **options, keep_in_memory=True, new_fingerprint="checked-{part}")
 
 
@@ -169,5 +178,3 @@ def _check_batch(
         for name, value in zip(results, (key, teacher, reason, filtered), strict=True):
             results[name].append(value)
     return results
-
-

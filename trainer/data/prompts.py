@@ -52,7 +52,7 @@ class LatePrompts(Sequence["Prompt | None"]):
     def __getitem__(self, place: int) -> Prompt | None: ...
     @overload
     def __getitem__(self, place: slice) -> list[Prompt | None]: ...
-    def __getitem__(self, place: int | slice) -> Prompt | None | list[Prompt | None]:
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt | None] | None:
         """A row of the data.
 
         Raises:
@@ -81,9 +81,7 @@ class LatePrompts(Sequence["Prompt | None"]):
 class StreamedPrompts:
     """Rows of an IterableDataset, epoch after epoch; None stands for one that is left out."""
 
-    def __init__(
-        self, dataset: IterableDataset, name: str, reader: RowReader, checks: tuple[Reason, ...] = ()
-    ) -> None:
+    def __init__(self, dataset: IterableDataset, name: str, reader: RowReader, checks: tuple[Reason, ...] = ()) -> None:
         self._dataset, self._name, self._reader, self._checks = dataset, name, reader, checks
         self._left_out = _LeftOut(name)
 

@@ -202,9 +202,7 @@ def _other_form(row: dict[str, Any]) -> str:
             "(trl.extract_prompt does), the student writes the completions itself"
         )
     if isinstance(row.get("text"), str):
-        return (
-            ": `text` is for language modeling, which data.lm_path takes; if it is a prompt, pass --data.prompt_column text"
-        )
+        return ": `text` is for language modeling, which data.lm_path takes; if it is a prompt, pass --data.prompt_column text"
     return ""
 
 
@@ -232,7 +230,12 @@ def _answer(row: dict[str, Any], column: str) -> str | None:
     answer = row.get(column)
     if answer is None:
         return None
-    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) and answer[0].get("role") == "assistant":
+    if (
+        isinstance(answer, list)
+        and len(answer) == 1
+        and isinstance(answer[0], dict)
+        and answer[0].get("role") == "assistant"
+    ):
         answer = answer[0].get("content")  # a conversational `completion`
     # A whole number has one text. True is an int to Python; 18.0 or 1e3 has another text for everyone who writes it.
     if not isinstance(answer, str | int) or isinstance(answer, bool):

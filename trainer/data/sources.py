@@ -10,6 +10,7 @@ No code comes with the data: `datasets` 5 runs no loading scripts, and its reade
 """
 
 import errno
+import glob
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,12 +93,16 @@ def _open_file(path: str, option: str, name: str) -> Part:
     if kind is not None:
         if not Path(path).is_file():
             raise DataError(f"cannot read {path}: no such file; {option} names none")
-        return Part(name, _plain(_prepared(lambda: datasets.load_dataset(kind, data_files=[path], split="train"))), False)
+        return Part(
+            name,
+            _plain(_prepared(lambda: datasets.load_dataset(kind, data_files=[glob.escape(path)], split="train"))),
+            False,
+        )
     if not Path(path).is_file() or Path(path).stat().st_size < CACHED_FROM_BYTES:
         return Part(name, Dataset(pa.concat_tables(read_tables(path, option))), is_text=True)
     builder = TextRows(path, option)
     _prepared(builder.download_and_prepare)
-    return Part(name, builder.as_dataset(split="train"), is_text=True)  # type: ignore[arg-type]
+    return Part(name, builder.as_dataset(split="train"), is_text=True)
 
 
 def _open_folder(source: Source, path: Path) -> list[Part]:
@@ -105,13 +110,14 @@ def _open_folder(source: Source, path: Path) -> list[Part]:
         saved = datasets.load_from_disk(str(path))
         splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
         return [Part(source.path, _plain(splits[_split_of(source, [*map(str, splits)])]), is_text=False)]
+    base = glob.escape(str(path.resolve()))  # `datasets` takes names for patterns
     try:
-        patterns = get_data_patterns(str(path.resolve()))
+        patterns = get_data_patterns(base)
     except FileNotFoundError as error:
         raise DataError(f"{source.option} = {source.path} is a folder without data files{_FORMATS}") from error
     files = {
         str(split): [file for file in found if Path(file).suffix.lower() in (*_TEXT, *_ARROW)]
-        for split, found in DataFilesDict.from_patterns(patterns, base_path=str(path.resolve())).items()
+        for split, found in DataFilesDict.from_patterns(patterns, base_path=base).items()
     }
     if not any(files.values()):
         raise DataError(f"{source.option} = {source.path} is a folder without data files{_FORMATS}")
@@ -130,7 +136,7 @@ def _open_hub(source: Source) -> list[Part]:
             return [_open_file(str(file), source.option, name) for file, name in zip(local, names, strict=True)]
     _prepared(builder.download_and_prepare)
     split = _split_of(source, [*map(str, builder.info.splits or {})])
-    return [Part(source.path, _plain(builder.as_dataset(split=split)), is_text=False)]  # type: ignore[arg-type]
+    return [Part(source.path, _plain(builder.as_dataset(split=split)), is_text=False)]
 
 
 def _split_of(source: Source, there: list[str]) -> str:
@@ -197,9 +203,7 @@ def _explained(source: Source) -> Iterator[None]:
 
 def _advice(source: Source, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"; rows are kept as Arrow in {datasets.config.HF_DATASETS_CACHE}: make room or point HF_DATASETS_CACHE elsewhere"
-        )
+        return f"; rows are kept as Arrow in {datasets.config.HF_DATASETS_CACHE}: make room or point HF_DATASETS_CACHE elsewhere"
     if not Path(source.path).exists() and _HUB_ID.fullmatch(source.path):
         return "; it is no file or folder here, so it was looked for on the hub"
     return ""

@@ -43,7 +43,9 @@ class RowStream(Generic[Row]):
                 batch.append(row)
                 num_left_out = 0
             elif (num_left_out := num_left_out + 1) >= 2 * self.period:
-                raise DataError(f"none of {self.period} rows of the data can be used; see the warnings about skipped rows")
+                raise DataError(
+                    f"none of {self.period} rows of the data can be used; see the warnings about skipped rows"
+                )
         return batch
 
     @property

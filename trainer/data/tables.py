@@ -1,7 +1,7 @@
 """Rows where they are: `datasets` maps them into memory, and one is read when it is asked for.
 
-    Part       a Dataset, and what a user calls it: its file
-    RowTable   all parts of one source; says of a row in which file it is, and where there
+Part       a Dataset, and what a user calls it: its file
+RowTable   all parts of one source; says of a row in which file it is, and where there
 """
 
 from bisect import bisect_right
@@ -70,7 +70,7 @@ class RowTable:
     def locate(self, index: int) -> tuple[str, int]:
         """The file of a row and its 1-based number there."""
         part, place = self._find(index)
-        return part.name, part.dataset[place]["row"] if part.is_text else place + 1
+        return part.name, part.dataset.data["row"][place].as_py() if part.is_text else place + 1
 
     def number(self, index: int) -> int:
         """The 1-based number of a row: in its file, or where there are several, in all of them."""
@@ -88,7 +88,9 @@ class RowTable:
             raise content
         return content
 
-    def map(self, function: Callable[[Iterator[dict[str, Any] | DataError], int], Batch], **options: Any) -> list[Dataset]:
+    def map(
+        self, function: Callable[[Iterator[dict[str, Any] | DataError], int], Batch], **options: Any
+    ) -> list[Dataset]:
         """`Dataset.map` over each part: `function` gets the rows of a slice and the index of the first one.
 
         Args:
@@ -102,7 +104,9 @@ class RowTable:
             def of_part(batch: Batch, indices: list[int], part: Part = part, start: int = start) -> Batch:
                 return function(part.contents(batch), start + indices[0])
 
-            completed = {name: value.format(part=number) if isinstance(value, str) else value for name, value in options.items()}
+            completed = {
+                name: value.format(part=number) if isinstance(value, str) else value for name, value in options.items()
+            }
             results.append(
                 part.dataset.map(
                     of_part, batched=True, with_indices=True, remove_columns=part.dataset.column_names, **completed

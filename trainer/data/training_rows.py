@@ -110,7 +110,11 @@ def read_rows(
         streamed = read_prompts(train_dataset, config, tokenizer, "train_dataset", teachers, limits)
         others = [encode_rows(check_source(source, reader, source.option), reader) for source in more]
         return TrainingRows([streamed, *others], weights), _read_held_out(config, reader, eval_dataset)
-    first = check_source(main, reader, main.option) if train_dataset is None else check_source(train_dataset, reader, "train_dataset")
+    first = (
+        check_source(main, reader, main.option)
+        if train_dataset is None
+        else check_source(train_dataset, reader, "train_dataset")
+    )
     parts = [first, *(check_source(source, reader, source.option) for source in more)]
     if config.held_out is None or eval_dataset is not None:
         held_out = _read_held_out(config, reader, eval_dataset)

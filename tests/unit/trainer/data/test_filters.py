@@ -41,7 +41,9 @@ def test_a_condition_lets_its_values_pass(condition: Any, passing: list[Any], fa
 
 
 def test_a_number_that_is_none_is_in_no_range() -> None:
-    assert failed_filter({"x": float("nan")}, {"x": {"min": 0}}) == failed_filter({"x": "nan"}, {"x": {"max": 1}}) == "x"
+    assert (
+        failed_filter({"x": float("nan")}, {"x": {"min": 0}}) == failed_filter({"x": "nan"}, {"x": {"max": 1}}) == "x"
+    )
 
 
 def test_an_absent_column_is_null() -> None:
@@ -70,5 +72,5 @@ def test_what_each_filter_leaves_out_is_counted_and_is_no_bad_row(
 
 def test_filters_that_leave_nothing_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [{"prompt": "p"}] * 3)
-    with pytest.raises(DataError, match="holds no usable row; .*; filters leave out 3 rows"):
+    with pytest.raises(DataError, match=r"holds no usable row; .*; filters leave out 3 rows"):
         read_prompts(path, DataConfig(filters={"level": 1}), TOKENIZER).used()

@@ -92,18 +92,20 @@ def test_late_prompts_are_those_that_are_tokenised_at_start(tmp_path: Path) -> N
     assert streams[0].take(70) == streams[1].take(70)
 
 
-@pytest.mark.parametrize("bad", [{"prompt": ""}, {"text": "p"}, {"prompt": "p", "answer": 1.5}, {"prompt": "p", "messages": []}])
+@pytest.mark.parametrize(
+    "bad", [{"prompt": ""}, {"text": "p"}, {"prompt": "p", "answer": 1.5}, {"prompt": "p", "messages": []}]
+)
 def test_a_bad_column_of_many_rows_is_reported_at_start(bad: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *numbered(50), bad, *numbered(50))
     with pytest.raises(DataError, match=rf"{path}, row 51: .*; fix the row or pass --data\.on_bad_row skip"):
         read(path)
 
 
-def test_a_row_that_turns_out_bad_stops_the_run_or_is_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_row_that_turns_out_bad_stops_the_run_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "d.jsonl", *numbered(3), {"prompt": "much too long"}, {"prompt": "", "answer": "x"})
-    stopping = RowStream(read(write(tmp_path / "e.jsonl", *numbered(3), {"prompt": "much too long"})).fitting(5), seed=0, shuffle=False)
+    stopping = RowStream(
+        read(write(tmp_path / "e.jsonl", *numbered(3), {"prompt": "much too long"})).fitting(5), seed=0, shuffle=False
+    )
     assert [prompt.text for prompt in stopping.take(3)] == ["p0", "p1", "p2"]
     with pytest.raises(DataError, match=r"e\.jsonl, row 4: the prompt has 13 tokens, more than the 5 .*; fix the row"):
         stopping.take(1)
@@ -167,7 +169,10 @@ def test_a_broken_large_file_has_its_own_reason(tmp_path: Path, converted: list[
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "rows are kept as Arrow in .*: make room or point HF_DATASETS_CACHE"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "rows are kept as Arrow in .*: make room or point HF_DATASETS_CACHE",
+        ),
         (PermissionError(errno.EACCES, "Permission denied"), "point HF_DATASETS_CACHE at a folder that can"),
     ],
 )
@@ -189,7 +194,17 @@ def test_without_a_place_for_its_result_the_check_runs_at_every_start(
     datasets_cache.write_text("a file where the folder should be")
     prompts = read(write(tmp_path / "d.jsonl", *numbered(9))).fitting(99)
     assert len(first_prompts(prompts, None)) == 9
-    assert "d.jsonl is checked at every start: its result cannot be kept in" in caplog.text
+    assert "d.jsonl is checked at every start: the cache of its result in" in caplog.text
+
+
+def test_a_broken_cache_is_not_believed(datasets_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = datasets.Dataset.from_list(numbered(9))
+    options = DataConfig(**LATE)
+    read_prompts(dataset, options, TOKENIZER)
+    (kept,) = datasets_cache.glob("distillserve/checked/*.arrow")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert len(first_prompts(read_prompts(dataset, options, TOKENIZER).fitting(99), None)) == 9
+    assert "is checked at every start" in caplog.text
 
 
 def _first_of(path: str, cache: str, start: Any, found: Any) -> None:

@@ -237,8 +237,21 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
             (tmp_path / "empty" / name).write_text("x")
         else:
             (tmp_path / "empty").mkdir()
-        with pytest.raises(DataError, match=r"data\.path = .* is a folder without data files; rows are in files that end"):
+        with pytest.raises(
+            DataError, match=r"data\.path = .* is a folder without data files; rows are in files that end"
+        ):
             read(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("name", ["r[1]", "a*", "a?b", "sp ace", "ü", "50%20"])
+def test_names_are_no_patterns(name: str, tmp_path: Path) -> None:
+    for other in ("r1", "ab", "aab"):
+        with (tmp_path / f"{other}.parquet").open("wb") as file:
+            pyarrow.parquet.write_table(pa.Table.from_pylist([{"prompt": "another file"}]), file)
+    with (tmp_path / f"{name}.parquet").open("wb") as file:
+        pyarrow.parquet.write_table(pa.Table.from_pylist([{"prompt": "a"}]), file)
+    assert texts(read(str(tmp_path / f"{name}.parquet")).used()) == ["a"]
+    assert texts(read(folder(tmp_path / name)).used()) == ["a", "b", "c"]
 
 
 def test_what_save_to_disk_wrote_has_its_splits(tmp_path: Path) -> None:
@@ -322,7 +335,10 @@ def test_rows_of_an_object_are_numbered_from_one() -> None:
 PREFERENCE = {"chosen": "yes", "rejected": "no"}
 FORMS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "completion": "b"}, "a"),
-    ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}, "<|user|>a"),
+    (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        "<|user|>a",
+    ),
     ({"prompt": "a", **PREFERENCE}, "a"),
     ({"prompt": "a", "completion": "b", "label": True}, "a"),
 ]
@@ -345,7 +361,10 @@ def test_a_completion_is_the_answer_where_that_is_asked_for(row: dict[str, Any],
     ("row", "advice"),
     [
         (PREFERENCE, "these are preferences without a prompt of their own; split what both begin with"),
-        ({"text": "The sky"}, "`text` is for language modeling, which data.lm_path takes; if it is a prompt, pass --data.prompt"),
+        (
+            {"text": "The sky"},
+            "`text` is for language modeling, which data.lm_path takes; if it is a prompt, pass --data.prompt",
+        ),
     ],
 )
 def test_a_form_without_a_prompt_is_refused_with_what_to_do(row: dict[str, Any], advice: str, tmp_path: Path) -> None:

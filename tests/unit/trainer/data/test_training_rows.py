@@ -79,7 +79,9 @@ def test_another_split_of_the_source_is_held_out(tmp_path: Path) -> None:
     write(tmp_path / "rows" / "test.jsonl", names(2, "t"))
     rows, held_out = read(path=str(tmp_path / "rows"), eval_split="test")
     assert texts(rows.parts[0].prompts) == names(3) and texts(held_out.prompts) == names(2, "t")
-    rows, held_out = read(path=str(tmp_path / "rows"), split="test", eval_path=str(tmp_path / "rows"), eval_split="train")
+    rows, held_out = read(
+        path=str(tmp_path / "rows"), split="test", eval_path=str(tmp_path / "rows"), eval_split="train"
+    )
     assert texts(rows.parts[0].prompts) == names(2, "t") and texts(held_out.prompts) == names(3)
 
 
@@ -121,8 +123,15 @@ def stream_of(kind: str, seed: int) -> RowStream[int]:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["one", "in order", "mixed", "iterated"]), st.integers(0, 3000), st.integers(0, 5), st.integers(1, 40))
-def test_a_stream_goes_on_from_any_position_as_if_uninterrupted(kind: str, position: int, seed: int, count: int) -> None:
+@given(
+    st.sampled_from(["one", "in order", "mixed", "iterated"]),
+    st.integers(0, 3000),
+    st.integers(0, 5),
+    st.integers(1, 40),
+)
+def test_a_stream_goes_on_from_any_position_as_if_uninterrupted(
+    kind: str, position: int, seed: int, count: int
+) -> None:
     whole, resumed = stream_of(kind, seed), stream_of(kind, seed)
     while whole.position < position:
         whole.take(1)
@@ -160,7 +169,9 @@ def iterable(*rows: dict[str, Any]) -> IterableDataset:
 
 
 def test_an_iterable_is_read_as_it_comes_epoch_after_epoch() -> None:
-    rows, _ = read_rows(DataConfig(), TOKENIZER, seed=0, train_dataset=iterable(*({"prompt": name} for name in names(5))))
+    rows, _ = read_rows(
+        DataConfig(), TOKENIZER, seed=0, train_dataset=iterable(*({"prompt": name} for name in names(5)))
+    )
     prompts = rows.fitting(99)
     assert texts(prompts.first(2)) == ["p0", "p1"]
     stream, resumed = (prompts.stream(seed=0, shuffle=True) for _ in range(2))
@@ -185,7 +196,9 @@ def test_an_iterable_is_shuffled_anew_in_every_epoch_and_resumes_in_its_order() 
 
 
 def test_rows_of_an_iterable_are_filtered_skipped_and_bad_as_others(caplog: pytest.LogCaptureFixture) -> None:
-    data = iterable({"prompt": "a", "n": 1}, {"prompt": "", "n": 1}, {"prompt": "toolong", "n": 1}, {"prompt": "d", "n": 2})
+    data = iterable(
+        {"prompt": "a", "n": 1}, {"prompt": "", "n": 1}, {"prompt": "toolong", "n": 1}, {"prompt": "d", "n": 2}
+    )
     skipping = DataConfig(on_bad_row="skip", filters={"n": 1})
     prompts = read_prompts(data, skipping, TOKENIZER, option="train_dataset").fitting(5)
     assert texts(IteratedStream(prompts.from_position).take(3)) == ["a", "a", "a"]  # type: ignore[union-attr]
