@@ -257,6 +257,13 @@ def check_source(source: str | Source | Dataset, reader: RowReader, option: str)
         DataError: as `read_prompts`.
     """
     with quiet_datasets():
+        if not isinstance(source, str | Source | Dataset):
+            fix = (
+                "one of its splits, e.g. dataset['train']"
+                if isinstance(source, dict)
+                else "a datasets.Dataset or IterableDataset"
+            )
+            raise DataError(f"{option} is a {type(source).__name__}; give {fix}")
         if isinstance(source, Dataset):
             table = table_of(source, option)
         else:

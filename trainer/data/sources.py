@@ -11,6 +11,7 @@ No code comes with the data: `datasets` 5 runs no loading scripts, and its reade
 
 import errno
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ def _explained(source: Source) -> Iterator[None]:
 def _advice(source: Source, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"; rows are kept as Arrow in {datasets.config.HF_DATASETS_CACHE}: make room or point HF_DATASETS_CACHE elsewhere"
-    if not Path(source.path).exists() and _HUB_ID.fullmatch(source.path):
+    if not os.path.exists(source.path) and _HUB_ID.fullmatch(source.path):
         return "; it is no file or folder here, so it was looked for on the hub"
     return ""
 

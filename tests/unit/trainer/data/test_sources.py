@@ -94,13 +94,17 @@ def test_the_same_rows_have_the_same_ids_in_every_format(form: str, tmp_path: Pa
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+OTHER_CALL = {
+    "type": "function",
+    "function": {"name": "list", "arguments": {"of": ["y"]}},
+}  # has no x, but a null in Arrow
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"x": "int"}}}]
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "2+3"}], "tools": None},
     {
         "messages": [
             {"role": "user", "content": "é\n"},
-            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "assistant", "tool_calls": [CALL, OTHER_CALL]},
             {"role": "tool", "content": "5", "name": "add"},
         ],
         "tools": TOOLS,
@@ -184,10 +188,12 @@ def test_a_broken_file_is_one_line_with_its_name_and_row(
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "none.csv", "none.json", "none.parquet", "none.arrow", "none", ""])
+@pytest.mark.parametrize(
+    "name", ["n" * 5000, "none\0.csv", "none.jsonl", "none.csv", "none.json", "none.parquet", "none.arrow", "none", ""]
+)
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     path = str(tmp_path / name) if name else ""
-    with pytest.raises(DataError, match=r"No such file|no such file|data\.path is empty"):
+    with pytest.raises(DataError, match=r"(?i)no such file|data\.path is empty|name too long|null byte"):
         read(path)
 
 
@@ -323,6 +329,18 @@ def test_a_data_set_of_the_hub_is_asked_for_by_name_configuration_and_revision(
     prompts = read("someone/rows", config_name="main", revision="v1").used()
     assert asked == [("someone/rows", {"name": "main", "revision": "v1"})]
     assert texts(prompts) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([{"prompt": "a"}], "train_dataset is a list; give a datasets.Dataset or IterableDataset"),
+        (DatasetDict(train=Dataset.from_list(ROWS)), "train_dataset is a DatasetDict; give one of its splits, e.g. "),
+    ],
+)
+def test_what_is_no_dataset_is_refused(given: Any, said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_prompts(given, DataConfig(), TOKENIZER, option="train_dataset")
 
 
 def test_rows_of_an_object_are_numbered_from_one() -> None:
