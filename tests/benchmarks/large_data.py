@@ -58,6 +58,7 @@ def main() -> None:
                 "rows": len(prompts),
                 "mean_tokens": mean,
                 "first_batch_s": round(seconds, 1),
+                "cpu_s": round(time.process_time(), 1),
                 "peak_gib": round(peak_gib, 2),
             }
         )
