@@ -128,11 +128,17 @@ class StreamedPrompts:
 
 
 def is_filtered(prompt: Prompt, config: DataConfig) -> bool:
+    """Whether data.filter_max_prompt_tokens leaves a prompt out."""
     most = config.filter_max_prompt_tokens
     return most is not None and len(prompt.token_ids) > most
 
 
 def raise_first(checks: tuple[Reason, ...], prompt: Prompt) -> None:
+    """Run the checks of a prompt.
+
+    Raises:
+        DataError: the first reason that one of them gives.
+    """
     for check in checks:
         if (why := check(prompt)) is not None:
             raise DataError(why)
@@ -258,12 +264,7 @@ def check_source(source: str | Source | Dataset, reader: RowReader, option: str)
     """
     with quiet_datasets():
         if not isinstance(source, str | Source | Dataset):
-            fix = (
-                "one of its splits, e.g. dataset['train']"
-                if isinstance(source, dict)
-                else "a datasets.Dataset or IterableDataset"
-            )
-            raise DataError(f"{option} is a {type(source).__name__}; give {fix}")
+            raise DataError(f"{option} is a {type(source).__name__}; give {_instead_of(source)}")
         if isinstance(source, Dataset):
             table = table_of(source, option)
         else:
@@ -271,6 +272,12 @@ def check_source(source: str | Source | Dataset, reader: RowReader, option: str)
         checked = check_rows(table, reader, is_cached=len(table) > reader.config.tokenize_at_start)
     checked.log_filters()
     return checked
+
+
+def _instead_of(source: object) -> str:
+    if isinstance(source, dict):
+        return "one of its splits, e.g. dataset['train']"
+    return "a datasets.Dataset" if isinstance(source, IterableDataset) else "a datasets.Dataset or IterableDataset"
 
 
 def source_of(path: str, config: DataConfig, option: str) -> Source:

@@ -164,6 +164,14 @@ def test_an_object_is_trained_on_and_another_one_held_out() -> None:
     assert sorted([*texts(rows.parts[0].prompts), *texts(held_out.prompts)]) == names(4)  # type: ignore[union-attr]
 
 
+def test_rows_to_evaluate_on_have_a_number() -> None:
+    with pytest.raises(DataError, match=r"eval_dataset is a IterableDataset; give a datasets\.Dataset$"):
+        data = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+        read_rows(
+            DataConfig(), TOKENIZER, seed=0, train_dataset=data, eval_dataset=iterable({"prompt": "a"}, {"prompt": "b"})
+        )  # type: ignore[arg-type]
+
+
 def iterable(*rows: dict[str, Any]) -> IterableDataset:
     return Dataset.from_list([*rows]).to_iterable_dataset(num_shards=2)
 
