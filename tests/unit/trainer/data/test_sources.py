@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -195,6 +196,19 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     path = str(tmp_path / name) if name else ""
     with pytest.raises(DataError, match=r"(?i)no such file|data\.path is empty|name too long|null byte"):
         read(path)
+
+
+def test_datasets_itself_says_nothing_and_is_left_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one line of the error is enough; other code that uses `datasets` keeps its bars and its log."""
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    before = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError):
+        read(str(tmp_path / "a.parquet"))
+    assert not caplog.records
+    assert (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()) == before
 
 
 def test_text_files_keep_what_other_readers_change(tmp_path: Path) -> None:

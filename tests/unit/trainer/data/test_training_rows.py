@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,27 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
         assert 3 <= sum(text[0] == "a" for text in taken[start : start + 16]) <= 5
     of_a = [text for text in taken if text[0] == "a"]
     assert [sorted(of_a[i : i + 5]) for i in range(0, 20, 5)] == [names(5, "a")] * 4
+
+
+def test_each_source_goes_on_from_block_to_block_where_it_was() -> None:
+    parts = [RowStream([(source, row) for row in range(7)], seed=0, shuffle=False) for source in range(3)]
+    taken = MixedStream(parts, [1, 0.3, 2]).take(3 * MIXING_BLOCK)
+    for source in range(3):
+        own = [row for of, row in taken if of == source]
+        assert own == [turn % 7 for turn in range(len(own))]
+
+
+def test_rows_that_come_one_after_another_are_read_once() -> None:
+    opened: list[int] = []
+
+    def read_from(position: int) -> Iterator[int]:
+        opened.append(position)
+        return iter(range(position, 100))
+
+    stream = IteratedStream(read_from)
+    assert [*stream.take(3), *stream.take(4)] == [*range(7)] and opened == [0]
+    stream.position = 50
+    assert stream.take(2) == [50, 51] and opened == [0, 50]
 
 
 def test_the_teachers_of_all_sources_are_known(tmp_path: Path) -> None:
