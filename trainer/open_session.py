@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from services.process.signals import Interrupted, Interruption
 from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
-from trainer.data.prompts import Prompt, PromptRows, read_prompts
+from trainer.data.prompts import Prompt, PromptRows, first_prompts
 from trainer.data.stream import RowStream
 from trainer.data.text_limits import TextLimits
 from trainer.data.texts import check_windows_fit, load_texts
+from trainer.data.training_rows import TrainingRows, read_rows
 from trainer.evaluation.evaluate import Evaluator
 from trainer.evaluation.exact_match import check_answers
 from trainer.leading import LeadingLearner
@@ -43,7 +43,7 @@ from trainer.parallel import load_and_place, load_reference
 from trainer.pipeline import Pipeline
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks
-from trainer.rewards.of_groups import GroupRewards, check_arguments, column_names
+from trainer.rewards.of_groups import GroupRewards, check_arguments
 from trainer.rewards.pool import RewardPool
 from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import OwnRollouts
@@ -137,7 +137,7 @@ class _Inputs:
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: list[int]
     record: RunRecord
-    prompts: PromptRows
+    prompts: TrainingRows
     held_out: PromptRows | None
     texts: list[list[int]]
     student: Student
@@ -145,8 +145,7 @@ class _Inputs:
 
     def teacher_names(self) -> set[str | None]:
         """What the rows call their teachers; None is in it when a row names none."""
-        held_out = self.held_out.prompts if self.held_out is not None else []
-        return {prompt.teacher for prompt in [*self.prompts.prompts, *held_out]}
+        return self.prompts.teachers | (set() if self.held_out is None else self.held_out.teachers)
 
 
 def _read_inputs(
@@ -167,10 +166,8 @@ def _read_inputs(
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
     if pool is not None:
-        may_come = objects.rollout_function is not None
-        check_arguments(
-            config.reward.functions, pool.required, column_names(prompts.prompts, config), may_come=may_come
-        )
+        may_come = objects.rollout_function is not None or prompts.columns is None
+        check_arguments(config.reward.functions, pool.required, prompts.columns or (), may_come=may_come)
     for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
         logger.info(line)
     if followers is None:
@@ -188,13 +185,13 @@ def _read_inputs(
 
 def _read_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: list[int]
-) -> tuple[PromptRows, PromptRows | None, list[list[int]]]:
+) -> tuple[TrainingRows, PromptRows | None, list[list[int]]]:
     """Prompts to train on, prompts held out, and windows of text."""
     data, limits = config.data, TextLimits.of(config)
-    read = partial(read_prompts, config=data, tokenizer=tokenizer, teachers=config.teacher_client.named, limits=limits)
-    prompts, held_out = read(data.path or "", option="data.path"), None
-    if data.eval_path is not None:
-        held_out = read(data.eval_path, option="data.eval_path")
+    prompts, held_out = read_rows(
+        data, tokenizer, seed=config.seed, teachers=config.teacher_client.named, limits=limits
+    )
+    if held_out is not None:
         held_out = check_answers(held_out, end_token_ids, config.evaluation_max_new_tokens())
     return prompts, held_out, [] if data.lm_path is None else load_texts(data.lm_path, data, tokenizer, limits)
 
@@ -245,9 +242,9 @@ def _assemble(
     max_model_len = preflight.max_model_len(config, servers.rollouts, servers.teachers)
     room = max_model_len - config.longest_completion()
     prompts = inputs.prompts.fitting(room)
-    num_steps = count_steps(config, len(prompts))
-    stream = partial(RowStream, seed=config.seed, shuffle=config.data.shuffle)
-    texts = stream(inputs.texts) if inputs.texts else None
+    num_steps = config.pipeline.steps or count_steps(config, len(prompts))
+    order: dict[str, Any] = {"seed": config.seed, "shuffle": config.data.shuffle}
+    texts = RowStream(inputs.texts, **order) if inputs.texts else None
     students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
     if inputs.followers is None:
         given = (config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
@@ -257,13 +254,13 @@ def _assemble(
             *(config, inputs.student, num_steps, ranks, inputs.followers),
             *(interruption, students.save, inputs.reference, objects.optimizers),
         )
-    weights = _hold(config, ranks.device, servers, prompts[: config.weight_sync.canary_prompts], event_loop, stack)
+    weights = _hold(config, ranks.device, servers, prompts.first(config.weight_sync.canary_prompts), event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = Evaluator(
             config,
             event_loop,
-            inputs.held_out.fitting(room),
+            first_prompts(inputs.held_out.fitting(room), config.evaluation.num_prompts),
             inputs.tokenizer,
             servers.rollout_client,
             servers.teachers,
@@ -276,12 +273,20 @@ def _assemble(
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
     rewards = None
     if pool is not None:
-        columns = column_names(prompts, config)
-        rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, columns)
+        rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, inputs.prompts.columns or ())
     scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature, rewards)
     own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
     pipeline = Pipeline(
-        *(config, stream(prompts), num_steps, servers.rollout_client, weights, scoring, quarantine, record.token),
+        *(
+            config,
+            prompts.stream(**order),
+            num_steps,
+            servers.rollout_client,
+            weights,
+            scoring,
+            quarantine,
+            record.token,
+        ),
         texts=texts,
         own_rollouts=own_rollouts,
     )

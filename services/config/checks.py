@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from services.config import lora_checks, loss_checks, passed_on, reward_checks
+from services.config import data_checks, lora_checks, loss_checks, passed_on, reward_checks
 from services.config.addresses import checked_urls, is_wildcard
 from services.config.cuda_devices import overlap, parse_devices
 from services.config.roles import Role
@@ -250,9 +250,11 @@ def check_evaluation_is_used(config: "RunConfig") -> None:
     Raises:
         ValueError: names the first of them.
     """
-    if config.data.eval_path is None:
+    if not config.data.has_held_out_rows:
         names = list(type(config.evaluation).model_fields)
-        refuse_changed(config.evaluation, "evaluation", names, "there is no data.eval_path")
+        refuse_changed(
+            config.evaluation, "evaluation", names, "there is no data.eval_path, data.eval_split or data.held_out"
+        )
 
 
 _ROLLOUT: tuple[Role, ...] = ("up", "rollout")
@@ -282,6 +284,8 @@ _CHECKS: list[tuple[tuple[Role, ...], Callable[["RunConfig"], None]]] = [
     (_TRAINER, _check_teacher_protocol),
     (_TRAINER, _check_named_teachers),
     (_TRAINER, _check_columns),
+    (_TRAINER, data_checks.check_sources),
+    (_TRAINER, data_checks.check_filters),
     (_TRAINER, loss_checks.refuse_ignored_loss_options),
     (_TRAINER, loss_checks.refuse_ignored_text_options),
     (_TRAINER, reward_checks.check_rewards_can_teach),

@@ -1,58 +1,187 @@
-"""Dataset rows to token ids, and the order in which they are used.
+"""Sources of prompts to token ids.
 
-    consumes   a JSONL file, a row an object with `prompt` (text, or a list of messages) or `messages` (chat), maybe `tools`
-               beside messages, an `answer`, and the name of its teacher; null is "absent"
+    consumes   what trainer/data/sources.py opens: files, folders, data sets of the hub, objects
     produces   Prompt objects; extra columns ride along
 
-All rows are read and tokenised at start, so that a bad row is reported before anything is trained.
-Left out: streaming of files that do not fit in memory.
+The columns of all rows are checked at start, so that a bad row is reported before anything is trained. The rows of a source of up
+to data.tokenize_at_start are tokenised then as well. Of more rows each is tokenised when its turn comes, and one that turns out to
+be bad only then (too many tokens, refused by the chat template) does what data.on_bad_row says.
 """
 
 import logging
-import reprlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import overload
 
-from pydantic import ValidationError
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from services.config import DataConfig
-from services.errors import DataError, describe_validation_error
-from services.models.text import TextError, check_is_text, encode_completion, encode_prompt, render_messages
-from services.strict_json import JsonError, parse_json
-from services.wire.conversation import ChatMessage, Conversation
+from services.errors import DataError
+from trainer.data.checked_rows import CheckedRows, bad_row, check_rows
+from trainer.data.filters import failed_filter
+from trainer.data.rows import Prompt, RowReader
+from trainer.data.sources import Source, open_table, quiet_datasets, table_of
+from trainer.data.tables import without_nulls
 from trainer.data.text_limits import NO_LIMITS, TextLimits
+
+__all__ = ["Prompt", "PromptRows", "check_source", "first_prompts", "read_prompts"]
 
 logger = logging.getLogger(__name__)
 
+Reason = Callable[[Prompt], str | None]
+"""Why a prompt cannot be used, or None."""
 
-@dataclass(frozen=True)
-class Prompt:
-    row: int  # 1-based line in the file
-    token_ids: list[int]
-    text: str
-    answer: str | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-    teacher: str | None = None  # its name in teacher_client.named; None: the teacher of rows that name none
-    answer_token_ids: list[int] = field(default_factory=list)
-    """Of the stripped answer behind the prompt, without an end."""
-    messages: list[dict[str, Any]] | None = None
-    """The conversation that `text` renders, for reward functions; None where the row holds a text."""
+
+class LatePrompts(Sequence["Prompt | None"]):
+    """Rows that are read and tokenised when they are asked for; None stands for one that is left out.
+
+    Args:
+        checks: what else may be wrong with a prompt.
+    """
+
+    def __init__(self, rows: CheckedRows, reader: RowReader, checks: tuple[Reason, ...] = ()) -> None:
+        self._rows, self._reader, self._checks = rows, reader, checks
+        self._left_out = _LeftOut(rows.table.name)
+
+    def __len__(self) -> int:
+        return len(self._rows.indices)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt | None: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt | None]: ...
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt | None] | None:
+        """A row of the data.
+
+        Raises:
+            DataError: it is bad, and data.on_bad_row is "stop"; names file, row and reason.
+        """
+        if isinstance(place, slice):
+            return [self[index] for index in range(len(self))[place]]
+        index, config = int(self._rows.indices[place]), self._reader.config
+        try:
+            prompt = self._reader.encode(self._rows.table.number(index), self._rows.table.read(index))
+            if is_filtered(prompt, config):
+                self._left_out.add(None)
+                return None
+            raise_first(self._checks, prompt)
+        except DataError as error:
+            if config.on_bad_row == "stop":
+                raise bad_row(self._rows.table, index, str(error)) from error
+            self._left_out.add("{}, row {}: {}".format(*self._rows.table.locate(index), error))
+            return None
+        return prompt
+
+    def checked_by(self, reason: Reason) -> "LatePrompts":
+        return LatePrompts(self._rows, self._reader, (*self._checks, reason))
+
+
+class StreamedPrompts:
+    """Rows of an IterableDataset, epoch after epoch; None stands for one that is left out."""
+
+    def __init__(self, dataset: IterableDataset, name: str, reader: RowReader, checks: tuple[Reason, ...] = ()) -> None:
+        self._dataset, self._name, self._reader, self._checks = dataset, name, reader, checks
+        self._left_out = _LeftOut(name)
+
+    def from_position(self, position: int) -> Iterator[Prompt | None]:
+        """What comes after `position` rows.
+
+        Raises:
+            DataError: a row is bad, and data.on_bad_row is "stop", or there are no rows.
+        """
+        epoch, row = 0, 0
+        while True:
+            self._dataset.set_epoch(epoch)
+            before = row
+            for content in self._dataset:
+                row += 1
+                if row > position:
+                    yield self._prompt(row - before, content)
+            if row == before:
+                raise DataError(f"{self._name} holds no row")
+            epoch += 1
+
+    def _prompt(self, row: int, content: dict[str, object]) -> Prompt | None:
+        content, config = {name: without_nulls(value) for name, value in content.items()}, self._reader.config
+        if failed_filter(content, config.filters) is not None:
+            self._left_out.add(None)
+            return None
+        try:
+            prompt = self._reader.encode(row, content)
+            if is_filtered(prompt, config):
+                self._left_out.add(None)
+                return None
+            raise_first(self._checks, prompt)
+        except DataError as error:
+            if config.on_bad_row == "stop":
+                raise DataError(
+                    f"{self._name}, row {row}: {error}; fix the row or pass --data.on_bad_row skip"
+                ) from error
+            self._left_out.add(f"{self._name}, row {row}: {error}")
+            return None
+        return prompt
+
+    def checked_by(self, reason: Reason) -> "StreamedPrompts":
+        return StreamedPrompts(self._dataset, self._name, self._reader, (*self._checks, reason))
+
+
+def is_filtered(prompt: Prompt, config: DataConfig) -> bool:
+    """Whether data.filter_max_prompt_tokens leaves a prompt out."""
+    most = config.filter_max_prompt_tokens
+    return most is not None and len(prompt.token_ids) > most
+
+
+def raise_first(checks: tuple[Reason, ...], prompt: Prompt) -> None:
+    """Run the checks of a prompt.
+
+    Raises:
+        DataError: the first reason that one of them gives.
+    """
+    for check in checks:
+        if (why := check(prompt)) is not None:
+            raise DataError(why)
+
+
+class _LeftOut:
+    """Counts rows that are left out in the middle of a run, and says so at the first, the tenth, the hundredth, ..."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._num_bad, self._num_filtered = name, 0, 0
+
+    def add(self, bad: str | None) -> None:
+        """`bad`: where a bad row is and why it is one; None: it is filtered."""
+        self._num_bad += bad is not None
+        self._num_filtered += bad is None
+        if bad is not None and _is_power_of_ten(self._num_bad):
+            logger.warning("%s: skipped %d rows so far, the last one: %s", self._name, self._num_bad, bad)
+        if bad is None and _is_power_of_ten(self._num_filtered):
+            logger.info("%s: filters have left out %d rows so far", self._name, self._num_filtered)
+
+
+def _is_power_of_ten(number: int) -> bool:
+    return str(number).rstrip("0") == "1"
 
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The rows of a file, read and tokenised, before it is known how long a prompt may be."""
+    """The rows of a source before it is known how long a prompt may be."""
 
     path: str
     config: DataConfig
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt | None] | StreamedPrompts
+    """Tokenised, or of many rows LatePrompts."""
     skipped: dict[int, str]
     """Reasons by row."""
+    num_filtered: int = 0
+    """Rows that filters left out."""
+    teachers: set[str | None] = field(default_factory=set)
+    """What rows call their teachers; None is in it if one names none."""
+    columns: set[str] | None = None
+    """Names of all columns that any row has besides its question; None where that shows only when rows come."""
 
-    def fitting(self, max_prompt_tokens: int) -> list[Prompt]:
+    def fitting(self, max_prompt_tokens: int) -> Sequence[Prompt | None] | StreamedPrompts:
         """The prompts of at most that many tokens; `config.max_prompt_tokens` lowers it further.
 
         Raises:
@@ -70,59 +199,133 @@ class PromptRows:
 
         return self.without(reason).used()
 
-    def without(self, reason: Callable[[Prompt], str | None]) -> "PromptRows":
-        """The rows for which there is no reason to leave them out.
+    def without(self, reason: Reason) -> "PromptRows":
+        """The rows for which there is no reason to leave them out; of rows that are not tokenised yet it is found later.
 
         Raises:
             DataError: there is one, unless `config.on_bad_row` is "skip".
         """
+        if isinstance(self.prompts, LatePrompts | StreamedPrompts):
+            return replace(self, prompts=self.prompts.checked_by(reason))
         prompts, skipped = [], dict(self.skipped)
         for prompt in self.prompts:
+            assert prompt is not None
             if (why := reason(prompt)) is None:
                 prompts.append(prompt)
             else:
                 stop_or_skip(self.path, prompt.row, why, self.config, skipped)
         return replace(self, prompts=prompts, skipped=skipped)
 
-    def used(self) -> list[Prompt]:
+    def used(self) -> Sequence[Prompt | None] | StreamedPrompts:
         """The prompts; what was skipped is said.
 
         Raises:
             DataError: there is none.
         """
+        if isinstance(self.prompts, StreamedPrompts):
+            return self.prompts
         warn_of_skipped(self.path, self.skipped, len(self.skipped) + len(self.prompts))
         if not self.prompts:
             wanted = f"`{self.config.prompt_column}` or `{self.config.messages_column}`"
-            raise DataError(f"{self.path} holds no usable row; a row is a JSON object with {wanted}")
+            filtered = f"; filters leave out {self.num_filtered} rows" if self.num_filtered else ""
+            raise DataError(f"{self.path} holds no usable row; a row is a JSON object with {wanted}{filtered}")
         return self.prompts
 
 
 def read_prompts(
-    path: str,
+    source: str | Source | Dataset | IterableDataset,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     option: str = "data.path",
     teachers: Collection[str] = (),
     limits: TextLimits = NO_LIMITS,
 ) -> PromptRows:
-    """Read and tokenise a JSONL file, which `option` names.
+    """Read and tokenise a source, or prepare that where it has many rows.
 
     Args:
+        source: as `option` gives it, or an object.
         teachers: names that `config.teacher_column` may hold; without any it is a column like others.
         limits: what the student can take.
 
     Raises:
-        DataError: the file is missing, or (unless `config.on_bad_row` is "skip") a row is bad; the message names file,
+        DataError: the source cannot be read, or (unless `config.on_bad_row` is "skip") a row is bad; the message names file,
             row and reason.
     """
+    reader = RowReader(config, tokenizer, teachers, limits)
+    if isinstance(source, IterableDataset):
+        known = {None, *teachers}
+        return PromptRows(option, config, StreamedPrompts(source.with_format(None), option, reader), {}, 0, known)
+    return encode_rows(check_source(source, reader, option), reader)
+
+
+def check_source(source: str | Source | Dataset, reader: RowReader, option: str) -> CheckedRows:
+    """Open a source and check the columns of its rows.
+
+    Raises:
+        DataError: as `read_prompts`.
+    """
+    with quiet_datasets():
+        if not isinstance(source, str | Source | Dataset):
+            raise DataError(f"{option} is a {type(source).__name__}; give {_instead_of(source)}")
+        if isinstance(source, Dataset):
+            table = table_of(source, option)
+        else:
+            table = open_table(source_of(source, reader.config, option) if isinstance(source, str) else source)
+        checked = check_rows(table, reader, is_cached=len(table) > reader.config.tokenize_at_start)
+    checked.log_filters()
+    return checked
+
+
+def _instead_of(source: object) -> str:
+    if isinstance(source, dict):
+        return "one of its splits, e.g. dataset['train']"
+    return "a datasets.Dataset" if isinstance(source, IterableDataset) else "a datasets.Dataset or IterableDataset"
+
+
+def source_of(path: str, config: DataConfig, option: str) -> Source:
+    """What `option` names: data.path has options of its own beside it, a part of which a data set on the hub needs elsewhere."""
+    is_main = path == config.path
+    hub = {"config_name": config.config_name, "revision": config.revision} if is_main else {}
+    if option == "data.path":
+        return Source(path, option, config.split, "data.split", **hub)
+    if option == "data.eval_path":
+        return Source(path, option, config.eval_split, "data.eval_split", **hub)
+    return Source(path, option)
+
+
+def encode_rows(rows: CheckedRows, reader: RowReader) -> PromptRows:
+    """Tokenise checked rows, or prepare that where they are many.
+
+    Raises:
+        DataError: a row is bad, unless data.on_bad_row is "skip".
+    """
+    name, config, filtered = rows.table.name, reader.config, sum(rows.filtered.values())
+    if len(rows.indices) > config.tokenize_at_start:
+        logger.info("%s: its %d rows are tokenised when their turn comes", name, len(rows.indices))
+        return PromptRows(name, config, LatePrompts(rows, reader), rows.skipped, filtered, rows.teachers, rows.columns)
     prompts: list[Prompt] = []
-    skipped: dict[int, str] = {}
-    for row, line in read_lines(path, option):
+    skipped, num_filtered = dict(rows.skipped), 0
+    for index in rows.indices.tolist():
+        number = rows.table.number(index)
         try:
-            prompts.append(_parse_row(row, line, config, tokenizer, teachers, limits))
+            prompt = reader.encode(number, rows.table.read(index))
         except DataError as error:
-            stop_or_skip(path, row, str(error), config, skipped)
-    return PromptRows(path, config, prompts, skipped)
+            if config.on_bad_row == "stop":
+                raise bad_row(rows.table, index, str(error)) from error
+            skipped[number] = str(error)
+            continue
+        num_filtered += is_filtered(prompt, config)
+        if not is_filtered(prompt, config):
+            prompts.append(prompt)
+    if num_filtered:
+        logger.info("%s: data.filter_max_prompt_tokens leaves out %d rows", name, num_filtered)
+    return PromptRows(name, config, prompts, skipped, filtered + num_filtered, rows.teachers, rows.columns)
+
+
+def first_prompts(prompts: Sequence[Prompt | None] | StreamedPrompts, count: int | None) -> list[Prompt]:
+    """The first `count` prompts that are not left out, or all of them."""
+    rows = prompts.from_position(0) if isinstance(prompts, StreamedPrompts) else prompts
+    return list(islice((prompt for prompt in rows if prompt is not None), count))
 
 
 def stop_or_skip(path: str, row: int, reason: str, config: DataConfig, skipped: dict[int, str]) -> None:
@@ -143,163 +346,3 @@ def warn_of_skipped(path: str, skipped: dict[int, str], num_rows: int) -> None:
     shown = "; ".join(f"row {row}: {skipped[row]}" for row in sorted(skipped)[:5])
     more = "; ..." if len(skipped) > 5 else ""
     logger.warning("%s: skipped %d of %d rows (%s%s)", path, len(skipped), num_rows, shown, more)
-
-
-def read_lines(path: str, option: str) -> Iterator[tuple[int, str]]:
-    """(1-based number, text) of the lines that are not blank; `option` names the file in errors.
-
-    A line ends with LF or CRLF; a CR alone, which JSON takes for a space, ends none.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="\n") as file:  # with or without a BOM
-            for row, line in enumerate(file, start=1):
-                if line.strip():
-                    yield row, line
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; {option} is a JSONL file in UTF-8") from error
-
-
-def parse_object(line: str) -> dict[str, Any]:
-    """One line of a JSONL file.
-
-    Raises:
-        DataError: it is no JSON object, or gives a key twice.
-    """
-    try:
-        content = parse_json(line)
-    except JsonError as error:
-        raise DataError(f"invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _parse_row(
-    row: int,
-    line: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    teachers: Collection[str],
-    limits: TextLimits,
-) -> Prompt:
-    content = parse_object(line)
-    present = {name: value for name, value in content.items() if value is not None}
-    try:
-        prompt = _read_prompt(present, config, tokenizer)
-        limits.at_most(config.max_prompt_tokens).check_length("the prompt", prompt.text, tokenizer)
-        token_ids = encode_prompt(tokenizer, prompt.text, special=not prompt.is_chat)
-        answer = _answer(present, config.answer_column)
-        answer_ids = [] if answer is None else _encode_answer(answer, prompt, token_ids, tokenizer, limits)
-    except TextError as error:
-        raise DataError(str(error)) from error
-    if not token_ids:
-        raise DataError("the prompt has no tokens")
-    limits.check_ids("the prompt", token_ids, tokenizer)
-    limits.check_ids("the answer", answer_ids, tokenizer)
-    used = {config.prompt_column, config.answer_column, config.messages_column}
-    used |= {"tools"} if prompt.is_chat else set()
-    teacher = None
-    if teachers:
-        teacher = _teacher(content, config.teacher_column, teachers)
-        used.add(config.teacher_column)
-    columns = {name: value for name, value in content.items() if name not in used}
-    return Prompt(row, token_ids, prompt.text, answer, columns, teacher, answer_ids, prompt.messages)
-
-
-def _teacher(row: dict[str, Any], column: str, known: Collection[str]) -> str | None:
-    name = row.get(column)
-    if name is not None and not (isinstance(name, str) and name in known):
-        names = ", ".join(map(repr, known))
-        raise DataError(
-            f"`{column}` must be null or a name in teacher_client.named ({names}), got {type(name).__name__} {reprlib.repr(name)}"
-        )
-    return name
-
-
-def _answer(row: dict[str, Any], column: str) -> str | None:
-    answer = row.get(column)
-    if answer is None:
-        return None
-    # A whole number has one text. True is an int to Python; 18.0 or 1e3 has another text for everyone who writes it.
-    if not isinstance(answer, str | int) or isinstance(answer, bool):
-        got = f"{type(answer).__name__} {reprlib.repr(answer)}"
-        raise DataError(f"`{column}` must be text, got {got}; put it in quotes")
-    check_is_text(f"`{column}`", str(answer))
-    return str(answer)
-
-
-@dataclass(frozen=True)
-class _PromptText:
-    text: str
-    messages: list[dict[str, Any]] | None = None
-    """What a chat template rendered, special tokens included."""
-
-    @property
-    def is_chat(self) -> bool:
-        return self.messages is not None
-
-
-def _encode_answer(
-    answer: str, prompt: _PromptText, token_ids: list[int], tokenizer: PreTrainedTokenizerBase, limits: TextLimits
-) -> list[int]:
-    limits.check_length("the answer", answer, tokenizer)
-    return encode_completion(tokenizer, prompt.text, token_ids, answer.strip(), special=not prompt.is_chat)
-
-
-def _read_prompt(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _PromptText:
-    prompt_column, messages_column = config.prompt_column, config.messages_column
-    found = [column for column in (prompt_column, messages_column) if column in row]
-    if not found:
-        raise DataError(f"neither `{prompt_column}` nor `{messages_column}` in the row (found: {sorted(row)})")
-    if len(found) > 1:
-        raise DataError(f"both `{prompt_column}` and `{messages_column}` in the row; leave one out or make it null")
-    (column,) = found
-    value = row[column]
-    if column == messages_column or isinstance(value, list):
-        return _render(column, value, row.get("tools"), config, tokenizer)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"`{column}` must be non-empty text or a list of messages, got {reprlib.repr(value)}")
-    check_is_text(f"`{column}`", value)
-    return _PromptText(value)
-
-
-def _render(
-    column: str, messages: Any, tools: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> _PromptText:
-    """What the chat template makes of the `messages` in `column` and of `tools`."""
-    try:
-        conversation = Conversation.model_validate({"messages": messages, "tools": tools})
-    except ValidationError as error:
-        name, reason = describe_validation_error(error)[0]
-        raise DataError(f"`{name.replace('messages', column, 1)}`: {reason}") from error
-    if tokenizer.chat_template is None:
-        raise DataError(f"`{column}` needs a chat template, which this tokenizer does not have")
-    asked = _without_last_turn(column, conversation.messages, config)
-    options: dict[str, Any] = {
-        "add_generation_prompt": not config.continues_final_message,
-        **config.chat_template_kwargs,
-    }
-    if conversation.tools is not None:
-        options["tools"] = conversation.tools
-    rendered = [message.for_template() for message in asked]
-    text = render_messages(f"`{column}`", rendered, tokenizer, **options)
-    check_is_text(f"`{column}`", text)
-    return _PromptText(text, rendered)
-
-
-def _without_last_turn(column: str, messages: list[ChatMessage], config: DataConfig) -> list[ChatMessage]:
-    """The conversation up to where the student takes over."""
-    asked = list(messages)
-    while asked and asked[-1].role == "assistant" and not config.continues_final_message:
-        asked.pop()
-    if len(asked) < len(messages) and config.last_assistant_turn == "refuse":
-        raise DataError(
-            f"`{column}` ends with the assistant, whose turn is the student's to write; leave that message out or pass "
-            "--data.last_assistant_turn drop"
-        )
-    if not asked:
-        raise DataError(f"`{column}` holds messages of the assistant alone; put a question in front of them")
-    return asked

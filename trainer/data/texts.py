@@ -1,7 +1,7 @@
-"""Dataset texts for MiniLLM's L_PT: a JSONL file to windows of token ids.
+"""Dataset texts for MiniLLM's L_PT: a source to windows of token ids.
 
-consumes   a JSONL file, a row an object with `text`
-produces   windows of token ids, of which every token but the first is predicted
+consumes   what trainer/data/sources.py opens, a row an object with `text`
+produces   windows of token ids, of which every token but the first is predicted; all of them are held in memory
 """
 
 import reprlib
@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
 from services.models.text import TextError, check_is_text, encode_prompt
-from trainer.data.prompts import parse_object, read_lines, stop_or_skip, warn_of_skipped
+from trainer.data.prompts import stop_or_skip, warn_of_skipped
+from trainer.data.sources import Source, open_table
 from trainer.data.text_limits import NO_LIMITS, TextLimits, check_characters
 
 
@@ -31,17 +32,17 @@ def load_texts(
     size = config.max_text_tokens
     windows: list[list[int]] = []
     skipped: dict[int, str] = {}
-    num_rows = 0
-    for row, line in read_lines(path, "data.lm_path"):
-        num_rows += 1
+    table = open_table(Source(path, "data.lm_path"))
+    for index in range(len(table)):
         try:
-            ids = _encode(_text(line, config.text_column), tokenizer)
+            ids = _encode(_text(table.read(index), config.text_column), tokenizer)
             limits.check_ids(f"`{config.text_column}`", ids, tokenizer)
         except (DataError, TextError) as error:
-            stop_or_skip(path, row, str(error), config, skipped)
+            file, row = table.locate(index)
+            stop_or_skip(file, row if config.on_bad_row == "stop" else table.number(index), str(error), config, skipped)
             continue
         windows += [ids[i : i + size] for i in range(0, len(ids), size)]
-    warn_of_skipped(path, skipped, num_rows)
+    warn_of_skipped(path, skipped, len(table))
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise DataError(f"{path} holds no text of two tokens; a row is a JSON object with `{config.text_column}`")
@@ -58,8 +59,8 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [*ids, end]
 
 
-def _text(line: str, column: str) -> str:
-    text = parse_object(line).get(column)
+def _text(row: dict[str, Any], column: str) -> str:
+    text = row.get(column)
     if not isinstance(text, str) or not text:
         raise DataError(f"`{column}` must be non-empty text, got {reprlib.repr(text)}")
     check_is_text(f"`{column}`", text)

@@ -122,8 +122,3 @@ def columns_of(prompt: Prompt, config: RunConfig) -> dict[str, Any]:
     if prompt.teacher is not None:
         of_row[config.data.teacher_column] = prompt.teacher
     return of_row
-
-
-def column_names(prompts: Collection[Prompt], config: RunConfig) -> set[str]:
-    """All columns that any of the rows has."""
-    return {name for prompt in prompts for name in columns_of(prompt, config)}

@@ -20,7 +20,7 @@ def test_an_id_beyond_the_students_embedding_is_found_in_every_file(option: str,
     bad.write_text(json.dumps({"prompt": "p<|user|>", "text": "t<|user|>"}))  # token id 259
     student = {"model": save_model(tmp_path / "small", "qwen3", vocab_size=259)}
     data = {"path": str(good), "eval_path": str(good), "lm_path": str(good)}
-    assert _read_rows(config_of(student, data), build_tokenizer(), [256])[0].prompts
+    assert _read_rows(config_of(student, data), build_tokenizer(), [256])[0].parts[0].prompts
     with pytest.raises(DataError, match=r"bad\.jsonl, row 1: .*token id 259, beyond the 259 rows"):
         _read_rows(config_of(student, {**data, option: str(bad)}), build_tokenizer(), [256])
 

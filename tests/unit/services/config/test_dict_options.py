@@ -55,9 +55,12 @@ def test_every_table_holds_json(capsys: pytest.CaptureFixture[str]) -> None:
         "teacher.teacher_model_init_kwargs",
         "teacher.engine_args",
         "data.chat_template_kwargs",
+        "data.filters",
+        "data.more_paths",
         "lora.peft_kwargs",
     }
-    for name in tables - {"teacher_client.named", "lora.peft_kwargs"}:  # these refuse what the example has
+    # these refuse what the example has
+    for name in tables - {"teacher_client.named", "data.more_paths", "lora.peft_kwargs"}:
         engine = ["--teacher.engine", "vllm"] if name == "teacher.engine_args" else []
         section, option = name.split(".")
         found = resolved(capsys, "up", *engine, f"--{name}", "output_attentions=false,n=2")[section][option]

@@ -417,3 +417,21 @@ def test_a_position_continues_where_another_stream_was() -> None:
     resumed = RowStream(numbered(10), seed=0, shuffle=True)
     resumed.position = stream.position
     assert rows(resumed, 9) == rows(stream, 9)
+
+
+@pytest.mark.parametrize("tokenize_at_start", [0, 10])
+def test_the_columns_of_all_rows_are_known_before_any_is_used(tokenize_at_start: int, tmp_path: Path) -> None:
+    rows = [
+        '{"prompt": "a", "answer": "2", "x": 1}',
+        '{"prompt": "b", "y": null, "teacher": "maths"}',
+        '{"prompt": "c"}',
+    ]
+    path = write(tmp_path / "d.jsonl", *rows)
+    config = DataConfig(path=path, answer_column="answer", tokenize_at_start=tokenize_at_start)
+    assert read_prompts(path, config, TOKENIZER, teachers=["maths"]).columns == {"answer", "x", "y", "teacher"}
+
+
+def test_a_conversation_is_kept_beside_its_text(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    path = write(tmp_path / "d.jsonl", json.dumps({"messages": chat}), json.dumps({"prompt": "hi"}))
+    assert [prompt.messages for prompt in load(path)] == [chat, None]

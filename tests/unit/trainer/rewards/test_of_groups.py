@@ -10,9 +10,8 @@ from services.config import RunConfig
 from services.errors import ConfigError, RewardError
 from tests.unit.trainer.samples import SAMPLES
 from trainer import scoring
-from trainer.data.prompts import Prompt
 from trainer.groups import PromptGroup, Quarantined, Rollout
-from trainer.rewards.of_groups import GroupRewards, check_arguments, column_names
+from trainer.rewards.of_groups import GroupRewards, check_arguments
 from trainer.rewards.pool import RewardCall
 from trainer.scoring import Scoring
 from trainer.teacher_scores import Support
@@ -88,11 +87,6 @@ async def test_a_conversation_is_told_as_messages() -> None:
     told = pool.calls[0].arguments
     text = build_tokenizer().decode(SAMPLES[0].rollout.completion.token_ids, skip_special_tokens=True)
     assert told["prompts"] == [CHAT] and told["completions"] == [[{"role": "assistant", "content": text}]]
-
-
-def test_columns_are_those_of_all_rows() -> None:
-    prompts = [Prompt(1, [1], "a", "2", {"x": 1}), Prompt(2, [1], "b", None, {"y": None}, "maths")]
-    assert column_names(prompts, CONFIG) == {"x", "y", "solution", "teacher"}
 
 
 def test_what_nobody_gives_is_refused_with_what_there_is() -> None:
