@@ -16,8 +16,10 @@ def measure(config: RunConfig, objects: UserObjects = NOTHING) -> Evaluation | N
     Raises:
         DistillServeError: as of `train`; an EvaluationError if it cannot be measured.
     """
-    if config.data.eval_path is None:
-        raise ConfigError("an evaluation needs held-out prompts; give eval_dataset or data.eval_path")
+    if not config.data.has_held_out_rows:
+        raise ConfigError(
+            "an evaluation needs held-out prompts; give eval_dataset, data.eval_path, data.eval_split or data.held_out"
+        )
     with interruptible() as interruption:
         ranks = join_ranks(config)
         if ranks.index > 0:

@@ -65,7 +65,7 @@ def _passing(config: RunConfig, shape: ModelShape, layout: Layout) -> Mapping[st
 
 def _of_rank(shape: ModelShape, layout: Layout, passing: Mapping[str, int]) -> str:
     trained = layout.trained_bytes(shape)
-    kept = {"parameters": layout.shard_bytes(shape), "gradients": trained, "optimizer": 2 * trained}
+    kept = {"parameters": layout.kept_bytes(shape), "gradients": trained, "optimizer": 2 * trained}
     who = f"each of {layout.num_ranks} ranks" if layout.num_ranks > 1 else "the trainer"
     if layout.cpu_offload:
         return f"{who}: {_listed(kept)} in this machine's memory; {_listed(passing)} on its GPU; computed"

@@ -44,6 +44,8 @@ class Layout:
     """Last parts of the names of the layers that it is on; None: all linear ones, of which a pattern is a part."""
     in_4bit: bool = False
     """Whether the linear weights beside the adapter are."""
+    has_reference: bool = False
+    """Whether a frozen copy of the student is held beside it."""
 
     @classmethod
     def of(cls, config: RunConfig, num_ranks: int, num_local_ranks: int, *, on_gpu: bool) -> Self:
@@ -63,6 +65,7 @@ class Layout:
             adapter_rank=lora.r,
             adapter_targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
             in_4bit=lora.load_in_4bit,
+            has_reference=config.loss.alpha_reference_kl > 0,
         )
 
     @property
@@ -78,6 +81,10 @@ class Layout:
             whole += int((_4BIT - BYTES[self.master_dtype]) * shape.linear_parameters)
         return whole + (self.trained_bytes(shape) if self.adapter_rank else 0)
 
+    def kept_bytes(self, shape: ModelShape) -> int:
+        """Of a rank's parameters, and of its part of the reference."""
+        return (2 if self.has_reference else 1) * self.shard_bytes(shape)
+
     def trained_bytes(self, shape: ModelShape) -> int:
         """Of those of a rank's parameters that are trained; of their gradients, and of each of AdamW's moments, as much again."""
         if not self.adapter_rank:
@@ -91,7 +98,7 @@ class Layout:
 
 def trainer_share(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> Share:
     """A rank on its GPU: what it keeps, one micro-batch, and the buffers of a push."""
-    kept, trained = (0, 0) if layout.cpu_offload else (layout.shard_bytes(shape), layout.trained_bytes(shape))
+    kept, trained = (0, 0) if layout.cpu_offload else (layout.kept_bytes(shape), layout.trained_bytes(shape))
     head, fullest = _passing_bytes(shape, sizes, layout, bucket_bytes)
     return Share(
         parameters=kept,
@@ -189,10 +196,11 @@ def host_memory(shape: ModelShape, layout: Layout) -> HostMemory:
     """Of all ranks of the machine that has the first one."""
     whole = shape.num_parameters * BYTES[layout.master_dtype]
     is_here = layout.cpu_offload or not layout.on_gpu
-    part, trained = (layout.shard_bytes(shape), layout.trained_bytes(shape)) if is_here else (0, 0)
+    part, trained = (layout.kept_bytes(shape), layout.trained_bytes(shape)) if is_here else (0, 0)
     copies = 2 * shape.num_parameters * BYTES[layout.rollout_dtype] if layout.num_ranks > 1 else 0
     return HostMemory(
-        load=whole + (layout.num_local_ranks - 1) * part,
+        # The last rank loads the reference beside its student.
+        load=whole + (layout.num_local_ranks - 1) * part + layout.has_reference * is_here * layout.shard_bytes(shape),
         train=layout.num_local_ranks * (part + 3 * trained) + copies,
         save=layout.num_local_ranks * (part + 2 * trained)
         + copies

@@ -77,7 +77,9 @@ class RunControl:
             ConfigError: there are no held-out prompts.
         """
         if not self._can_evaluate:
-            raise ConfigError("an evaluation needs held-out prompts; give eval_dataset or data.eval_path")
+            raise ConfigError(
+                "an evaluation needs held-out prompts; give eval_dataset, data.eval_path, data.eval_split or data.held_out"
+            )
         self._asked.add("evaluate")
 
     @property

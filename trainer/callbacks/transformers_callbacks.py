@@ -147,7 +147,7 @@ def training_arguments(config: RunConfig, num_steps: int) -> TrainingArguments:
         adam_epsilon=optimizer.eps,
         max_grad_norm=optimizer.max_grad_norm,
         logging_steps=1,
-        eval_strategy="no" if config.data.eval_path is None else "steps",
+        eval_strategy="steps" if config.data.has_held_out_rows else "no",
         eval_steps=every or num_steps,
         save_strategy="steps" if output.save_every_steps else "no",
         save_steps=output.save_every_steps or num_steps,

@@ -224,3 +224,19 @@ def test_the_machine_holds_what_is_offloaded_or_computed_there() -> None:
     assert host_memory(QWEN3_0_6B, replace(EIGHT, on_gpu=False)) == offloaded
     ddp = host_memory(QWEN3_0_6B, replace(EIGHT, shard_degree=1, on_gpu=False))
     assert ddp == HostMemory(load=32 * PARAMETERS, train=132 * PARAMETERS, save=100 * PARAMETERS)
+
+
+def test_a_reference_is_held_beside_the_student_and_has_no_gradients() -> None:
+    config = RunConfig(student={"model": "m"}, loss={"alpha_reference_kl": 0.1})
+    with_one = Layout.of(config, 1, 1, on_gpu=False)
+    without = replace(with_one, has_reference=False)
+    part = without.shard_bytes(QWEN3_0_6B)
+    shares = [trainer_share(QWEN3_0_6B, Sizes(64), layout, 1 << 20) for layout in (with_one, without)]
+    assert shares[0].parameters - shares[1].parameters == part
+    assert (shares[0].gradients, shares[0].optimizer) == (shares[1].gradients, shares[1].optimizer)
+    hosts = [host_memory(QWEN3_0_6B, layout) for layout in (with_one, without)]
+    assert [getattr(hosts[0], p) - getattr(hosts[1], p) for p in ("load", "train", "save")] == [part] * 3
+    offloaded = replace(with_one, on_gpu=True)
+    assert (
+        host_memory(QWEN3_0_6B, offloaded).load == host_memory(QWEN3_0_6B, replace(offloaded, has_reference=False)).load
+    )
