@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -36,7 +37,7 @@ from services.process.folder_lock import lock_folder
 from services.process.signals import Interrupted
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.run_callbacks import checked_callbacks
-from trainer.data.dataset_file import write_rows
+from trainer.data.dataset_file import write_dataset, write_rows
 from trainer.evaluation.evaluate import Evaluation
 from trainer.measure import measure
 from trainer.model_folder import model_folder
@@ -384,12 +385,14 @@ def _number_of_ranks(variable: str) -> int:
 
 
 def _file_of(name: str, rows: Rows, folder: Path, limit: int | None) -> str:
-    """The file of a data set.
+    """The file, or folder, of a data set.
 
     Args:
         limit: rows that the run uses of a stream; None: all.
     """
     if isinstance(rows, str | Path):
         return str(rows)
+    if isinstance(rows, Dataset):
+        return write_dataset(rows, folder / name)
     is_stream = not hasattr(rows, "__len__")
     return write_rows(name, rows, folder / f"{name}.jsonl", limit if is_stream else None)

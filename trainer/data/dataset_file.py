@@ -1,19 +1,47 @@
-"""A data set in memory as the file that the trainer reads: a row of JSON a line."""
+"""A data set that a program holds as a file, or a folder, that the trainer reads. It stays in the run's folder: what was trained on
+can be looked at, and trained on again."""
 
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from services.errors import DataError
 from services.process.files import cannot_write
+from trainer.data.sources import quiet_datasets
+
+
+def write_dataset(dataset: Dataset, path: Path) -> str:
+    """Write a data set as `datasets` keeps it: as fast as it can be copied, and with the types of its columns; returns the path.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    beside, before = (path.with_name(f".{path.name}.{end}") for end in ("part", "before"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        with quiet_datasets():
+            dataset.with_format(None).save_to_disk(str(beside))
+        if path.exists():  # the data set may be the one in this folder
+            path.replace(before)
+        beside.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+    return str(path)
 
 
 def write_rows(name: str, rows: Iterable[Mapping[str, Any]], path: Path, limit: int | None = None) -> str:
-    """Write a datasets.Dataset, an IterableDataset or a list of dicts; returns the path.
+    """Write an IterableDataset or a list of dicts, a row of JSON a line; returns the path.
 
     Args:
         name: of the argument, for errors.

@@ -8,7 +8,6 @@ Every call has a deadline, at which its process is killed. A process that is gon
 """
 
 import asyncio
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +222,7 @@ class RewardPool:
             ) from error
         except WorkerEndedError as error:
             raise RewardError(f"{who}: its process {error} when it was called {of_row}") from error
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise RewardError(f"{who} cannot be given the columns of row {call.row}: {error}") from error
         if "rewards" in answer:
             rewards: list[float | None] = answer["rewards"]

@@ -3,13 +3,13 @@
 import asyncio
 import json
 import os
-import pickle
 import signal
 import sys
 from contextlib import suppress
 from typing import Any, Self
 
 from services.errors import ConfigError
+from trainer.rewards.documents import decode, encode
 
 # The interpreter's own path is replaced before anything but the standard library is imported.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trainer.rewards.worker import main; main()"
@@ -96,7 +96,7 @@ class WorkerProcess:
 
         Raises:
             WorkerEndedError: it ended instead.
-            PicklingError, TypeError, AttributeError: the arguments cannot be sent to another process.
+            TypeError, ValueError: the arguments cannot be sent to another process.
         """
         assert self._reading is not None, "load comes first"
         self._num_calls += 1
@@ -135,7 +135,7 @@ class WorkerProcess:
 
     async def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        document = pickle.dumps(request)
+        document = encode(request)
         with suppress(ConnectionError):  # what it has died of is heard of where its answer is waited for
             self._process.stdin.write(document)
             await self._process.stdin.drain()
@@ -149,7 +149,7 @@ class WorkerProcess:
         assert self._process.stdout is not None
         try:
             line = await self._process.stdout.readline()
-            return json.loads(line) if line.endswith(b"\n") else None
+            return decode(line) if line.endswith(b"\n") else None
         except ValueError:  # a function has written into our pipe, or a line that is far too long
             self.kill()
             return None

@@ -1,7 +1,6 @@
 """A reward worker: the process in which functions of the user run, apart from the trainer, which can kill it.
 
-process.py starts it. It reads pickles, which the trainer that started it writes to its standard input (columns of rows can be
-of any type), and writes lines of JSON, so that the trainer unpickles nothing that functions of others have made.
+process.py starts it. It reads lines of JSON from its standard input, and writes others (documents.py).
 
     ► {"functions": [[module, name], ...]} or {"model": {...}}, "overlapping": bool
     ◄ {"importing": 0}, {"importing": 1}, ...  {"ready": [...]} or {"failed": "why"}
@@ -11,9 +10,7 @@ of any type), and writes lines of JSON, so that the trainer unpickles nothing th
 
 import asyncio
 import inspect
-import json
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from services.process.parent import end_with_parent
+from trainer.rewards.documents import decode, encode
 from trainer.rewards.functions import (
     NotARewardError,
     RewardFunction,
@@ -60,7 +58,7 @@ def _take_streams() -> tuple[BinaryIO, Answer]:
 
     def answer(document: dict[str, Any]) -> None:
         try:
-            answers.write(json.dumps(document).encode() + b"\n")
+            answers.write(encode(document))
             answers.flush()
         except BrokenPipeError:
             os._exit(0)  # nobody listens any more
@@ -70,10 +68,8 @@ def _take_streams() -> tuple[BinaryIO, Answer]:
 
 def _read(requests: BinaryIO) -> Any:
     """The next request; None when there are no more."""
-    try:
-        return pickle.load(requests)
-    except EOFError:
-        return None
+    line = requests.readline()
+    return decode(line) if line.endswith(b"\n") else None
 
 
 def _load(setup: dict[str, Any], answer: Answer) -> list[Any] | None:

@@ -99,8 +99,7 @@ def test_the_page_s_own_lines_start_servers_and_make_one_pass_over_the_data(
     assert (config.student.model, config.teacher.model) == (models["student"], models["teacher"])
     assert (config.pipeline.epochs, config.pipeline.steps) == (1.0, None)
     assert config.rollout_client.urls == ["http://127.0.0.1:9"]  # the one that the servers have
-    rows = [json.loads(line) for line in Path(config.data.path or "").read_text().splitlines()]
-    assert rows == ROWS[:1] * 2
+    assert datasets.load_from_disk(config.data.path or "").to_list() == ROWS[:1] * 2
     assert Path(config.data.path or "").is_relative_to("outputs/run")
 
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,14 @@ from services.config import RunConfig
 from services.errors import ConfigError
 from services.gpus.memory import GIB, Share, usable_bytes
 from services.gpus.options import computed, with_shares
-from services.gpus.plan import MemoryPlan, plan
+from services.gpus.plan import plan
 from services.gpus.sharing import ROLES, check_nccl, servers_share_a_gpu
-from tests.unit.services.fake_gpus import UUIDS, install_gpus, install_torch
+from tests.unit.services.fake_gpus import UUIDS, install_torch
+from tests.unit.services.gpus.planning import SHAPES, planned, run
 from tests.unit.services.shapes import QWEN3_0_6B, QWEN3_1_7B
-
-SHAPES = {"student": QWEN3_0_6B, "teacher": QWEN3_1_7B}
-
-
-def run(**changes: dict[str, Any]) -> RunConfig:
-    """The README's example for own models, with changes to its sections."""
-    sections: dict[str, dict[str, Any]] = {
-        "student": {"model": "student"},
-        "teacher": {"model": "teacher", "dtype": "bfloat16"},
-        "rollout": {"dtype": "bfloat16"},
-        "data": {"path": "prompts.jsonl", "eval_path": "held-out.jsonl"},
-        "sampling": {"max_new_tokens": 512},
-        "pipeline": {"prompts_per_step": 64, "steps": 200},
-        "optimizer": {"learning_rate": 1e-5},
-    }
-    return RunConfig(**{name: sections.get(name, {}) | changes.get(name, {}) for name in {**sections, **changes}})
-
 
 # Two GPUs, the first of them the trainer's alone.
 APART: dict[str, dict[str, Any]] = {"rollout": {"cuda_devices": "1"}, "teacher": {"cuda_devices": "1"}}
-
-
-@pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return lambda *sizes: install_gpus(tmp_path, monkeypatch, sizes)
-
-
-def planned(config: RunConfig, role: str | None = None) -> MemoryPlan:
-    found = plan(config, role, SHAPES.get)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(
@@ -413,107 +385,6 @@ def test_a_gpu_of_its_own_is_advised_where_that_is_enough_alone(gpus: Any) -> No
     gpus(14 * GIB)  # there is no other
     with pytest.raises(ConfigError, match=r"set trainer.cpu_offload = true, which is slow$"):
         planned(run())
-
-
-RANKS: dict[str, dict[str, Any]] = {
-    "student": {"cuda_devices": "0,1,2,3"},
-    "rollout": {"cuda_devices": "4"},
-    "teacher": {"cuda_devices": "4"},
-    "trainer": {"num_processes": 4},
-}
-
-
-@pytest.fixture
-def five_gpus(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(*[24 * GIB] * 5)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def trainers(config: RunConfig, role: str | None = None) -> list[int]:
-    """Parameters on each GPU of the trainer, in parts of 64 of the student's."""
-    shares = [gpu.shares.get("trainer") for gpu in planned(config, role).gpus]
-    return [round(share.parameters * 64 / 4 / QWEN3_0_6B.num_parameters) for share in shares if share is not None]
-
-
-@pytest.mark.parametrize(
-    ("trainer", "parts"),
-    [
-        ({"num_processes": 4}, [16, 16, 16, 16]),
-        ({"num_processes": 2}, [32, 32]),
-        ({"num_processes": 4, "shard_degree": 2}, [32, 32, 32, 32]),
-        ({"num_processes": 4, "parallelism": "ddp"}, [64, 64, 64, 64]),
-        ({"num_processes": 4, "cpu_offload": True}, [0, 0, 0, 0]),
-    ],
-)
-def test_each_rank_has_a_gpu_and_its_part_of_the_student(trainer: Any, parts: list[int], five_gpus: None) -> None:
-    for role in (None, "trainer"):
-        assert trainers(run(**RANKS | {"trainer": trainer}), role) == parts
-
-
-def test_ranks_that_torchrun_started_are_those_of_its_environment(
-    five_gpus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert trainers(run(**RANKS), "trainer") == [32, 32]
-    assert trainers(run(**RANKS | {"trainer": {"shard_degree": 8}}), "trainer") == [8, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE = 6 in the environment needs 6 GPUs"):
-        planned(run(**RANKS), "trainer")
-    monkeypatch.delenv("WORLD_SIZE")
-    assert trainers(run(**RANKS), "trainer") == [16, 16, 16, 16]
-
-
-def test_a_rank_without_a_gpu_of_its_own_is_refused(five_gpus: None) -> None:
-    names = r"student.cuda_devices = '0,1' names 2; give it more with student.cuda_devices, or ask for less$"
-    for role in (None, "trainer"):
-        with pytest.raises(ConfigError, match=rf"^trainer.num_processes = 4 needs 4 GPUs, {names}"):
-            planned(run(**RANKS | {"student": {"cuda_devices": "0,1"}}), role)
-        with pytest.raises(ConfigError, match=r"^trainer.num_processes = 6 needs 6 GPUs, the trainer sees 5;"):
-            planned(run(trainer={"num_processes": 6}), role)
-    planned(run(**RANKS | {"student": {"cuda_devices": "0,1"}}), "rollout")  # the trainer will be told
-
-
-@pytest.mark.parametrize(
-    ("total", "trainer", "advice"),
-    [
-        (8 * GIB, {"num_processes": 4, "parallelism": "ddp"}, "set trainer.parallelism = fsdp2"),
-        (8 * GIB, {"num_processes": 4, "shard_degree": 1}, "leave trainer.shard_degree = 1 out"),
-        (6 * GIB, {"num_processes": 2}, "set trainer.num_processes = 3, a GPU each"),
-        (
-            6 * GIB,
-            {"num_processes": 2, "parallelism": "ddp"},
-            "set trainer.num_processes = 3 and trainer.parallelism = fsdp2, a GPU each",
-        ),
-        (3.6 * GIB, {"num_processes": 4}, "set trainer.cpu_offload = true"),
-        (3.6 * GIB, {"num_processes": 4, "cpu_offload": True, "shard_degree": 1}, None),
-    ],
-)
-def test_ranks_that_do_not_fit_are_told_how_to_spread_the_student(
-    total: float, trainer: dict[str, Any], advice: str | None, gpus: Any
-) -> None:
-    gpus(*[total] * 4, 80e9)
-    config = run(**RANKS | {"trainer": trainer})
-    if advice is None:
-        planned(config, "trainer")
-        return
-    with pytest.raises(ConfigError) as error:
-        planned(config, "trainer")
-    assert advice in str(error.value)
-
-
-def test_several_rollout_servers_have_gpus_one_after_another(gpus: Any) -> None:
-    gpus(*[80e9] * 4)
-    several = {"num_servers": 2, "tensor_parallel_size": 2}
-    roles = [list(gpu.shares) for gpu in planned(run(rollout=several)).gpus]
-    assert roles == [["rollout", "teacher", "trainer"], ["rollout"], ["rollout"], ["rollout"]]
-    assert list(planned(run(rollout=several | {"cuda_devices": "2,3"}), "rollout").gpus[0].shares) == ["rollout"]
-    with pytest.raises(
-        ConfigError,
-        match=r"rollout.num_servers times tensor_parallel_size needs 4 GPUs, rollout.cuda_devices = '2,3' names 2;",
-    ):
-        planned(run(rollout=several | {"cuda_devices": "2,3"}))
 
 
 def test_the_table_has_a_line_a_role(gpus: Any) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
+from services.config import DataConfig
 from services.errors import DataError, OutputError
-from trainer.data.dataset_file import write_rows
+from trainer.data.dataset_file import write_dataset, write_rows
+from trainer.data.prompts import read_prompts
+from trainer.tiny.pair import build_tokenizer
 
 ROWS = [{"prompt": "ä\n\u2028", "n": 1}, {"prompt": [{"role": "user", "content": "x"}], "n": None}]
 
@@ -26,8 +29,30 @@ def test_rows_are_what_they_were(tmp_path: Path) -> None:
 def test_a_dataset_and_a_stream_give_the_same_rows(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "answer": n} for n in range(5)]
     dataset = datasets.Dataset.from_list(rows)
-    assert read(write_rows("train_dataset", dataset, tmp_path / "a")) == rows
-    assert read(write_rows("train_dataset", dataset.to_iterable_dataset(), tmp_path / "b", 3)) == rows[:3]
+    folder, file = tmp_path / "deep" / "a", tmp_path / "b.jsonl"
+    read_back = [
+        read_prompts(path, DataConfig(path=path), build_tokenizer()).fitting(20)
+        for path in (
+            write_dataset(dataset.with_format("numpy"), folder),
+            write_rows("train_dataset", dataset.to_iterable_dataset(), file, 3),
+        )
+    ]
+    assert read_back[0][:3] == read_back[1] and len(read_back[0]) == 5
+    assert [prompt.answer for prompt in read_back[1] if prompt is not None] == ["0", "1", "2"]
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+
+
+def test_a_dataset_keeps_its_types_and_may_be_the_one_that_is_there(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "when": datetime(2020, 1, 1), "raw": b"\0"}]
+    path = write_dataset(datasets.Dataset.from_list(rows), tmp_path / "rows")
+    again = write_dataset(datasets.load_from_disk(path), tmp_path / "rows")
+    assert datasets.load_from_disk(again).to_list() == rows
+
+
+def test_a_dataset_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(OutputError, match=r"rows cannot be written"):
+        write_dataset(datasets.Dataset.from_list(ROWS[:1]), tmp_path / "data" / "rows")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,9 @@ async def test_a_call_that_is_given_up_leaves_no_process_and_close_neither(tmp_p
 
 async def test_columns_that_no_other_process_can_be_given_are_said() -> None:
     async with pool_of("length") as pool:
-        with pytest.raises(RewardError, match=r":length cannot be given the columns of row 7: .*pickle"):
+        with pytest.raises(
+            RewardError, match=r":length cannot be given the columns of row 7: a function is neither JSON"
+        ):
             await pool.call(call(level=[lambda: None, 1]))
 
 
