@@ -33,7 +33,7 @@ from trainer.loss import (
 )
 from trainer.loss.head import HeadOutput
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import delay_reduction, is_spread, local, measuring, whole
+from trainer.parallel import delay_reduction, is_spread, keeps_gradients, local, measuring, whole
 from trainer.ranks.group import Ranks
 from trainer.student import Student
 from trainer.weights.adapter_proof import AdapterProof
@@ -259,7 +259,7 @@ class Learner:
         if math.isfinite(norm):
             self._check()
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not keeps_gradients(self.student))
         return norm
 
     def _advance_schedule(self) -> None:

@@ -174,6 +174,11 @@ def delay_reduction(student: nn.Module, is_last: bool) -> None:
         student.set_requires_gradient_sync(is_last)
 
 
+def keeps_gradients(student: nn.Module) -> bool:
+    """Whether gradients are parts of buckets that stay, and are set to zero in place: without them there would be both."""
+    return isinstance(student, DDP)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A parameter or gradient gathered from all ranks, which must all ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

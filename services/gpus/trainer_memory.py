@@ -69,10 +69,11 @@ class Layout:
         )
 
     @property
-    def is_spread(self) -> bool:
-        """Whether layers are gathered before they run, which one rank alone needs for another dtype or memory only."""
+    def is_gathered(self) -> bool:
+        """Whether layers are gathered before they run, which a rank that holds everything needs for another dtype or memory
+        only."""
         trained = "float32" if self.adapter_rank and not self.in_4bit else self.master_dtype
-        return self.num_ranks > 1 or self.compute_dtype != trained or self.cpu_offload
+        return self.shard_degree > 1 or self.compute_dtype != trained or self.cpu_offload
 
     def shard_bytes(self, shape: ModelShape) -> int:
         """Of a rank's parameters."""
@@ -99,7 +100,8 @@ class Layout:
 def trainer_share(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> Share:
     """A rank on its GPU: what it keeps, one micro-batch, and the buffers of a push."""
     kept, trained = (0, 0) if layout.cpu_offload else (layout.kept_bytes(shape), layout.trained_bytes(shape))
-    head, fullest = _passing_bytes(shape, sizes, layout, bucket_bytes)
+    head, step = _step_bytes(shape, sizes, layout)
+    fullest = max(step, _push_bytes(shape, layout, bucket_bytes))
     return Share(
         parameters=kept,
         gradients=trained,
@@ -110,7 +112,13 @@ def trainer_share(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes:
     )
 
 
-def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes: int) -> tuple[int, int]:
+def _push_bytes(shape: ModelShape, layout: Layout, bucket_bytes: int) -> int:
+    """Two buckets, and a tensor as it is sent; a layer is merged with its adapters in float32."""
+    merged = 2 * _FLOAT32 * shape.layer_parameters if layout.adapter_rank else 0
+    return 2 * bucket_bytes + max(shape.embedding_parameters * BYTES[layout.rollout_dtype], merged)
+
+
+def _step_bytes(shape: ModelShape, sizes: Sizes, layout: Layout) -> tuple[int, int]:
     """Of what comes and goes in a step: the head when it is largest, and all of it at the fullest moment."""
     tokens, size = max(sizes.tokens_per_micro_batch, sizes.max_model_len), BYTES[layout.compute_dtype]
     of_layer = _saved_bytes_per_token(shape, layout, sizes.max_model_len)
@@ -119,7 +127,7 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
     is_frozen = layout.adapter_rank > 0
     gradient = 0 if is_frozen else size * shape.embedding_parameters  # of the embedding or the head
     root = layer = sent = reduced = waiting = 0
-    if layout.is_spread:
+    if layout.is_gathered:
         root = size * shape.root_parameters
         whole_layer = shape.layer_parameters + layout.adapter_of_layer(shape)
         trained = layout.adapter_of_layer(shape) if is_frozen else whole_layer
@@ -129,7 +137,9 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
         # Gradients in the order in which they are sent, beside those that were computed; a group of one sums and copies them.
         beside = 2 * _FLOAT32 if layout.shard_degree == 1 else size
         reduced = 0 if is_frozen else (_FLOAT32 + beside) * shape.root_parameters
-    if layout.is_spread or shape.is_tied:
+    elif layout.num_ranks > 1:
+        sent = layout.trained_bytes(shape)  # DistributedDataParallel makes its buckets anew, once, in the second step
+    if layout.is_gathered or shape.is_tied:
         waiting = gradient  # the head's, until the embedding has run
     layer += 2 * tokens * of_layer  # its activations' gradients are as large as what it saved
     head = root + _head_bytes(shape, tokens, size, on_gpu=layout.on_gpu, is_frozen=is_frozen)
@@ -138,11 +148,6 @@ def _passing_bytes(shape: ModelShape, sizes: Sizes, layout: Layout, bucket_bytes
         root + waiting + sent + kept + layer,
         root + waiting + sent + gradient,
         reduced,
-        # A layer is merged with its adapters in float32.
-        2 * bucket_bytes
-        + max(
-            shape.embedding_parameters * BYTES[layout.rollout_dtype], is_frozen * 2 * _FLOAT32 * shape.layer_parameters
-        ),
     )
     return head, max(moments)
 

@@ -31,7 +31,7 @@ from trainer.lora import add_adapter
 from trainer.loss import head as lm_head
 from trainer.loss.head import support_logprobs
 from trainer.optimizer import build_optimizer
-from trainer.parallel import delay_reduction, spread
+from trainer.parallel import _add_up_gradients, delay_reduction, keeps_gradients, spread
 from trainer.student import Student
 
 NUM_RANKS, NUM_TOKENS = 2, 16
@@ -64,6 +64,9 @@ TIED = {"tied": True, "untied": False}
 
 
 def spread_as(layout: Layout, student: Student) -> None:
+    if not layout.is_gathered:
+        _add_up_gradients(student)
+        return
     groups = (layout.num_ranks // layout.shard_degree, layout.shard_degree)
     mesh = init_device_mesh("cpu", groups, mesh_dim_names=("replicate", "shard"))
     spread(student, mesh if groups[0] > 1 else mesh["shard"], getattr(torch, layout.compute_dtype))
@@ -120,13 +123,13 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
         targets = "all-linear" if layout.adapter_targets is None else list(layout.adapter_targets)
         add_adapter(model, LoraConfig(r=layout.adapter_rank, target_modules=targets))
     student = Student(model).train()
-    if layout.is_spread:
+    if layout.is_gathered or layout.num_ranks > 1:
         spread_as(layout, student)
     head: list[int] = []
 
     def measuring(hidden: Tensor, weight: Tensor, *args: Any, **options: Any) -> Any:
         root = (p for name, p in student.named_parameters() if ".layers." not in name)
-        head.append(held([hidden]) + (held(root) if layout.is_spread else 0))
+        head.append(held([hidden]) + (held(root) if layout.is_gathered else 0))
         with Live() as live:
             inputs = [t.detach().requires_grad_(t.requires_grad) for t in (hidden, weight)]
             support_logprobs(*inputs, *args, **options).token_logprobs.sum().backward()
@@ -153,8 +156,10 @@ def measured(layout: Layout, config: dict[str, Any], profiled: bool) -> dict[str
     }
     if profiled and layout.shard_degree == 1:
         student_module.support_logprobs = support_logprobs
-        optimizer.zero_grad(set_to_none=True)
+        kept = keeps_gradients(student)
+        optimizer.zero_grad(set_to_none=not kept)
         found["fullest"] = peak_of(lambda: (micro_batch(is_last=False), micro_batch(is_last=True)))
+        found["fullest"] += held(gradients) if kept else 0
     return found
 
 
@@ -192,11 +197,17 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_takes_what_was_computed(name: str, tied: str, found: Found) -> None:
     shape = ModelShape.from_config(found.config | {"tie_word_embeddings": TIED[tied]})
-    share = trainer_share(shape, Sizes(max_model_len=NUM_TOKENS, tokens_per_micro_batch=NUM_TOKENS), LAYOUTS[name], 0)
-    computed = {**asdict(share), "fullest": share.gradients + share.head + share.activations}
+    sizes = Sizes(max_model_len=NUM_TOKENS, tokens_per_micro_batch=NUM_TOKENS)
+    share = trainer_share(shape, sizes, LAYOUTS[name], 0)
+    _, in_a_step = trainer_memory._step_bytes(shape, sizes, LAYOUTS[name])
+    computed = {**asdict(share), "fullest": share.gradients + in_a_step}
     for of_rank in found.of_ranks:
         for part, taken in of_rank[f"{name}, {tied}"].items():
-            assert computed[part] == pytest.approx(taken, rel=0.02), part
+            if part == "fullest" and LAYOUTS[name].adapter_rank:  # layers that are frozen save a little less
+                assert 0.98 * taken <= computed[part] <= 1.1 * taken, part
+            else:
+                # Of the buckets of ddp, old ones go one after another.
+                assert computed[part] == pytest.approx(taken, rel=0.03 if part == "fullest" else 0.02), part
 
 
 def test_tiles_of_logits_are_as_large_as_in_the_head() -> None:
