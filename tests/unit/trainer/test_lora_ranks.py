@@ -130,7 +130,9 @@ def test_two_ranks_train_the_adapter_of_one(way: str, folders: dict[str, str], f
 def test_frozen_weights_have_neither_gradients_nor_moments_on_a_rank(way: str, found: Path) -> None:
     two: dict[str, Any] = torch.load(found / way, weights_only=False)
     held = two["held"]
-    assert held["with_gradients"] == [] and held["moments"] == {torch.float32}
+    # Those of what is trained stay, zeros, where they are parts of buckets.
+    assert held["with_gradients"] == ([] if "ddp" not in way else sorted(two["trained"]))
+    assert held["moments"] == {torch.float32}
     assert held["parameters"] == 1.0 if "ddp" in way else held["parameters"] <= 0.6
     assert set(two["adapter"]) == set(two["trained"])
     for name, tensor in two["adapter"].items():
