@@ -20,17 +20,11 @@ from tests.unit.services.hub.finished_runs import finished_run
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def module_hub() -> Iterator[Hub]:
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """One for each test: what a program that was ended has sent may still arrive afterwards."""
     with running_hub() as hub:
         yield hub
-
-
-@pytest.fixture
-def hub(module_hub: Hub) -> Hub:
-    for part in (module_hub.repos, module_hub.objects, module_hub.faults, module_hub.asked):
-        part.clear()
-    return module_hub
 
 
 @pytest.fixture(scope="module")
