@@ -9,6 +9,7 @@ student/         the trained model (saving.py)   summary.json     before -> afte
 import importlib.util
 import json
 import logging
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,17 @@ from services.wire.batch import TrainingBatch
 from trainer.evaluation.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
+
+
+def hear_of_tensorboard_once() -> None:
+    """Its writing thread prints what ends it, and raises the same at the next write, which a run ends with in one line."""
+    others = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            others(args)
+
+    threading.excepthook = hook
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -111,6 +123,7 @@ class RunRecord:
             self.dir.mkdir(parents=True, exist_ok=True)
             options = _flat(self._config.model_dump(mode="json"))
             # Before anything is replaced: one may want a key or a network.
+            hear_of_tensorboard_once()
             self._accelerator.init_trackers(self._config.output.project, config=options)
             for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
                 (self.dir / stale).unlink(missing_ok=True)

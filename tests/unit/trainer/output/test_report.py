@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from services.errors import ConfigError, OutputError, StartupError
 from services.launch.summary_table import summary_table
 from tests.unit.trainer.samples import batch_of, sample
 from trainer.evaluation.evaluate import Evaluation
-from trainer.output.report import FailedEvaluation, RunRecord, Summary, check_trackers
+from trainer.output.report import FailedEvaluation, RunRecord, Summary, check_trackers, hear_of_tensorboard_once
 from trainer.tiny.pair import build_tokenizer
 
 
@@ -147,3 +148,19 @@ def test_a_log_whose_disk_is_full_does_not_fail_a_run_that_is_complete(
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or it fails once more when the file is closed
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
+
+
+def test_what_ends_tensorboards_thread_is_told_by_the_next_write_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.thread))
+    hear_of_tensorboard_once()
+
+    class _AsyncWriterThread(threading.Thread):
+        def run(self) -> None:
+            raise OSError("full")
+
+    other = threading.Thread(target=lambda: 1 / 0)
+    for thread in (_AsyncWriterThread(), other):
+        thread.start()
+        thread.join()
+    assert told == [other]
