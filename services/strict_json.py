@@ -8,6 +8,8 @@ import codecs
 import json
 from typing import Any
 
+from services.errors import DataError
+
 _SHOWN_CHARACTERS = 80
 
 
@@ -38,6 +40,21 @@ def parse_json(text: str | bytes) -> Any:
         raise JsonError("it is nested too deeply") from error
     except ValueError as error:  # not UTF-8, or more digits than Python converts, are others than JSONDecodeError
         raise JsonError(str(error)) from error
+
+
+def parse_object(line: str | bytes) -> dict[str, Any]:
+    """One row of JSON text.
+
+    Raises:
+        DataError: it is no JSON object, or gives a key twice.
+    """
+    try:
+        content = parse_json(line)
+    except JsonError as error:
+        raise DataError(f"invalid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def without_bom(content: bytes) -> bytes:

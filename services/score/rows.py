@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.errors import DataError, describe_validation_error
-from services.strict_json import JsonError, parse_json, without_bom
+from services.strict_json import parse_object, without_bom
 from services.wire.teacher import TeacherSequence
 
 _FORMS = {
@@ -114,12 +114,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
     Raises:
         DataError: it is no JSON object, or has none or several of the forms of a sequence.
     """
-    try:
-        content = parse_json(line)
-    except JsonError as error:
-        raise DataError(f"invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"expected a JSON object, got {type(content).__name__}")
+    content = parse_object(line)
     sequence = _sequence({name: value for name, value in content.items() if value is not None})
     try:
         TeacherSequence.model_validate(sequence)

@@ -12,10 +12,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from services.errors import DataError
-from services.strict_json import JsonError, parse_json
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -49,21 +47,6 @@ def read_row_texts(path: str, option: str) -> Iterator[tuple[int, str]]:
     if suffix == ".json":
         return _read_json(path, option)
     return read_lines(path, option)
-
-
-def parse_object(line: str) -> dict[str, Any]:
-    """One row of JSON text.
-
-    Raises:
-        DataError: it is no JSON object, or gives a key twice.
-    """
-    try:
-        content = parse_json(line)
-    except JsonError as error:
-        raise DataError(f"invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _read_json(path: str, option: str) -> Iterator[tuple[int, str]]:

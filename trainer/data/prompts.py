@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import overload
+from typing import Any, overload
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -62,16 +62,15 @@ class LatePrompts(Sequence["Prompt | None"]):
             return [self[index] for index in range(len(self))[place]]
         index, config = int(self._rows.indices[place]), self._reader.config
         try:
-            prompt = self._reader.encode(self._rows.table.number(index), self._rows.table.read(index))
-            if is_filtered(prompt, config):
-                self._left_out.add(None)
-                return None
-            raise_first(self._checks, prompt)
+            number, content = self._rows.table.number(index), self._rows.table.read(index)
+            prompt = encode_checked(self._reader, number, content, self._checks)
         except DataError as error:
             if config.on_bad_row == "stop":
                 raise bad_row(self._rows.table, index, str(error)) from error
             self._left_out.add("{}, row {}: {}".format(*self._rows.table.locate(index), error))
             return None
+        if prompt is None:
+            self._left_out.add(None)
         return prompt
 
     def checked_by(self, reason: Reason) -> "LatePrompts":
@@ -109,11 +108,7 @@ class StreamedPrompts:
             self._left_out.add(None)
             return None
         try:
-            prompt = self._reader.encode(row, content)
-            if is_filtered(prompt, config):
-                self._left_out.add(None)
-                return None
-            raise_first(self._checks, prompt)
+            prompt = encode_checked(self._reader, row, content, self._checks)
         except DataError as error:
             if config.on_bad_row == "stop":
                 raise DataError(
@@ -121,6 +116,8 @@ class StreamedPrompts:
                 ) from error
             self._left_out.add(f"{self._name}, row {row}: {error}")
             return None
+        if prompt is None:
+            self._left_out.add(None)
         return prompt
 
     def checked_by(self, reason: Reason) -> "StreamedPrompts":
@@ -133,15 +130,21 @@ def is_filtered(prompt: Prompt, config: DataConfig) -> bool:
     return most is not None and len(prompt.token_ids) > most
 
 
-def raise_first(checks: tuple[Reason, ...], prompt: Prompt) -> None:
-    """Run the checks of a prompt.
+def encode_checked(
+    reader: RowReader, number: int, content: dict[str, Any], checks: tuple[Reason, ...]
+) -> Prompt | None:
+    """A row as a prompt; None where data.filter_max_prompt_tokens leaves it out.
 
     Raises:
-        DataError: the first reason that one of them gives.
+        DataError: the row is bad, or the first reason that a check gives.
     """
+    prompt = reader.encode(number, content)
+    if is_filtered(prompt, reader.config):
+        return None
     for check in checks:
         if (why := check(prompt)) is not None:
             raise DataError(why)
+    return prompt
 
 
 class _LeftOut:

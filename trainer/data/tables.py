@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from services.errors import DataError
-from trainer.data.lines import parse_object
+from services.strict_json import parse_object
 
 Batch = dict[str, list[Any]]
 """What `datasets` gives for a slice of rows: the values of each column."""
