@@ -113,7 +113,7 @@ def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict
                 "--data.eval_path",
                 data,
             ),
-            *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "2"),
+            *("--rollout.max_model_len", "64", "--sampling.max_new_tokens", "8", "--pipeline.steps", "12"),
             *("--pipeline.prompts_per_step", "8", "--optimizer.learning_rate", "1e-3"),
             *("--output.samples_every_steps", "1", "--output.samples_per_record", "8", "--output.dir", str(output)),
         ]
@@ -122,7 +122,7 @@ def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     teachers = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    assert sorted(sample["row"] for sample in samples) == sorted([*range(1, 9)] * 2)
+    assert sorted(sample["row"] for sample in samples) == sorted([*range(1, 9)] * 12)
     for sample in samples:
         prompt = tokenizer(sample["prompt"])["input_ids"]
         ids = torch.tensor([[*prompt, *tokenizer.convert_tokens_to_ids(sample["tokens"])]])
@@ -139,8 +139,7 @@ def test_each_row_is_scored_by_the_teacher_it_names(tmp_path: Path, models: dict
         np.testing.assert_allclose(recorded, own.squeeze(1), atol=1e-4)
         assert np.abs(recorded - other.squeeze(1)).max() > 1e-2
     summary = json.loads((output / "summary.json").read_text())
-    measured = [summary[side]["reverse_kl"] for side in ("before", "after")]
-    assert all(0.0 < value < 0.1 for value in measured) and measured[0] != measured[1]
+    assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
 
 
 async def check_student_loads(student: Path, before: Path, tmp_path: Path) -> None:
