@@ -1,13 +1,14 @@
 """An adapter through real servers: what vLLM holds is the student with its adapter, and an adapter that is withheld is seen."""
 
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from services.errors import WeightSyncError
@@ -22,6 +23,13 @@ from trainer.tiny.pair import build_tiny_pair
 pytestmark = pytest.mark.integration
 
 NUM_TRIES = 20
+PAGE = (Path(__file__).parents[2] / "docs" / "lora.md").read_text()
+
+
+def block(language: str) -> str:
+    """The page's one block of a language."""
+    (text,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return str(text)
 
 
 class Withheld(CheckpointSource):
@@ -75,18 +83,22 @@ async def test_an_adapter_withheld_from_a_push_is_noticed_every_time(
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.timeout(1200)
-def test_an_adapter_of_rank_16_learns_the_tiny_task(seed: int, tmp_path: Path) -> None:
+def test_the_command_of_the_page_learns_the_tiny_task_and_its_program_loads_the_adapter(
+    seed: int, tmp_path: Path
+) -> None:
     pair = tmp_path / "pair"
     build_tiny_pair(pair, seed=seed)
     base = (pair / "student" / "model.safetensors").read_bytes()
     output = tmp_path / "out"
-    arguments = [
+    program, *arguments = shlex.split(block("bash"))
+    assert program == "distillserve" and arguments[arguments.index("--lora.r") + 1] == "16"
+    arguments += [
         *("--student.model", f"{pair}/student", "--teacher.model", f"{pair}/teacher", "--seed", str(seed)),
         *("--data.path", f"{pair}/train.jsonl", "--data.eval_path", f"{pair}/eval.jsonl"),
-        *("--lora.r", "16", "--optimizer.learning_rate", "5e-3", "--output.dir", str(output)),
+        *("--output.dir", str(output)),
     ]
     run = subprocess.run(
-        command("up", "deploy/runs/tiny.toml", *arguments),
+        command(*arguments),
         env=environment(),
         capture_output=True,
         text=True,
@@ -99,9 +111,9 @@ def test_an_adapter_of_rank_16_learns_the_tiny_task(seed: int, tmp_path: Path) -
     assert all(row["canary_residual"] <= 1e-4 for row in rows if "canary_residual" in row)
     assert (pair / "student" / "model.safetensors").read_bytes() == base
     merged = AutoModelForCausalLM.from_pretrained(output / "student")
-    adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(pair / "student"), str(output / "student/adapter")
-    )
+    made: dict[str, Any] = {}
+    exec(block("python").replace("outputs/tiny-pair", str(pair)).replace("outputs/tiny/", f"{output}/"), made)
+    adapted = made["student"]
     ids = torch.randint(48, 57, (4, 9))
     with torch.no_grad():
         difference = (adapted.eval()(input_ids=ids).logits - merged.eval()(input_ids=ids).logits).abs().max()
