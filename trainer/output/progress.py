@@ -1,4 +1,5 @@
-"""How far a run is, for whoever reads its log: a line at every evaluation, and otherwise one every few seconds.
+"""How far a run is, for whoever reads its log: a line at every evaluation and at the last step, and otherwise one every few
+seconds.
 
 A thread of its own writes them, for a step, or the loading of a model, may take longer than anybody waits in silence.
 """
@@ -56,11 +57,13 @@ class Progress:
             self._begin(before)
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A step is done; `row` is that of metrics.jsonl."""
+        """A step is done; `row` is that of metrics.jsonl. The last one is told at once: a short run has no other line."""
         with self._lock:
             self._rows.append(row)
             self._last_row = row
             self._since = time.monotonic()
+        if row["step"] == row["num_steps"]:
+            self._say(self._describe())
 
     def evaluated(self, step: int, exact_match: float | None, reverse_kl: float) -> None:
         """The student was measured after a step."""

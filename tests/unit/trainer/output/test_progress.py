@@ -75,3 +75,12 @@ def test_who_has_just_spoken_waits(caplog: pytest.LogCaptureFixture) -> None:
         progress.evaluated(0, None, 1.0)
         time.sleep(0.7)  # longer than it sleeps between two looks
         assert len(caplog.messages) == 1
+
+
+def test_the_last_step_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainer.output.progress")
+    progress = Progress()
+    progress.step(ROW | {"step": 89})
+    assert caplog.messages == []
+    progress.step(ROW | {"step": 90})
+    assert [line.split(":")[0] for line in caplog.messages] == ["step 90/90"]
