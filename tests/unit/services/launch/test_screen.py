@@ -13,6 +13,7 @@ import pytest
 
 from services import logs
 from services.launch import screen
+from services.launch.panel import Stage
 from services.launch.screen import Screen
 
 
@@ -85,6 +86,29 @@ async def test_a_trainer_that_says_nothing_is_seen_to_train_by_its_metrics(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_steps": 9}\n')
     running = asyncio.create_task(console.run())
     said = ""
+    async with asyncio.timeout(20):
+        while "training for 0:0" not in said:
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+    running.cancel()
+
+
+async def test_a_trainer_that_was_started_again_trains_once_it_writes_metrics_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.0)
+    console, metrics = shows(tmp_path), tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "num_steps": 9}\n')
+    os.utime(metrics, (time.time() + 5, time.time() + 5))  # by the first attempt
+    console.stage("trainer", "starting again (1 of 3)")
+    console.stages["trainer"] = Stage("starting again (1 of 3)", time.monotonic() + 9)
+    running, said = asyncio.create_task(console.run()), ""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    said = capsys.readouterr().out
+    assert "starting again (1 of 3) for" in said and "training" not in said
+    os.utime(metrics, (time.time() + 20, time.time() + 20))  # by the second
     async with asyncio.timeout(20):
         while "training for 0:0" not in said:
             await asyncio.sleep(0)
