@@ -26,18 +26,15 @@ def check_start(config: RunConfig) -> None:
     _share_gpus(config)
 
 
-def prepare(config: RunConfig, stack: ExitStack, *, resume: bool = False) -> tuple[RunConfig, RunFolder, list[Server]]:
+def prepare(config: RunConfig, stack: ExitStack) -> tuple[RunConfig, RunFolder, list[Server]]:
     """The run on ports that are free, its folder, and the servers to start; the stack gives all of it back.
-
-    Args:
-        resume: the run goes on, and so do its logs.
 
     Raises:
         ConfigError, StartupError: as of `up`.
     """
     output_dir = check_output_dir(config)
     check_output_room(output_dir)
-    if config.output.overwrite and not resume:
+    if config.output.overwrite:
         forget_logs(output_dir / "logs")
     moved, reservations = with_free_ports(config)
     for reservation in reservations:

@@ -17,8 +17,8 @@ from services.process.folder_lock import FolderLock
 Command = Callable[[str, Path], list[str]]
 """Role and run file to an argument vector; tests put small scripts in place of the real roles."""
 
-RESUME = "--resume"
-"""Added to the trainer's command when it is to go on from its checkpoint."""
+RESUME = ("--resume", "--output.overwrite", "false", "--output.resume_step", "null")
+"""Added to the trainer's command when it is to go on from its newest checkpoint, whatever the run was started with."""
 
 # OpenMP threads that spin while they wait for work take the cores from the role whose turn it is: on two cores
 # this alone made scoring eight times slower (both names: GNU's and Intel's runtime).
@@ -59,7 +59,7 @@ class RoleStarter:
 
         Args:
             master_port: at which the ranks find each other.
-            resume: go on from the run's checkpoint.
+            resume: go on from the newest checkpoint that this run has written.
 
         Raises:
             StartupError, OutputError: as of `server`.
@@ -67,7 +67,7 @@ class RoleStarter:
         # The trainer alone writes into the folder. What a server may leave behind when `up` is killed must not hold it.
         assert self._lock is not None
         environment = with_rank(self._environment() | self._lock.environment(), role.number, role.count, master_port)
-        command = [*self._command(role.role, self._folder.run_file), *([RESUME] if resume else [])]
+        command = [*self._command(role.role, self._folder.run_file), *(RESUME if resume else ())]
         return await self._start(role, command, environment, (self._lock.descriptor,))
 
     def _environment(self) -> dict[str, str]:

@@ -95,7 +95,8 @@ class Screen:
             if time.monotonic() - self._spoke >= _SILENCE_S:
                 self._read_last_step()
                 waiting = [(role, stage) for role, stage in self.stages.items() if stage.is_waiting]
-                for role, stage in waiting[-1:]:
+                if waiting:  # a server that comes back rather than the trainer, which waits for it
+                    role, stage = max(waiting, key=lambda one: one[1].since)
                     self.say(stage.describe(time.monotonic()), role)
 
     async def _show_panel(self) -> None:

@@ -44,14 +44,12 @@ def up(
     command: Command = role_command,
     grace_s: float = GRACE_S,
     verbose: bool = False,
-    resume: bool = False,
 ) -> int:
     """Run all three roles; returns the exit code of the whole.
 
     Args:
         grace_s: how long a server that is asked to end may take before it is killed, seconds.
         verbose: show all that the roles say, not only what a person has to see.
-        resume: let the trainer go on from the run's checkpoint.
 
     Raises:
         ConfigError: the run names servers that somebody else starts, does not fit on its GPUs, or its folder holds an
@@ -61,12 +59,11 @@ def up(
     check_start(config)
     with ExitStack() as stack:
         lock = stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve up`"))
-        moved, folder, servers = prepare(config, stack, resume=resume)
+        moved, folder, servers = prepare(config, stack)
         wanted = wanted_ports(config)
 
         async def supervise() -> int:
-            supervisor = Supervisor(moved, servers, folder, lock, command, grace_s, verbose, resume=resume)
-            return await supervisor.run(wanted)
+            return await Supervisor(moved, servers, folder, lock, command, grace_s, verbose).run(wanted)
 
         return asyncio.run(supervise())
 
@@ -77,7 +74,6 @@ class Supervisor:
     Args:
         lock: of the run's folder, shared with the trainer; None where that is started by others.
         screen: shows what happens; default: this process's console.
-        resume: let the trainer go on from the run's checkpoint.
     """
 
     def __init__(
@@ -90,10 +86,8 @@ class Supervisor:
         grace_s: float,
         verbose: bool,
         screen: Screen | None = None,
-        *,
-        resume: bool = False,
     ) -> None:
-        self._config, self._folder, self._verbose, self._resume = config, folder, verbose, resume
+        self._config, self._folder, self._verbose = config, folder, verbose
         self._failed: RoleProcess | None = None
         self._why = ""
         self._interrupted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -179,7 +173,6 @@ class Supervisor:
             self.screen,
             self._ending,
             RestartPolicy(self._config.up.restart_trainer, self._config.up.restart_backoff_s),
-            resume=self._resume,
         )
         self._keeping[asyncio.create_task(self._trainer.keep())] = None
         code = await self._first(None)

@@ -1,7 +1,9 @@
 """The trainer's ranks: started together, watched together, and together started again from the run's checkpoint.
 
     all start ──► rank 0 is done ──► complete
-              └─► a rank is lost ──► the others end by themselves, or are ended ──► pause ──► all start again, with --resume
+              └─► a rank is lost ──► the others end by themselves, or are ended ──► pause ──► all start again
+
+They go on from the newest checkpoint that this run has written; without one, they begin once more as they did.
 
 Ctrl-C goes to rank 0 alone, which ends the other ranks in order. When a rank is lost, the others notice it themselves, and
 one of them saves the student; they are signalled when they have not ended after a while.
@@ -31,7 +33,6 @@ class TrainerRanks:
     Args:
         count: ranks.
         policy: how often all of them are started again.
-        resume: go on from the run's checkpoint at once.
     """
 
     def __init__(
@@ -42,13 +43,11 @@ class TrainerRanks:
         screen: Screen,
         ending: Ending,
         policy: RestartPolicy,
-        *,
-        resume: bool = False,
     ) -> None:
         self.processes: list[RoleProcess] = []
         """Those that were started last."""
         self._count, self._folder, self._starter = count, folder, starter
-        self._screen, self._ending, self._policy, self._resume = screen, ending, policy, resume
+        self._screen, self._ending, self._policy = screen, ending, policy
         self._lost: RoleProcess | None = None
 
     @property
@@ -59,12 +58,14 @@ class TrainerRanks:
     async def keep(self) -> RoleProcess:
         """Until the trainer has ended for good; returns rank 0 when it is complete, else the rank that is to blame.
 
+        A trainer that has not begun to train fails by what it was given, or by a lack of memory, and is not started again.
+
         Raises:
             StartupError, OutputError: as of `RoleStarter.rank`.
         """
-        resume, doing = self._resume, "starting"
+        doing = "starting"
         while True:
-            process = await self._run(doing, resume=resume)
+            process = await self._run(doing)
             code = await process.wait()
             if code == 0 and process.id.leads:
                 return process
@@ -73,9 +74,9 @@ class TrainerRanks:
                 return process
             if (pause_s := self._policy.backoff_s(time.monotonic())) is None:
                 return process
-            resume, doing = True, f"starting again ({self._policy})"
+            doing = f"starting again ({self._policy})"
             why = why_it_ended(process.id.title, code, process.log.tail)
-            self._screen.stage("trainer", doing, f"from its checkpoint in {pause_s:g} s: {why}")
+            self._screen.stage("trainer", doing, f"in {pause_s:g} s: {why}")
             await self._clear()
             await asyncio.sleep(pause_s)
 
@@ -92,20 +93,27 @@ class TrainerRanks:
             self._ending.close(rank)
         self.processes, self._lost = [], None
 
-    async def _run(self, doing: str, *, resume: bool) -> RoleProcess:
+    async def _run(self, doing: str) -> RoleProcess:
         """Start all ranks; returns rank 0 when it is done, else the rank that is to blame for the end."""
         master = reserve_port("trainer", MASTER_ADDRESS, 0)
+        resume = self.num_restarts > 0 and self._folder.has_checkpoint()
         try:
             for number in range(self._count):
                 role = RoleId("trainer", number, self._count)
                 rank = await self._starter.rank(role, master.port, resume=resume)
                 self.processes.append(rank)
                 if role.leads:  # of the other ranks there is nothing to say while all is well
-                    its_log = f", its log is {rank.log.path.name}" if self.num_restarts else ""
-                    self._screen.stage(role.name, doing, f"({_USUALLY}){its_log}")
+                    self._screen.stage(role.name, doing, self._more(rank, resume=resume))
             return await self._first_end()
         finally:
             master.release()
+
+    def _more(self, rank: RoleProcess, *, resume: bool) -> str:
+        """What is said of a start besides."""
+        if not self.num_restarts:
+            return f"({_USUALLY})"
+        where = "from its newest checkpoint" if resume else "as it began"
+        return f"{where} ({_USUALLY}), its log is {rank.log.path.name}"
 
     async def _first_end(self) -> RoleProcess:
         ends = [asyncio.create_task(self._ended(rank)) for rank in self.processes]
@@ -123,9 +131,9 @@ class TrainerRanks:
 
     async def _first_cause(self) -> RoleProcess:
         """Of the ranks that have ended, the one that is to blame, which may end a moment after another one."""
-        for _ in range(round(LAST_WORDS_S / POLL_S) if self._count > 1 else 1):
+        for _ in range(round(LAST_WORDS_S / POLL_S)):
             rank = min((rank for rank in self.processes if not rank.is_running), key=_cause_first)
-            if rank.process.returncode == 0:
+            if rank.process.returncode == 0 or self._count == 1:
                 break
             await asyncio.sleep(POLL_S)
         await rank.last_words(LAST_WORDS_S)

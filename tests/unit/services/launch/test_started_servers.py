@@ -188,6 +188,13 @@ def test_what_up_refuses_is_refused_with_the_same_error(config: RunConfig, tmp_p
     assert not list(tmp_path.glob("*.pids"))
 
 
+def test_a_program_that_trains_itself_is_not_started_again(config: RunConfig, tmp_path: Path) -> None:
+    process = start(updated(config, "up", restart_trainer=1), tmp_path, "")
+    _, errors = process.communicate(timeout=90)
+    assert errors.splitlines()[-1].startswith("services.errors.ConfigError: up.restart_trainer = 1 would be ignored")
+    assert not list(tmp_path.glob("*.pids"))
+
+
 def test_a_server_does_not_know_of_the_ranks_of_its_script(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

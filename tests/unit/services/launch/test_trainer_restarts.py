@@ -10,8 +10,14 @@ import pytest
 from services.config import RunConfig
 from services.errors import ConfigError, OutageError, RankLostError
 from services.gpus.advice import updated
+from services.launch.role_starter import RESUME
 from tests.unit.services.launch.roles import starts, state, until
 from tests.unit.services.launch.up_process import KILLED, SAVES, Up, logs, quick
+
+CHECKPOINT = """
+os.makedirs(f"{folder}/out/checkpoints/step-1/resume", exist_ok=True)
+touch("out/checkpoints/step-1/resume/complete")
+"""
 
 
 @pytest.mark.parametrize(
@@ -24,19 +30,35 @@ from tests.unit.services.launch.up_process import KILLED, SAVES, Up, logs, quick
 def test_a_trainer_that_is_killed_goes_on_from_its_checkpoint(
     dies: str, why: str, config: RunConfig, tmp_path: Path
 ) -> None:
-    run = Up(quick(config, restart_trainer=2), tmp_path, {"trainer": {1: dies}})
+    run = Up(quick(config, restart_trainer=2), tmp_path, {"trainer": {1: CHECKPOINT + dies}})
     run.wait_until_started("trainer-0", 2)
     assert run.finish() == 0
     (_, first, _, lock), (_, second, _, same) = starts(tmp_path, "trainer-0")
-    assert (first, second) == ([], ["--resume"]) and lock == same and lock.isdecimal()
+    assert (first, second) == ([], list(RESUME)) and lock == same and lock.isdecimal()
     assert [line for line in run.lines() if line.startswith("trainer | starting")] == [
         "trainer | starting (usually 15 to 40 s)",
-        f"trainer | starting again (1 of 2) from its checkpoint in 0.1 s: {why}",
-        "trainer | starting again (1 of 2) (usually 15 to 40 s), its log is trainer.2.log",
+        f"trainer | starting again (1 of 2) in 0.1 s: {why}",
+        "trainer | starting again (1 of 2) from its newest checkpoint (usually 15 to 40 s), its log is trainer.2.log",
     ]
     assert {"trainer.log", "trainer.2.log"} < set(logs(tmp_path))
     for role in ("rollout", "teacher"):
         assert len(starts(tmp_path, f"{role}-{getattr(config, role).port}")) == 1
+
+
+def test_a_trainer_without_a_checkpoint_of_this_run_begins_once_more_as_it_did(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """One of an earlier run that this one replaces is none."""
+    earlier = tmp_path / "out" / "checkpoints" / "step-9" / "resume" / "complete"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    os.utime(earlier, (time.time() - 60, time.time() - 60))
+    half = "os.makedirs(f'{folder}/out/checkpoints/step-10/resume')\n"
+    anew = updated(config, "output", overwrite=True)
+    run = Up(quick(anew, restart_trainer=2), tmp_path, {"trainer": {1: half + "os.kill(os.getpid(), 9)"}})
+    run.wait_until_started("trainer-0", 2)
+    assert run.finish() == 0 and [start[1] for start in starts(tmp_path, "trainer-0")] == [[], []]
+    assert any("starting again (1 of 2) as it began (usually" in line for line in run.lines())
 
 
 def test_a_trainer_is_not_started_again_unless_that_is_asked_for(config: RunConfig, tmp_path: Path) -> None:
@@ -81,7 +103,7 @@ time.sleep(1.0); touch("noticed"); sys.exit({RankLostError.exit_code})
 
 def test_all_ranks_start_again_together_when_one_of_them_is_killed(config: RunConfig, tmp_path: Path) -> None:
     ranks = updated(config, "trainer", num_processes=2)
-    run = Up(quick(ranks, restart_trainer=1), tmp_path, {"trainer": {1: LOSES}})
+    run = Up(quick(ranks, restart_trainer=1), tmp_path, {"trainer": {1: CHECKPOINT + LOSES}})
     for rank in (0, 1):
         run.wait_until_started(f"trainer-{rank}", 2)
     assert (tmp_path / "noticed").exists() and not (tmp_path / "signalled").exists()
@@ -89,7 +111,7 @@ def test_all_ranks_start_again_together_when_one_of_them_is_killed(config: RunCo
     of_ranks = [starts(tmp_path, f"trainer-{rank}") for rank in (0, 1)]
     (first, second), (again, too) = [[start[2] for start in both] for both in zip(*of_ranks, strict=True)]
     assert first == second != again == too  # the port at which they find each other
-    assert all(both[1][1] == ["--resume"] for both in of_ranks)
+    assert all(both[1][1] == list(RESUME) for both in of_ranks)
     assert any(f"in 0.1 s: the trainer's rank 1 {KILLED}" in line for line in run.lines())
     assert {"trainer-1.log", "trainer-1.2.log"} < set(logs(tmp_path))
 
