@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from services.gpus.advice import updated
 from tests.unit.services.launch.roles import start_up, starts, until, wait_until_nobody_lives
 
 KILLED = "was ended by SIGKILL, which this run did not send: the kernel does so when memory runs out (see `dmesg`)"
+_PATIENCE_S = 50.0  # less than a pause of 60 s
 SAVES = """
 def save(*_): touch("saved"); sys.exit(143)
 signal.signal(signal.SIGTERM, save)
@@ -33,7 +33,7 @@ class Up:
         self.folder = folder
         with (folder / "up.txt").open("wb") as output:
             self.process = start_up(config, f"Restarted(folder, {acts!r})", folder, stdout=output, stderr=output)
-        for _ in until(30.0):
+        for _ in until(_PATIENCE_S):
             if starts(folder, "trainer-0"):
                 break
             assert self.process.poll() is None, self.lines()
@@ -42,7 +42,7 @@ class Up:
         return (self.folder / "up.txt").read_text().splitlines()
 
     def wait_until_said(self, words: str, times: int = 1) -> None:
-        for _ in until(30.0):
+        for _ in until(_PATIENCE_S):
             if sum(words in line for line in self.lines()) >= times:
                 return
             assert self.process.poll() is None, self.lines()
@@ -52,7 +52,7 @@ class Up:
         os.kill(starts(self.folder, name)[-1][0], signal.SIGKILL)
 
     def wait_until_started(self, name: str, times: int) -> None:
-        for _ in until(30.0):
+        for _ in until(_PATIENCE_S):
             if len(starts(self.folder, name)) >= times:
                 return
 
@@ -61,15 +61,13 @@ class Up:
         (self.folder / "enough").touch()
         return self.end()
 
-    def interrupt(self, number: int = signal.SIGINT) -> float:
-        """Press Ctrl-C; returns how long the end has taken, seconds."""
-        since = time.monotonic()
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Press Ctrl-C, and see the end."""
         os.kill(self.process.pid, number)
         assert self.end() == 128 + number
-        return time.monotonic() - since
 
     def end(self) -> int:
-        code = self.process.wait(40)
+        code = self.process.wait(_PATIENCE_S)
         wait_until_nobody_lives(self.folder)
         assert "Traceback" not in "\n".join(self.lines()) and "never retrieved" not in "\n".join(self.lines())
         return code
