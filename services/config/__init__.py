@@ -19,6 +19,7 @@ from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
 from services.config.teacher_client import TeacherClientConfig
 from services.config.trainer import TrainerConfig
+from services.config.up import UpConfig
 from services.config.weight_sync import WeightSyncConfig
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "TeacherClientConfig",
     "TeacherConfig",
     "TrainerConfig",
+    "UpConfig",
     "WeightSyncConfig",
     "check_output_dir",
 ]

@@ -50,6 +50,14 @@ def _check_work(config: "RunConfig") -> None:
         )
 
 
+def _check_restarts(config: "RunConfig") -> None:
+    if config.up.restart_trainer and config.output.save_every_steps == 0:
+        raise ValueError(
+            f"up.restart_trainer = {config.up.restart_trainer} lets the trainer go on from a checkpoint, and "
+            "output.save_every_steps = 0 makes none; set it above 0, or leave up.restart_trainer out"
+        )
+
+
 def _check_master_weights(config: "RunConfig") -> None:
     if config.student.dtype == "bfloat16" and config.student.compute_dtype == "float32":
         raise ValueError(
@@ -263,6 +271,7 @@ _TRAINER: tuple[Role, ...] = ("up", "train")
 _CHECKS: list[tuple[tuple[Role, ...], Callable[["RunConfig"], None]]] = [
     (_TRAINER, loss_checks.check_something_to_learn),
     (_TRAINER, _check_work),
+    (("up",), _check_restarts),
     (_TRAINER, _check_master_weights),
     (_TRAINER, lora_checks.check_lora),
     (_TRAINER, _check_urls),

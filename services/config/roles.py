@@ -41,6 +41,7 @@ _TAKEN: dict[Role, Mapping[str, frozenset[str]]] = {
             _EVERY,
         ),
     },
+    "up": {"up": _EVERY},  # and all of the others'
 }
 _MOVED = {
     "rollout": ("urls", "startup_timeout_s", "request_timeout_s", "outage_s"),

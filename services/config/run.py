@@ -28,6 +28,7 @@ from services.config.student import StudentConfig
 from services.config.teacher import TeacherConfig
 from services.config.teacher_client import TeacherClientConfig
 from services.config.trainer import TrainerConfig
+from services.config.up import UpConfig
 from services.config.weight_sync import WeightSyncConfig
 from services.errors import ConfigError
 
@@ -51,6 +52,7 @@ class RunConfig(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
+    up: UpConfig = UpConfig()
     seed: int = Field(0, ge=0)
     """Seed of prompt order, initialisation and evaluation subsets."""
 

@@ -54,6 +54,12 @@ def cause(tail: Sequence[str]) -> str | None:
     return None
 
 
+def why_it_ended(title: str, code: int, tail: Sequence[str]) -> str:
+    """Why a role ended, e.g. "the teacher failed: ..." with what it said itself, unless a signal ended it."""
+    said = cause(tail) if code >= 0 else None
+    return f"the {title} {how_it_ended(code)}" if said is None else f"the {title} failed: {said}"
+
+
 def last_lines(tail: Sequence[str]) -> list[str]:
     """The lines to show of a role that failed, few where one of them says the cause; progress bars are none."""
     lines = [line for line in tail if not _PROGRESS_BAR.search(line)]

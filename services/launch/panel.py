@@ -26,6 +26,11 @@ class Stage:
         """Whether it is on the way to something else."""
         return self.doing not in ("ready", "ended")
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether it worked before: "starting again (1 of 3)"."""
+        return self.doing.startswith("starting again")
+
     def describe(self, now: float) -> str:
         """E.g. "starting for 0:30"."""
         return f"{self.doing} for {clock(now - self.since)}"
@@ -131,7 +136,7 @@ def _roles(row: Mapping[str, Any], stages: Mapping[str, Stage], now: float) -> d
             stage, has_speed = stages.get(name), name == role and (len(names) == 1 or role == "trainer")
             if stage is None:
                 shown[name] = "-"
-            elif has_speed and (speed != "-" or not stage.is_waiting):
+            elif has_speed and not stage.is_restart and (speed != "-" or not stage.is_waiting):
                 shown[name] = f"{stage.doing} {speed} tok/s"
             else:
                 shown[name] = stage.describe(now) if stage.is_waiting else stage.doing

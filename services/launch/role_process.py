@@ -10,21 +10,17 @@ import os
 import signal
 import time
 from asyncio.subprocess import SubprocessStreamProtocol
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 from services.errors import StartupError
-from services.process.files import cannot_write
+from services.launch.role_log import RoleLog
 from services.process.parent import end_with_parent
 
-_TAIL_LINES = 500  # vLLM's processes pass an error on, each with its own traceback
 _LONGEST_LINE = 1 << 20
-_LONGEST_KEPT = 4000  # characters of a line in memory
 
 OnLine = Callable[[str, str], None]
 """Told of every line: the name of who said it, and what."""
@@ -66,37 +62,8 @@ class RoleId:
 
     @property
     def log_name(self) -> str:
+        """The file of its first start's log."""
         return self.name.replace(" rank", "").replace(" ", "-") + ".log"
-
-
-class RoleLog:
-    """A role's output in a file, and its last lines in memory: a disk that is full must not hide why a run ended.
-
-    Raises:
-        OutputError: the file cannot be made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self.problem: str | None = None
-        """Why the file lacks what was said since."""
-        try:
-            path.parent.mkdir(exist_ok=True)
-            self._file = path.open("wb", buffering=0)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-
-    def add(self, line: str) -> None:
-        self.tail.append(line[:_LONGEST_KEPT])
-        if self.problem is None:
-            try:
-                self._file.write(line.encode() + b"\n")
-            except OSError as error:
-                self.problem = error.strerror or str(error)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _Protocol(SubprocessStreamProtocol):
@@ -161,8 +128,10 @@ class RoleProcess:
                 preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
                 pass_fds=pass_fds,
             )
-        except OSError as error:
+        except BaseException as error:  # also of a start that is given up, whose process asyncio kills
             log.close()
+            if not isinstance(error, OSError):
+                raise
             raise StartupError(
                 f"the {role.title} cannot be started: {error.strerror or error}; raise this user's limit of processes or open "
                 "files (`ulimit -a`), or end other programs"

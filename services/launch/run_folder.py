@@ -23,6 +23,10 @@ class RunFolder:
         """Whether the trainer trains: it writes config.json when every check has passed."""
         return self.is_ours(self.path / "config.json")
 
+    def has_checkpoint(self) -> bool:
+        """Whether the trainer has written what it can go on from: the file that it puts last into a checkpoint is there."""
+        return any(map(self.is_ours, self.path.glob("checkpoints/step-*/resume/complete")))
+
     def is_saving(self) -> bool:
         """Whether the trainer is writing a student, as trainer/output/saving.py names what is not whole yet."""
         parts = (self.path / ".student.part", *self.path.glob("checkpoints/.*.part"))

@@ -95,7 +95,8 @@ class Screen:
             if time.monotonic() - self._spoke >= _SILENCE_S:
                 self._read_last_step()
                 waiting = [(role, stage) for role, stage in self.stages.items() if stage.is_waiting]
-                for role, stage in waiting[-1:]:
+                if waiting:  # a server that comes back rather than the trainer, which waits for it
+                    role, stage = max(waiting, key=lambda one: one[1].since)
                     self.say(stage.describe(time.monotonic()), role)
 
     async def _show_panel(self) -> None:
@@ -109,10 +110,12 @@ class Screen:
                 await asyncio.sleep(_POLL_S)
 
     def _read_last_step(self) -> dict[str, Any]:
-        """The last row, with which the trainer is known to train."""
-        row = last_step(self._metrics, self._started)
-        if row and "trainer" in self.stages and self.stages["trainer"].doing == "starting":
-            self.stages["trainer"] = Stage("training", time.monotonic())
+        """The last row; with one that it wrote since it was started, the trainer is known to train."""
+        row, trainer = last_step(self._metrics, self._started), self.stages.get("trainer")
+        if row and trainer is not None and (trainer.doing == "starting" or trainer.is_restart):
+            since = time.time() - (time.monotonic() - trainer.since) if trainer.is_restart else self._started
+            if last_step(self._metrics, since):
+                self.stages["trainer"] = Stage("training", time.monotonic())
         return row
 
     def _print(self, what: Text | Table) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from services.launch.role_log import next_log
 from services.launch.screen import Screen
 from services.logs import TextFormatter, add_request_id
 from services.process.files import cannot_write
@@ -73,12 +74,15 @@ class ScriptScreen:
         """Inside the block this process is the trainer: what it logs is in `log`, and on the screen where a person has to
         see it.
 
+        Args:
+            log: of the first such trainer in this folder; later ones get the next name that is free.
+
         Raises:
             OutputError: the file cannot be made.
         """
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(log, mode="w", encoding="utf-8", errors="backslashreplace")
+            file = logging.FileHandler(next_log(log), mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise cannot_write(log, error) from error
         handlers = [_ToScreen(self), file]

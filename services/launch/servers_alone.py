@@ -21,10 +21,12 @@ from typing import Any
 from rich.table import Table
 
 from services.config import RunConfig
-from services.errors import DistillServeError, PeerError
+from services.errors import ConfigError, DistillServeError, PeerError
 from services.launch.panel import Stage
+from services.launch.preparation import check_start, prepare, wanted_ports
+from services.launch.role_starter import Command, role_command
 from services.launch.screen import Screen
-from services.launch.supervisor import Command, Supervisor, check_start, prepare, role_command, wanted_ports
+from services.launch.supervisor import Supervisor
 from services.process.parent import end_with_parent
 
 _STDIN = 0
@@ -83,8 +85,8 @@ class ServersAlone(Supervisor):
         has_ended = not os.read(_STDIN, 1)
         if not self._interrupted.done():
             self._interrupted.set_result(0)
-        elif not has_ended and not self._hurried.done():
-            self._hurried.set_result(None)
+        elif not has_ended:
+            self._ending.hurry()
         if has_ended:
             asyncio.get_running_loop().remove_reader(_STDIN)
 
@@ -105,8 +107,14 @@ def serve(config: RunConfig, command: Command = role_command, grace_s: float = _
         grace_s: how long a server that is asked to end may take before it is killed, seconds.
 
     Raises:
+        ConfigError: the run asks for a trainer that is started again.
         DistillServeError: as of `up`, and PeerError when a server has ended by itself.
     """
+    if config.up.restart_trainer:
+        raise ConfigError(
+            f"up.restart_trainer = {config.up.restart_trainer} would be ignored: the trainer is the program that starts these "
+            "servers; leave it out, and start the program again"
+        )
     check_start(config)
     with ExitStack() as stack:
         moved, folder, servers = prepare(config, stack)

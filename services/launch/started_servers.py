@@ -18,8 +18,8 @@ from services import errors
 from services.config import RunConfig
 from services.errors import DistillServeError, PeerError, StartupError
 from services.launch.ranks import without_rank
+from services.launch.role_starter import run_keys
 from services.launch.script_screen import ScriptScreen
-from services.launch.supervisor import run_keys
 
 _COMMAND = [sys.executable, "-m", "services.launch.servers_alone"]
 # Longer than a server has to end.

@@ -86,6 +86,14 @@ def test_a_role_has_room_and_a_first_process_and_time_to_end(service: str) -> No
     assert CPU[service]["runtime"] == "runc"
 
 
+def test_a_server_that_dies_is_started_again_a_few_times_and_nothing_else_is() -> None:
+    """A trainer told to replace an earlier run would begin anew each time."""
+    assert {name: service["restart"] for name, service in GPU.items() if "restart" in service} == dict.fromkeys(
+        SERVERS, "on-failure:3"
+    )
+    assert not any("restart" in service for service in CPU.values())
+
+
 @pytest.mark.parametrize("service", ROLES)
 def test_a_role_reads_its_own_keys_from_files_and_no_key_is_written_down(service: str) -> None:
     role = GPU[service]

@@ -23,6 +23,11 @@ REFUSED = {
     "--teacher.engine vllm --teacher.cuda_devices 0 --teacher.tensor_parallel_size 2": (
         "teacher.tensor_parallel_size = 2 need 2 GPUs, but teacher.cuda_devices = '0' ... name more, or lower it"
     ),
+    "--up.restart_trainer 2 --output.save_every_steps 0": (
+        "up.restart_trainer = 2 ... output.save_every_steps = 0 makes none ... set it above 0"
+    ),
+    "--up.restart_servers -1": "up.restart_servers: Input should be greater than or equal to 0",
+    "--up.restart_backoff_s 0": "up.restart_backoff_s: Input should be greater than 0",
     "--student.dtype bfloat16 --student.compute_dtype float32": (
         "student.compute_dtype = float32 ... student.dtype = bfloat16"
     ),

@@ -1,5 +1,6 @@
 """Small scripts in the place of the roles of `up`, and what tests of it do with them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -87,6 +88,43 @@ os.rename(f"{folder}/rank-{rank}.part", f"{folder}/rank-{rank}.pids")
 exec(acts[rank])
 """
 
+# Of a script that is started several times: what it does at each start, and what it writes down of it.
+STARTS = """
+import json, os, signal, sys, threading, time
+def note_start(name, *facts):
+    with open(f"{folder}/{name}.starts", "a") as file: file.write(json.dumps([os.getpid(), *facts]) + "\\n")
+    return len(open(f"{folder}/{name}.starts").readlines())
+def touch(name): open(f"{folder}/{name}", "w").close()
+def wait_for(name):
+    while not os.path.exists(f"{folder}/{name}"): time.sleep(0.01)
+def when(name, act):
+    threading.Thread(target=lambda: (wait_for(name), act()), daemon=True).start()
+def die(code, words=""):
+    print(words, flush=True); os._exit(code)
+"""
+SERVER_STARTS = (
+    STARTS
+    + """
+role, run_file, folder, _, acts = sys.argv[1:]
+keys = [os.environ[f"DISTILLSERVE_{name}_KEY"] for name in ("ROLLOUT", "TEACHER")]
+port = json.load(open(run_file))[role]["port"]
+number = note_start(f"{role}-{port}", port, keys, os.environ["DISTILLSERVE_LAUNCH"])
+exec(json.loads(acts).get(str(number), ""))
+"""
+    + SERVER
+)
+TRAINER_STARTS = (
+    STARTS
+    + """
+folder, acts, *more = sys.argv[1:]
+acts, rank = json.loads(acts), int(os.environ.get("RANK", 0))
+number = note_start(f"trainer-{rank}", more, os.environ.get("MASTER_PORT"), os.environ["DISTILLSERVE_FOLDER_LOCK"])
+with open(f"{folder}/trainer.pids", "a") as file: file.write(f"{os.getpid()} ")
+touch("out/config.json")
+exec(acts.get(str(number), "wait_for('enough')"))
+"""
+)
+
 
 class Roles:
     """A command factory: what each role does."""
@@ -126,6 +164,31 @@ class Ranks(Roles):
         if role == "trainer":
             return [sys.executable, "-c", RANK, self._folder, *self._acts]
         return super().__call__(role, run_file)
+
+
+class Restarted(Roles):
+    """Roles that write down each of their starts, each of which may do something of its own; a trainer ends once there is a
+    file "enough".
+
+    Args:
+        acts: by role and the number of the start, e.g. {"teacher": {2: "die(9)"}}.
+    """
+
+    def __init__(self, folder: Path, acts: dict[str, dict[int, str]] | None = None):
+        super().__init__(folder)
+        self._acts = acts or {}
+
+    def __call__(self, role: str, run_file: Path) -> list[str]:
+        acts = json.dumps(self._acts.get(role, {}))
+        if role == "trainer":
+            return [sys.executable, "-c", TRAINER_STARTS, self._folder, acts]
+        return [sys.executable, "-c", SERVER_STARTS, role, str(run_file), self._folder, "", acts]
+
+
+def starts(folder: Path, name: str) -> list[list[Any]]:
+    """What each start of a role has written down, the process first; of a server the name has its port."""
+    path = folder / f"{name}.starts"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def living(folder: Path) -> list[int]:

@@ -16,7 +16,7 @@ from services.launch.script_screen import ScriptScreen
 from services.launch.servers_alone import main, serve
 from services.launch.started_servers import started_servers
 from tests.unit.services.launch.roles import *  # noqa: F403
-from tests.unit.services.launch.roles import until
+from tests.unit.services.launch.roles import starts, until
 
 MODULE = [sys.executable, "-m", "tests.unit.services.launch.script"]
 
@@ -39,7 +39,15 @@ def script(folder: Path, config: RunConfig, roles: str, act: str) -> None:
         exec(
             act,
             globals()
-            | {"folder": folder, "servers": servers, "screen": screen, "os": os, "time": time, "until": until},
+            | {
+                "folder": folder,
+                "servers": servers,
+                "screen": screen,
+                "os": os,
+                "time": time,
+                "until": until,
+                "starts": starts,
+            },
         )
 
 

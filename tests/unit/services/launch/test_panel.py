@@ -135,6 +135,12 @@ def test_a_role_without_a_speed_is_shown_with_how_long_it_takes() -> None:
     assert "rollout starting for 1:05  teacher ready - tok/s" in text
 
 
+def test_a_role_that_is_started_again_is_shown_with_that_and_not_with_the_speed_it_had() -> None:
+    text = shown(ROW, {"rollout": "starting again (1 of 3)", "teacher": "ready", "trainer": "starting again (2 of 2)"})
+    assert "rollout starting again (1 of 3) for 1:05  teacher ready 987 tok/s" in text
+    assert "trainer starting again (2 of 2) for 1:05" in text
+
+
 def test_several_servers_are_shown_each_and_their_speed_once() -> None:
     text = shown(ROW, {"rollout": "ready", "teacher": "ready", "rollout 2": "starting", "trainer": "training"})
     assert "rollout ready  rollout 2 starting for 1:05  rollout in all 12,346 tok/s  teacher ready 987 tok/s" in text

@@ -13,6 +13,7 @@ import pytest
 
 from services import logs
 from services.launch import screen
+from services.launch.panel import Stage
 from services.launch.screen import Screen
 
 
@@ -75,6 +76,22 @@ async def test_what_is_waited_for_is_said_when_nothing_else_is(
     assert all(re.fullmatch(r"rollout \| starting for 0:0\d", text) for text in lines[2:])
 
 
+async def test_a_server_that_comes_back_is_said_rather_than_the_trainer_that_waits_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.0)
+    console = shows(tmp_path)
+    for role, doing in [("rollout", "starting again (1 of 3)"), ("trainer", "training")]:
+        console.stages[role] = Stage(doing, {"rollout": 200.0, "trainer": 100.0}[role])
+    running = asyncio.create_task(console.run())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    running.cancel()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.startswith("rollout | starting again (1 of 3) for ") for line in lines)
+
+
 async def test_a_trainer_that_says_nothing_is_seen_to_train_by_its_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +102,29 @@ async def test_a_trainer_that_says_nothing_is_seen_to_train_by_its_metrics(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "num_steps": 9}\n')
     running = asyncio.create_task(console.run())
     said = ""
+    async with asyncio.timeout(20):
+        while "training for 0:0" not in said:
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+    running.cancel()
+
+
+async def test_a_trainer_that_was_started_again_trains_once_it_writes_metrics_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SILENCE_S", 0.0)
+    monkeypatch.setattr(screen, "_POLL_S", 0.0)
+    console, metrics = shows(tmp_path), tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "num_steps": 9}\n')
+    os.utime(metrics, (time.time() + 5, time.time() + 5))  # by the first attempt
+    console.stage("trainer", "starting again (1 of 3)")
+    console.stages["trainer"] = Stage("starting again (1 of 3)", time.monotonic() + 9)
+    running, said = asyncio.create_task(console.run()), ""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    said = capsys.readouterr().out
+    assert "starting again (1 of 3) for" in said and "training" not in said
+    os.utime(metrics, (time.time() + 20, time.time() + 20))  # by the second
     async with asyncio.timeout(20):
         while "training for 0:0" not in said:
             await asyncio.sleep(0)

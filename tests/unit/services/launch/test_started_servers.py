@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from services.config import RunConfig
+from services.gpus.advice import updated
 from tests.unit.services.launch.roles import living, until, wait_until_nobody_lives
 from tests.unit.services.launch.script import MODULE
 
@@ -146,7 +147,7 @@ def test_a_server_that_dies_at_start_is_the_error_with_its_last_lines(config: Ru
     wait_until_nobody_lives(tmp_path)
 
 
-def test_a_server_that_dies_later_is_told_to_the_run(config: RunConfig, tmp_path: Path) -> None:
+def test_a_server_that_dies_later_and_is_not_restarted_is_told_to_the_run(config: RunConfig, tmp_path: Path) -> None:
     act = """
 servers.tell(lambda error: (folder / "told").write_text(f"{type(error).__name__}: {error}"))
 os.kill(int((folder / "teacher.pids").read_text().split()[0]), 9)
@@ -154,10 +155,28 @@ for _ in until(20.0):
     if (folder / "told").exists(): break
 assert str(servers.lost()) in (folder / "told").read_text()
 """
-    process = start(config, tmp_path, act)
+    process = start(updated(config, "up", restart_servers=0), tmp_path, act)
     said, errors = process.communicate(timeout=90)
     assert process.returncode == 0, said + errors
     assert (tmp_path / "told").read_text().startswith("PeerError: the teacher was ended by SIGKILL")
+    wait_until_nobody_lives(tmp_path)
+
+
+def test_a_server_that_dies_later_is_started_again_and_the_script_sees_it(config: RunConfig, tmp_path: Path) -> None:
+    act = """
+servers.tell(lambda error: (folder / "told").touch())
+name = f"teacher-{servers.config.teacher.port}"
+os.kill(starts(folder, name)[0][0], 9)
+for _ in until(20.0):
+    if len(starts(folder, name)) == 2 and screen._screen.stages["teacher"].doing == "ready": break
+assert servers.lost(0.5) is None and not (folder / "told").exists()
+"""
+    process = start(updated(config, "up", restart_backoff_s=0.1), tmp_path, act, "Restarted(folder)")
+    said, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, said + errors
+    lines = [line for line in said.splitlines() if line.startswith("teacher")]
+    assert lines[2].startswith("teacher | starting again (1 of 3) in 0.1 s: the teacher was ended by SIGKILL")
+    assert lines[3].startswith("teacher | ready again after ") and lines[3].endswith("its log is teacher.2.log")
     wait_until_nobody_lives(tmp_path)
 
 
@@ -166,6 +185,13 @@ def test_what_up_refuses_is_refused_with_the_same_error(config: RunConfig, tmp_p
     process = start(wrong, tmp_path, "")
     _, errors = process.communicate(timeout=90)
     assert errors.splitlines()[-1].startswith("services.errors.StartupError: teacher.model = '/no/such/model'")
+    assert not list(tmp_path.glob("*.pids"))
+
+
+def test_a_program_that_trains_itself_is_not_started_again(config: RunConfig, tmp_path: Path) -> None:
+    process = start(updated(config, "up", restart_trainer=1), tmp_path, "")
+    _, errors = process.communicate(timeout=90)
+    assert errors.splitlines()[-1].startswith("services.errors.ConfigError: up.restart_trainer = 1 would be ignored")
     assert not list(tmp_path.glob("*.pids"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from services.config import RunConfig
 from services.errors import RankLostError
 from services.gpus.advice import updated
-from services.launch import ranks, supervisor
+from services.launch import ending, ranks, supervisor
 from services.launch.supervisor import up
 from tests.unit.services.launch.roles import (
     SERVER,
@@ -190,7 +190,7 @@ def test_a_rank_that_does_not_notice_the_loss_of_another_is_ended(
 
 
 def test_a_lost_rank_leaves_nobody_longer_than_half_a_minute() -> None:
-    waits = (supervisor._LAST_WORDS_S, supervisor._RANKS_GRACE_S, supervisor._TOLD_GRACE_S)
+    waits = (ending.LAST_WORDS_S, ending.RANKS_GRACE_S, ending.TOLD_GRACE_S)
     assert sum(waits) <= 20  # the servers end after it
 
 
@@ -328,14 +328,14 @@ def test_each_rollout_server_listens_on_its_own_port_and_the_trainer_knows_all(
     assert up(RunConfig.model_validate_json((out / "run.json").read_text()), Roles(tmp_path)) == 0
 
 
-def test_one_rollout_server_of_two_that_dies_ends_the_run_and_is_named(
+def test_one_rollout_server_of_two_that_dies_and_is_not_restarted_ends_the_run_and_is_named(
     two_servers: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def command(role: str, run_file: Path) -> list[str]:
         words = Roles(tmp_path, trainer_s=600)(role, run_file)
         return [SECOND_DIES + word if word == SERVER and role == "rollout" else word for word in words]
 
-    assert up(two_servers, command) == 9
+    assert up(updated(two_servers, "up", restart_servers=0), command) == 9
     wait_until_nobody_lives(tmp_path)
     lines = capfd.readouterr().out.splitlines()
     assert lines[-1] == "up      | the rollout server 2 failed: MemoryError: too much"
