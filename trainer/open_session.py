@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
+from services.clients.teacher_probe import PROBE_SEQUENCES
 from services.config import RunConfig
 from services.config.keys import Secrets, reveal
 from services.errors import ConfigError
@@ -254,6 +255,7 @@ def _assemble(
             *(config, inputs.student, num_steps, ranks, inputs.followers),
             *(interruption, students.save, inputs.reference, objects.optimizers),
         )
+    event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
     weights = _hold(config, ranks.device, servers, prompts.first(config.weight_sync.canary_prompts), event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
@@ -274,7 +276,10 @@ def _assemble(
     rewards = None
     if pool is not None:
         rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, inputs.prompts.columns or ())
-    scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature, rewards)
+    scoring = Scoring(
+        *(servers.teachers, servers.support, config.loss.kd_temperature, rewards),
+        probe_every_steps=config.teacher_client.probe_every_steps,
+    )
     own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
     pipeline = Pipeline(
         *(

@@ -154,17 +154,17 @@ class VllmTeacherClient(TeacherClient):
         body = {"model": model, "prompt": prompts, "prompt_logprobs": top_k, "max_tokens": 1, "temperature": 0.0}
         return await self._send("POST", f"{url}/v1/completions", json=body)
 
-    async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
+    async def _ask(self, url: str, body: dict[str, Any]) -> TeacherScores:
         sequences = [(s["token_ids"], s["prompt_length"]) for s in body["sequences"]]
+        info = await self._info(url)
+        response = await self._complete(url, info.model, [ids for ids, _ in sequences], body["top_k"])
+        scores = await asyncio.to_thread(read_scores, url, response.content, sequences, body["top_k"], info)
+        self._check_same_model(url, scores)
+        return scores
 
-        async def send(url: str) -> tuple[str, TeacherScores]:
-            info = await self._info(url)
-            response = await self._complete(url, info.model, [ids for ids, _ in sequences], body["top_k"])
-            scores = await asyncio.to_thread(read_scores, url, response.content, sequences, body["top_k"], info)
-            self._check_same_model(url, scores)
-            return url, scores
-
-        return await self._outlasting(self._replicas, send)
+    async def _ask_info(self, url: str) -> TeacherInfo:
+        self._infos.pop(url, None)
+        return await self._info(url)
 
 
 def _check_completion(index: int, sequence: dict[str, Any]) -> None:
