@@ -7,6 +7,7 @@
     │   └── FolderInUseError     ... another process writes into the output folder
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   ├── ProblemError         ... with an RFC 9457 problem document
+    │   ├── WeightsWantedError   ... rollout servers were started again and hold no weights of the run
     │   ├── ChangedTeacherError  ... a teacher no longer answers as it did at the start
     │   └── OutageError          ... servers did not answer for longer than the run waits          exit 11
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
@@ -87,6 +88,10 @@ class ProblemError(PeerError):
         self.problem = problem
         self.retry_after_s: float | None = None
         super().__init__(f"{url} answered {status}: {problem.get('detail') or problem.get('title') or problem}")
+
+
+class WeightsWantedError(PeerError):
+    """The rollout servers that answer were started again: they complete nothing until the run's weights are pushed to them."""
 
 
 class OutageError(PeerError):
