@@ -54,6 +54,7 @@ from trainer.student import Student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teachers, teacher_urls
 from trainer.user_objects import NOTHING, UserObjects
+from trainer.watchdog import watching
 from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def open_session(
         followers = _lead(ranks, interruption, stack)
         stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
         progress = stack.enter_context(Progress())
-        event_loop = stack.enter_context(EventLoopThread(interruption))
+        own_rollouts_s = objects.rollout_timeout_s if objects.rollout_function is not None else 0.0
+        event_loop = stack.enter_context(watching(config, interruption, own_rollouts_s))
         try:
             rewards = _start_rewards(config, event_loop, progress, stack)
             with progress.doing("reading the data and loading the student"):

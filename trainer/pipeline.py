@@ -15,6 +15,8 @@ from collections.abc import Callable
 from services.clients import RolloutClient
 from services.clients.base import all_or_first_error
 from services.config import RunConfig
+from services.errors import DistillServeError
+from services.process.waiting import on_behalf_of
 from services.wire.batch import encode_batch
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
@@ -28,6 +30,9 @@ from trainer.staleness_buffer import StalenessBuffer
 from trainer.teacher_scores import Quarantine
 from trainer.weights.snapshot import WeightSnapshot
 from trainer.weights.weight_sync import WeightSync
+
+# A batch that was made last is handed over in less.
+_HAND_OVER_S = 1.0
 
 
 class Pipeline:
@@ -75,11 +80,24 @@ class Pipeline:
         batch = asyncio.create_task(self._buffer.get())
         try:
             await asyncio.wait({batch, self._producing}, return_when=asyncio.FIRST_COMPLETED)
-            if self._producing.done() and (error := self._producing.exception()) is not None:
-                raise error
+            if self._producing.done():
+                await self._check_ended(self._producing, batch)
             return await batch
         finally:
             batch.cancel()
+
+    async def _check_ended(self, producing: "asyncio.Task[None]", batch: "asyncio.Task[bytes]") -> None:
+        """Nothing more is made: the batch that is waited for must be there already.
+
+        Raises:
+            DistillServeError: it is not, and would be waited for forever.
+            Exception: that of the task which has made the batches.
+        """
+        if not producing.cancelled() and (error := producing.exception()) is not None:
+            raise error
+        await asyncio.wait({batch}, timeout=_HAND_OVER_S)
+        if not batch.done():
+            raise DistillServeError("the pipeline has ended, and the batch of the next step was not made")
 
     async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
         """As WeightSync.publish; then one more batch may be made."""
@@ -96,7 +114,8 @@ class Pipeline:
     async def _produce(self) -> None:
         for step in range(1, self._num_steps + 1):
             await self._buffer.slot()
-            await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
+            with on_behalf_of(f"step {step}"):
+                await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
 
     async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
         samples = self._config.pipeline.samples_per_prompt

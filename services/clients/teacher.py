@@ -24,6 +24,7 @@ from services.clients.teacher_answers import (
 from services.clients.teacher_probe import TeacherProbe, changed_model, is_uniform
 from services.clients.teacher_requests import cut_sequences, fair_share
 from services.errors import InputError, PeerError, ProblemError
+from services.process.waiting import waiting_for
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
 
@@ -332,7 +333,8 @@ class TeacherClient(ServerClient):
         """(URL, answer) of the replica that answered."""
 
         async def send(url: str) -> tuple[str, TeacherScores]:
-            return url, await self._score_on(url, body)
+            with waiting_for(f"scores of {url}", "scores"):
+                return url, await self._score_on(url, body)
 
         return await self._outlasting(self._replicas, send)
 
