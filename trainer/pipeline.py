@@ -15,7 +15,6 @@ from collections.abc import Callable
 from services.clients import RolloutClient
 from services.clients.base import all_or_first_error
 from services.config import RunConfig
-from services.errors import DistillServeError
 from services.process.waiting import on_behalf_of
 from services.wire.batch import encode_batch
 from trainer.batch import collect
@@ -30,9 +29,6 @@ from trainer.staleness_buffer import StalenessBuffer
 from trainer.teacher_scores import Quarantine
 from trainer.weights.snapshot import WeightSnapshot
 from trainer.weights.weight_sync import WeightSync
-
-# A batch that was made last is handed over in less.
-_HAND_OVER_S = 1.0
 
 
 class Pipeline:
@@ -80,24 +76,11 @@ class Pipeline:
         batch = asyncio.create_task(self._buffer.get())
         try:
             await asyncio.wait({batch, self._producing}, return_when=asyncio.FIRST_COMPLETED)
-            if self._producing.done():
-                await self._check_ended(self._producing, batch)
+            if self._producing.done() and (error := self._producing.exception()) is not None:
+                raise error
             return await batch
         finally:
             batch.cancel()
-
-    async def _check_ended(self, producing: "asyncio.Task[None]", batch: "asyncio.Task[bytes]") -> None:
-        """Nothing more is made: the batch that is waited for must be there already.
-
-        Raises:
-            DistillServeError: it is not, and would be waited for forever.
-            Exception: that of the task which has made the batches.
-        """
-        if not producing.cancelled() and (error := producing.exception()) is not None:
-            raise error
-        await asyncio.wait({batch}, timeout=_HAND_OVER_S)
-        if not batch.done():
-            raise DistillServeError("the pipeline has ended, and the batch of the next step was not made")
 
     async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
         """As WeightSync.publish; then one more batch may be made."""

@@ -106,7 +106,9 @@ def test_a_teacher_that_is_killed_and_comes_back_costs_its_absence_and_no_row(
     took_s = time.monotonic() - started
     starting.join()
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert teacher.num_scored() == len(WORK) + len(PROBE)  # each once, and the probe before them
+    # Each once; the probe before them, and again where the requests' own waits end seconds apart.
+    num_probes, rest = divmod(teacher.num_scored() - len(WORK), len(PROBE))
+    assert 1 <= num_probes <= 3 and rest == 0
     said = [r.getMessage() for r in caplog.records if r.name.startswith("services.clients")]
     told = [line for line in said if "waiting up to" in line]
     assert sum("is left alone" in line for line in said) == 1 and sum("is back after" in line for line in said) == 1

@@ -12,7 +12,7 @@ from services.errors import PeerError, StartupError
 from services.models.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
 from services.wire.teacher import TeacherInfo
 from tests.servers import EOS, Servers, rollout_info, teacher_info
-from tests.unit.trainer.attached import attached
+from tests.unit.trainer.attached import attached, teacher_of
 from trainer.attach import preflight
 from trainer.data.prompts import Prompt
 from trainer.teachers import Teachers
@@ -368,3 +368,11 @@ async def test_a_named_teacher_whose_probe_fails_is_named() -> None:
     teachers = Teachers([attached(Refused(), teacher_info(build_tokenizer()), "maths")])
     with pytest.raises(StartupError, match=r"^teacher_client\.named\.maths: its weights are not loaded"):
         await preflight.keep_probes(RunConfig(), teachers, [Prompt(1, [1, 2], "")])
+
+
+async def test_a_real_teacher_keeps_a_probe_and_scores_after_it(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    async with teacher_of(tiny_model_folder("qwen3"), max_model_len=16) as teacher:
+        await preflight.keep_probes(RunConfig(), Teachers([teacher]), [Prompt(1, list(range(40, 120)), "")])
+        teacher.client.distrust()
+        scores = await teacher.score([([40, 41, 42], 1)], top_k=4)
+    assert scores.row_offsets.tolist() == [0, 2]
