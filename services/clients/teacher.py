@@ -317,8 +317,9 @@ class TeacherClient(ServerClient):
             StartupError: a replica answers differently twice, unlike the first one, or as if it had no weights.
             PeerError: one does not answer.
         """
+        infos = dict(zip(self.urls, await self.info(), strict=True))
         probe = TeacherProbe(
-            *(self.urls, sequences), ask=self._ask, info=self._ask_info, tolerance=tolerance, clock=self._clock
+            *(infos, sequences), ask=self._ask, info=self._ask_info, tolerance=tolerance, clock=self._clock
         )
         for url in self.urls:
             await self._outlasting(self._alone[url], probe.begin)

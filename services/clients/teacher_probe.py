@@ -46,9 +46,8 @@ _LIMITS = ("max_model_len", "max_top_k")
 
 @dataclass(frozen=True)
 class _Known:
-    """A teacher as it was at the start of the run."""
+    """A replica's answer at the start of the run, and how far a later one may be from it."""
 
-    info: TeacherInfo
     scores: TeacherScores
     tolerance: float
 
@@ -57,7 +56,8 @@ class TeacherProbe:
     """Asks the replicas of one teacher, each by itself.
 
     Args:
-        sequences: (token ids, length of the prompt) of each.
+        infos: what each says of itself.
+        sequences: (token ids, length of the prompt) of each; cut to what all replicas take.
         ask: the scores of sequences from the replica at a URL; without retries.
         info: what that replica says of itself.
         tolerance: mean difference of logprobs that is no change, nats; default: from what the start shows.
@@ -66,7 +66,7 @@ class TeacherProbe:
 
     def __init__(
         self,
-        urls: list[str],
+        infos: dict[str, TeacherInfo],
         sequences: list[tuple[list[int], int]],
         *,
         ask: Callable[[str, dict[str, Any]], Awaitable[TeacherScores]],
@@ -74,13 +74,15 @@ class TeacherProbe:
         tolerance: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._urls, self._sequences, self._ask, self._info = urls, sequences, ask, info
+        self._infos, self._ask, self._info = infos, ask, info
+        self._sequences = _fitting(sequences, list(infos.values()))
+        self._top_k = min(_TOP_K, *(info.max_top_k for info in infos.values()))
         self._given_tolerance, self._clock = tolerance, clock
         self._known: dict[str, _Known] = {}
         self._refused: set[str] = set()
         self._heard: dict[str, float] = {}
         """When a replica that is believed was last heard of."""
-        self._locks = {url: asyncio.Lock() for url in urls}
+        self._locks = {url: asyncio.Lock() for url in infos}
 
     # ---------------------------------------------------------------------------------------- at the start
 
@@ -90,11 +92,11 @@ class TeacherProbe:
         Raises:
             StartupError: it answers differently twice, unlike the first one, or as if it had no weights.
         """
-        info = await self._info(url)
-        together = await self._score(url, self._sequences, info)
+        info = self._infos[url]
+        together = await self._score(url, self._sequences)
         if is_uniform(together):
             raise StartupError(f"{url} finds every token equally likely: its weights are not loaded; start it again")
-        alone = [await self._score(url, [sequence], info) for sequence in self._sequences]
+        alone = [await self._score(url, [sequence]) for sequence in self._sequences]
         noise = float(np.max([difference(_slice(together, i), one) for i, one in enumerate(alone)]))
         if math.isnan(noise):
             raise StartupError(f"{url} answers with logprobs that are no numbers; look at its model and its dtype")
@@ -109,11 +111,11 @@ class TeacherProbe:
             tolerance = max(tolerance, first.tolerance)
             if not (found := difference(first.scores, together)) <= tolerance:
                 raise StartupError(
-                    f"{url} does not score as its replica at {self._urls[0]} does: logprobs of the same tokens differ by "
+                    f"{url} does not score as its replica at {next(iter(self._infos))} does: logprobs of the same tokens differ by "
                     f"{found:.2g} nats on average, more than {tolerance:.2g}; give the URLs of replicas of one model, or raise "
                     "teacher_client.probe_tolerance"
                 )
-        self._known[url] = _Known(info, together, tolerance)
+        self._known[url] = _Known(together, tolerance)
         self._heard[url] = self._clock()
 
     def _tolerance(self, dtype: str, noise: float) -> float:
@@ -121,9 +123,9 @@ class TeacherProbe:
             return self._given_tolerance
         return min(max(_FLOORS.get(dtype, _HALF_FLOOR), _MARGIN * noise), _CEILING)
 
-    async def _score(self, url: str, sequences: list[tuple[list[int], int]], info: TeacherInfo) -> TeacherScores:
+    async def _score(self, url: str, sequences: list[tuple[list[int], int]]) -> TeacherScores:
         asked = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
-        return await self._ask(url, {"sequences": asked, "top_k": min(_TOP_K, info.max_top_k), "temperature": 1.0})
+        return await self._ask(url, {"sequences": asked, "top_k": self._top_k, "temperature": 1.0})
 
     # ------------------------------------------------------------------------------------------ in the run
 
@@ -156,7 +158,7 @@ class TeacherProbe:
             self.distrust(url)
             info = await self._info(url)
             self._refuse(url, self._changed_info(url, info))
-            scores = await self._score(url, self._sequences, self._known[url].info)
+            scores = await self._score(url, self._sequences)
             self._refuse(url, self._changed_scores(url, scores))
             self._refused.discard(url)
             self._heard[url] = self._clock()
@@ -173,7 +175,7 @@ class TeacherProbe:
         """
         self.distrust(url)
         self._refused.add(url)
-        if len(self._refused) < len(self._urls):
+        if len(self._refused) < len(self._infos):
             raise ChangedTeacherError(problem, may_pass=True)
         raise ChangedTeacherError(
             f"the teacher at {url} {problem}; start it as it was, then the run again", may_pass=False
@@ -184,7 +186,7 @@ class TeacherProbe:
             self.refuse(url, problem)
 
     def _changed_info(self, url: str, info: TeacherInfo) -> str | None:
-        before = self._known[url].info
+        before = self._infos[url]
         if info.fingerprint != before.fingerprint:
             return changed_model(before, info)
         for name in _FIELDS:
@@ -218,6 +220,17 @@ def probe_sequences(prompts: list[list[int]]) -> list[tuple[list[int], int]]:
     size = max(2, -(-len(ids) // PROBE_SEQUENCES))
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
     return [(piece, 1) for piece in pieces if len(piece) > 1]
+
+
+def _fitting(sequences: list[tuple[list[int], int]], infos: list[TeacherInfo]) -> list[tuple[list[int], int]]:
+    """The first of the sequences, cut so that all of them are one request that every replica takes."""
+    most_tokens, most_sequences, longest = (
+        min(getattr(info, name) for info in infos)
+        for name in ("max_tokens_per_request", "max_sequences_per_request", "max_model_len")
+    )
+    kept = sequences[: max(1, min(most_sequences, most_tokens // 2))]
+    longest = min(longest, most_tokens // len(kept))
+    return [(ids[:longest], length) for ids, length in kept]
 
 
 def difference(before: TeacherScores, now: TeacherScores) -> float:

@@ -139,8 +139,7 @@ async def keep_probes(config: RunConfig, teachers: Teachers, prompts: Sequence[P
     sequences = probe_sequences([prompt.token_ids for prompt in prompts])
     for teacher in teachers:
         with naming(teacher.name):
-            fitting = [(ids[: teacher.info.max_model_len], length) for ids, length in sequences]
-            await teacher.client.keep_probe(fitting, config.teacher_client.probe_tolerance)
+            await teacher.client.keep_probe(sequences, config.teacher_client.probe_tolerance)
 
 
 def teacher_tokens(teacher: TeacherConfig) -> TeacherTokens | None:

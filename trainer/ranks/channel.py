@@ -163,8 +163,9 @@ class Leader:
         self._connection = _connect(ranks)
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._on_end = on_end
+        self._telling = threading.Lock()  # from several threads
         self.is_lost = False
-        self._telling, self._is_over = threading.Lock(), threading.Event()
+        self._is_over = threading.Event()
         threading.Thread(target=self._listen, name="rank-0", daemon=True).start()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 

@@ -349,6 +349,35 @@ async def test_what_is_tolerated_can_be_given(server: Server, clock: SimpleNames
     await score(client)
 
 
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({}, [32, 32, 32, 32]),
+        ({"max_model_len": 5}, [5, 5, 5, 5]),
+        ({"max_sequences_per_request": 1}, [32]),
+        ({"max_tokens_per_request": 40}, [10, 10, 10, 10]),
+        ({"max_tokens_per_request": 5}, [2, 2]),
+        ({"max_top_k": 2, "max_model_len": 3}, [3, 3, 3, 3]),
+    ],
+)
+async def test_the_probe_is_what_every_replica_takes_in_one_request(
+    limits: dict[str, int], kept: list[int], clock: SimpleNamespace
+) -> None:
+    tight, wide = Server(clock, info=INFO.model_copy(update=limits)), Server(clock)
+    bodies: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            bodies.append(json.loads(request.content))
+        return {"a": wide, "b": tight}[request.url.host](request)
+
+    client = TeacherClient([A, B], transport=httpx.MockTransport(handler), clock=lambda: clock.now)
+    await client.keep_probe(probe_sequences([list(range(200))]))
+    lengths = [[len(s["token_ids"]) for s in body["sequences"]] for body in bodies]
+    assert next(found for found in lengths if len(found) == len(kept)) == kept and max(map(len, lengths)) == len(kept)
+    assert {body["top_k"] for body in bodies} == {limits.get("max_top_k", 8)}
+
+
 def test_the_probe_is_pieces_of_the_first_prompts() -> None:
     assert probe_sequences([[1, 2, 3], [4, 5], [6, 7, 8]]) == [([1, 2], 1), ([3, 4], 1), ([5, 6], 1), ([7, 8], 1)]
     assert probe_sequences([[9]]) == [([9, 9], 1)]
