@@ -18,11 +18,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.errors import DistillServeError, EvaluationError, OutputError, PeerError, WeightSyncError
+from services.clients.teacher_probe import probe_sequences
+from services.errors import (
+    ChangedTeacherError,
+    DistillServeError,
+    EvaluationError,
+    OutageError,
+    OutputError,
+    PeerError,
+    WeightSyncError,
+)
 from services.process.signals import Interrupted
 from services.wire.rollout import VersionSpan
+from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher
-from tests.unit.trainer.runs import opener, pushes_of, rollouts_of, run_config, weights_of
+from tests.unit.trainer.runs import PROMPTS, opener, pushes_of, rollouts_of, run_config, weights_of
 from trainer import train as training
 from trainer.output import report
 from trainer.session import Session
@@ -103,6 +113,18 @@ def rollouts_fail(session: Session, run: Run) -> None:
 
 def teacher_fails(session: Session, run: Run) -> None:
     rollouts_of(session).on_call = at(4, lambda: setattr(run.teacher, "refuse", lambda body: (500, {})))
+
+
+def teacher_changes(session: Session, run: Run) -> None:
+    """After step 2 its weights are gone: it answers, and every token is equally likely."""
+
+    def uniform(scores: TeacherScores) -> TeacherScores:
+        columns = {name: np.full_like(getattr(scores, name), -5.5) for name in ("token_logprobs", "topk_logprobs")}
+        return replace(scores, **columns)
+
+    (teacher,) = session.pipeline._scoring._teachers
+    session.event_loop.run(teacher.client.keep_probe, probe_sequences([prompt.token_ids for prompt in PROMPTS]))
+    rollouts_of(session).on_call = at(4, lambda: setattr(run.teacher, "spoil", uniform))
 
 
 def rows_are_bad(session: Session, run: Run) -> None:
@@ -206,7 +228,8 @@ def ended_twice_between_two_updates(session: Session, run: Run) -> None:
 
 WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (rollouts_fail, PeerError, 2),
-    (teacher_fails, PeerError, 2),
+    (teacher_fails, OutageError, 2),
+    (teacher_changes, ChangedTeacherError, 2),
     (rows_are_bad, PeerError, 2),
     (push_fails, WeightSyncError, 2),
     (a_bug, RuntimeError, 2),
