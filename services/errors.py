@@ -6,7 +6,9 @@
     ├── StartupError             a port is taken, a model is missing, the disk is full             exit 3
     │   └── FolderInUseError     ... another process writes into the output folder
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
+    │   ├── ChangedTeacherError  ... a teacher no longer answers as it did at the start
     │   ├── ProblemError         ... with an RFC 9457 problem document
+    │   ├── WeightsWantedError   ... rollout servers were started again and hold no weights of the run
     │   └── OutageError          ... servers did not answer for longer than the run waits          exit 11
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
     │   └── ServerHeldError      ... another run holds the rollout server
@@ -77,6 +79,18 @@ class PeerError(DistillServeError):
     exit_code = 4
 
 
+class ChangedTeacherError(PeerError):
+    """A teacher no longer answers as it did at the start of the run.
+
+    Args:
+        may_pass: whether a replica of it can answer in its stead.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        self.may_pass = may_pass
+        super().__init__(message)
+
+
 class ProblemError(PeerError):
     """A peer refused a request with a problem document (RFC 9457)."""
 
@@ -86,6 +100,10 @@ class ProblemError(PeerError):
         self.problem = problem
         self.retry_after_s: float | None = None
         super().__init__(f"{url} answered {status}: {problem.get('detail') or problem.get('title') or problem}")
+
+
+class WeightsWantedError(PeerError):
+    """The rollout servers that answer were started again: they complete nothing until the run's weights are pushed to them."""
 
 
 class OutageError(PeerError):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
+from services.clients.teacher_probe import PROBE_SEQUENCES
 from services.config import RunConfig
 from services.config.keys import Secrets, reveal
 from services.errors import ConfigError
@@ -53,6 +54,7 @@ from trainer.student import Student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teachers, teacher_urls
 from trainer.user_objects import NOTHING, UserObjects
+from trainer.watchdog import watching
 from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ def open_session(
         followers = _lead(ranks, interruption, stack)
         stack.enter_context(lock_folder(Path(config.output.dir), "output.dir", "`distillserve train`"))
         progress = stack.enter_context(Progress())
-        event_loop = stack.enter_context(EventLoopThread(interruption))
+        own_rollouts_s = objects.rollout_timeout_s if objects.rollout_function is not None else 0.0
+        event_loop = stack.enter_context(watching(config, interruption, own_rollouts_s))
         try:
             rewards = _start_rewards(config, event_loop, progress, stack)
             with progress.doing("reading the data and loading the student"):
@@ -254,6 +257,7 @@ def _assemble(
             *(config, inputs.student, num_steps, ranks, inputs.followers),
             *(interruption, students.save, inputs.reference, objects.optimizers),
         )
+    event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
     weights = _hold(config, ranks.device, servers, prompts.first(config.weight_sync.canary_prompts), event_loop, stack)
     evaluator = None
     if inputs.held_out is not None:
@@ -274,7 +278,10 @@ def _assemble(
     rewards = None
     if pool is not None:
         rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, inputs.prompts.columns or ())
-    scoring = Scoring(servers.teachers, servers.support, config.loss.kd_temperature, rewards)
+    scoring = Scoring(
+        *(servers.teachers, servers.support, config.loss.kd_temperature, rewards),
+        probe_every_steps=config.teacher_client.probe_every_steps,
+    )
     own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
     pipeline = Pipeline(
         *(

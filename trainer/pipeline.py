@@ -15,6 +15,7 @@ from collections.abc import Callable
 from services.clients import RolloutClient
 from services.clients.base import all_or_first_error
 from services.config import RunConfig
+from services.process.waiting import on_behalf_of
 from services.wire.batch import encode_batch
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
@@ -96,7 +97,8 @@ class Pipeline:
     async def _produce(self) -> None:
         for step in range(1, self._num_steps + 1):
             await self._buffer.slot()
-            await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
+            with on_behalf_of(f"step {step}"):
+                await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
 
     async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
         samples = self._config.pipeline.samples_per_prompt

@@ -12,6 +12,7 @@ import numpy as np
 
 from services.clients import RolloutClient
 from services.config import SamplingConfig
+from services.process.waiting import waiting_for
 from services.wire.rollout import RolloutCompletion, RolloutSampling
 from trainer.data.prompts import Prompt
 from trainer.groups import PromptGroup, Quarantined, Rollout
@@ -56,7 +57,12 @@ async def generate_groups(
     arrived: dict[int, list[RolloutCompletion]] = {place: [] for place in range(len(prompts))}
     groups: dict[int, PromptGroup] = {}
 
+    num_arrived, num_asked = 0, len(prompts) * samples_per_prompt
+
     def arrive(completion: RolloutCompletion) -> None:
+        nonlocal num_arrived
+        num_arrived += 1
+        wait.alive(f"{num_arrived} of {num_asked} have come")
         place = completion.prompt_index
         arrived[place].append(completion)
         if len(arrived[place]) == samples_per_prompt:
@@ -65,7 +71,8 @@ async def generate_groups(
             on_group(groups[place])
 
     ids = [prompt.token_ids for prompt in prompts]
-    await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive)
+    with waiting_for("completions of the rollout servers", "completions") as wait:
+        await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive)
     return [groups[place] for place in range(len(prompts))]
 
 

@@ -22,14 +22,21 @@ class Scoring:
     Args:
         temperature: of the teachers' distributions.
         rewards: besides the teachers' scores, where there are any.
+        probe_every_steps: steps after which the teachers' probes are due; 0: never.
 
     Attributes:
         busy_s: seconds in which scores were waited for, of all groups so far.
     """
 
     def __init__(
-        self, teachers: Teachers, support: Support, temperature: float, rewards: GroupRewards | None = None
+        self,
+        teachers: Teachers,
+        support: Support,
+        temperature: float,
+        rewards: GroupRewards | None = None,
+        probe_every_steps: int = 0,
     ) -> None:
+        self._probe_every_steps = probe_every_steps
         self._teachers, self.support, self._temperature = teachers, support, temperature
         self.rewards = rewards
         self.busy_s = 0.0
@@ -71,6 +78,8 @@ class Scoring:
         While a request is under way groups gather for the next one: the teachers work beside the rollout servers, and on
         as much at once as there is.
         """
+        if self._probe_every_steps and step % self._probe_every_steps == 0:
+            self._teachers.distrust()
         has_ended = False
         while not has_ended:
             waiting = [await arriving.get()]

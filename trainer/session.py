@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from services.config import RunConfig
-from services.errors import DistillServeError, EvaluationError, RankLostError
+from services.errors import DistillServeError, EvaluationError, RankLostError, WeightsWantedError
 from services.process.event_loop import EventLoopThread
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
@@ -25,6 +25,9 @@ from trainer.staleness_buffer import staleness
 from trainer.weights.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
+
+# An evaluation during which rollout servers are started again more often is given up.
+_MOST_REPEATED_EVALUATIONS = 2
 
 
 @dataclass
@@ -164,8 +167,7 @@ class Session:
         if self.evaluator is None:
             return None
         try:
-            with self.progress.doing(f"evaluating the student after step {step}"), self.interruption.raising():
-                evaluation = self.evaluator.evaluate(self.learner, policy_version=step)
+            evaluation = self._measure(self.evaluator, step)
         except Exception as error:
             is_known = isinstance(error, DistillServeError)
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
@@ -179,6 +181,25 @@ class Session:
         self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
         self._tell("on_evaluate", step=step, evaluation=evaluation)
         return evaluation
+
+    def _measure(self, evaluator: Evaluator, step: int) -> Evaluation:
+        """The evaluation; where a rollout server was started again meanwhile, all of it once more under the right weights.
+
+        Raises:
+            PeerError: a server failed, or was started again time after time.
+            WeightSyncError: it did not take the weights.
+        """
+        for _ in range(_MOST_REPEATED_EVALUATIONS):
+            try:
+                return self._measure_once(evaluator, step)
+            except WeightsWantedError as error:
+                logger.warning("the evaluation after step %d is made again: %s", step, error)
+                self.push(step)
+        return self._measure_once(evaluator, step)
+
+    def _measure_once(self, evaluator: Evaluator, step: int) -> Evaluation:
+        with self.progress.doing(f"evaluating the student after step {step}"), self.interruption.raising():
+            return evaluator.evaluate(self.learner, policy_version=step)
 
     def _record_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> dict[str, float]:
         """One row of metrics, which is returned, a few samples now and then."""

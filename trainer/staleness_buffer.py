@@ -58,6 +58,7 @@ class StalenessBuffer(Generic[Batch]):
         return batch
 
     def weights_live(self, version: int) -> None:
-        """Newer weights serve: one more batch may be started."""
+        """Weights serve: newer ones than before, and one more batch may be started; or the same once more."""
+        if version > self._version:
+            self._slots.release()
         self._version = version
-        self._slots.release()

@@ -46,6 +46,11 @@ class Teachers:
     def __iter__(self) -> Iterator[Teacher]:
         return iter(self._by_name.values())
 
+    def distrust(self) -> None:
+        """Each is asked its probe before it scores again."""
+        for teacher in self:
+            teacher.client.distrust()
+
     def split(self, prompts: Iterable[Prompt]) -> list[tuple[Teacher, list[int]]]:
         """Each teacher that has something to score, and the places of its prompts among `prompts`, rising."""
         places: dict[str | None, list[int]] = {}

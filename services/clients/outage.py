@@ -10,6 +10,7 @@ request would be refused again.
 """
 
 import asyncio
+import logging
 import math
 import random
 import time
@@ -20,8 +21,10 @@ from typing import Protocol, TypeVar
 import httpx
 
 from services.clients.replicas import Lease, Replicas
-from services.errors import PeerError, ProblemError
+from services.errors import ChangedTeacherError, OutageError, PeerError, ProblemError
 from services.http.connections import NAME_GRACE_S, describe, is_final, is_unresolved, request_of
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -33,7 +36,7 @@ class Failure:
     """Why the last request to a server was not answered, which may pass."""
 
     url: str
-    error: httpx.RequestError | ProblemError
+    error: httpx.RequestError | PeerError
     said: str
     """What follows the URL in a message, e.g. "cannot be reached: nothing listens there"."""
 
@@ -101,11 +104,18 @@ class Outage:
             assert self.newest is not None
             error, reason = give_up.error(self), self.newest.error
             raise error from (reason if error is not reason else None)
+        self._tell_of_wait(left_s)
         # All rest: a little longer than they asked for, so that those who were refused together part.
         rest_s = self._replicas.rest_s() * random.uniform(1.0, 1.25)
         await asyncio.sleep(min(max(_backoff_s(self._num_waits), rest_s), left_s))
         self._num_waits += 1
         self._tried.clear()
+
+    def _tell_of_wait(self, left_s: float) -> None:
+        """Log that nobody answers, now and then; of all requests that wait for these servers one line."""
+        if math.isfinite(left_s) and self._replicas.wait_is_worth_telling(self.lasted_s):
+            said = "; ".join(f"{failure.url} {failure.said}" for failure in self.failures.values())
+            logger.warning("no answer for %.0f s, and waiting up to %.0f s more: %s", self.lasted_s, left_s, said)
 
     def _add_failure(self, lease: Lease, error: httpx.RequestError | PeerError) -> None:
         """Note a failure that may pass, and tell `Replicas` what it says of the server.
@@ -118,7 +128,6 @@ class Outage:
             if isinstance(error, PeerError):
                 raise error
             raise PeerError(f"{lease.url} {describe(error, self._timeout_option)}") from error
-        assert isinstance(error, httpx.RequestError | ProblemError)  # nothing else passes
         failure = self.newest = Failure(lease.url, error, _describe_failure(error, self._timeout_option))
         self._tell_replicas(lease, failure)
         self.failures[lease.url] = failure
@@ -130,6 +139,8 @@ class Outage:
         error = failure.error
         if isinstance(error, httpx.RequestError):
             self._replicas.failed(lease, failure.said)
+        elif not isinstance(error, ProblemError):
+            self._replicas.set_aside(lease, failure.said)
         elif error.retry_after_s is not None:
             self._replicas.rest(lease, error.retry_after_s)
         elif error.status >= 500:
@@ -151,7 +162,7 @@ class Attempts:
     def error(self, outage: Outage) -> PeerError:
         last = outage.newest
         assert last is not None  # a request is given up after a failure
-        if isinstance(last.error, ProblemError):
+        if isinstance(last.error, PeerError):
             return last.error
         return unanswered(last.url, last.error, self.timeout_option, outage.num_tries, outage.asked_s)
 
@@ -182,17 +193,19 @@ class OutageBudget:
         is_nameless = all(is_unresolved(failure.error) for failure in outage.failures.values())
         return min(self.outage_s, NAME_GRACE_S) if is_nameless and not self.was_reached() else self.outage_s
 
-    def error(self, outage: Outage) -> PeerError:
+    def error(self, outage: Outage) -> OutageError:
         patience_s = self._patience_s(outage)
         said = "; ".join(f"{url} {failure.said}" for url, failure in outage.failures.items())
         more = f"; to wait longer, raise {self.option} ({self.longer})" if patience_s == self.outage_s else ""
-        return PeerError(f"{self.who} for {patience_s:g} s ({self.option}): {said}{more}")
+        return OutageError(f"{self.who} for {patience_s:g} s ({self.option}): {said}{more}")
 
 
 def may_pass(error: Exception) -> bool:
     """Whether the same request may be answered later."""
     if isinstance(error, ProblemError):
         return error.status in (408, 429) or error.status >= 500
+    if isinstance(error, ChangedTeacherError):
+        return error.may_pass
     return isinstance(error, httpx.RequestError) and not is_final(error)
 
 
@@ -208,9 +221,11 @@ def unanswered(url: str, error: httpx.RequestError, timeout_option: str, tries: 
     return PeerError(f"{asked} {describe(error, timeout_option)} ({how})")
 
 
-def _describe_failure(error: httpx.RequestError | ProblemError, timeout_option: str) -> str:
+def _describe_failure(error: httpx.RequestError | PeerError, timeout_option: str) -> str:
     if isinstance(error, httpx.RequestError):
         return describe(error, timeout_option)
+    if not isinstance(error, ProblemError):
+        return str(error)
     detail = error.problem.get("detail") or error.problem.get("title")
     return f"answered {error.status}" + (f" ({detail})" if detail else "")
 

@@ -148,23 +148,25 @@ class VllmTeacherClient(TeacherClient):
                 raise
             return int(found[1]), int(found[2])
         (row,) = _rows(url, response.content, [([0, 0], 1)])[0]
+        if row is None:
+            raise PeerError(f"{url} reported no candidates at all for a token")
         return len(row), len(row)
 
     async def _complete(self, url: str, model: str, prompts: list[list[int]], top_k: int) -> httpx.Response:
         body = {"model": model, "prompt": prompts, "prompt_logprobs": top_k, "max_tokens": 1, "temperature": 0.0}
         return await self._send("POST", f"{url}/v1/completions", json=body)
 
-    async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
+    async def _ask(self, url: str, body: dict[str, Any]) -> TeacherScores:
         sequences = [(s["token_ids"], s["prompt_length"]) for s in body["sequences"]]
+        info = await self._info(url)
+        response = await self._complete(url, info.model, [ids for ids, _ in sequences], body["top_k"])
+        scores = await asyncio.to_thread(read_scores, url, response.content, sequences, body["top_k"], info)
+        self._check_same_model(url, scores)
+        return scores
 
-        async def send(url: str) -> tuple[str, TeacherScores]:
-            info = await self._info(url)
-            response = await self._complete(url, info.model, [ids for ids, _ in sequences], body["top_k"])
-            scores = await asyncio.to_thread(read_scores, url, response.content, sequences, body["top_k"], info)
-            self._check_same_model(url, scores)
-            return url, scores
-
-        return await self._outlasting(self._replicas, send)
+    async def _ask_info(self, url: str) -> TeacherInfo:
+        self._infos.pop(url, None)
+        return await self._info(url)
 
 
 def _check_completion(index: int, sequence: dict[str, Any]) -> None:
@@ -186,6 +188,8 @@ def read_scores(
     token_logprobs, topk_ids, topk_logprobs = [], [], []
     for (ids, prompt_length), rows in zip(sequences, _rows(url, content, sequences), strict=True):
         for token, row in zip(ids[prompt_length:], rows, strict=True):
+            if row is None:  # one sample's loss: what is no number is set aside by whoever trains on it
+                row = dict.fromkeys((token, *(i for i in range(top_k + 1) if i != token)), np.nan)
             if token not in row or not top_k <= len(row) <= top_k + 1:
                 raise PeerError(f"{url} reported {len(row)} candidates for a token, expected it and the top {top_k}")
             token_logprobs.append(row[token])
@@ -211,15 +215,18 @@ def read_scores(
     )
 
 
-def _rows(url: str, content: bytes, sequences: list[TokenIdsAndPromptLength]) -> list[list[dict[int, float]]]:
-    """Of each sequence, {token: logprob} at every row: the token that is there, and the likeliest ones."""
+def _rows(url: str, content: bytes, sequences: list[TokenIdsAndPromptLength]) -> list[list[dict[int, float] | None]]:
+    """Of each sequence, {token: logprob} at every row: the token that is there, and the likeliest ones; None for null."""
     try:
         choices = sorted(json.loads(content)["choices"], key=lambda choice: choice["index"])
         positions = [choice["prompt_logprobs"] for choice in choices]
         if [len(p) for p in positions] != [len(ids) for ids, _ in sequences]:
             raise PeerError(f"{url} did not report the logprobs of every token that it was asked for")
         return [
-            [{int(token): _logprob(entry) for token, entry in row.items()} for row in part[prompt_length:]]
+            [
+                None if row is None else {int(token): _logprob(entry) for token, entry in row.items()}
+                for row in part[prompt_length:]
+            ]
             for part, (_, prompt_length) in zip(positions, sequences, strict=True)
         ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -227,5 +234,5 @@ def _rows(url: str, content: bytes, sequences: list[TokenIdsAndPromptLength]) ->
 
 
 def _logprob(entry: dict[str, Any]) -> float:
-    value = float(entry["logprob"])
-    return value if value > _MINUS_INFINITY else -np.inf
+    value = np.nan if entry["logprob"] is None else float(entry["logprob"])
+    return -np.inf if value <= _MINUS_INFINITY else value

@@ -6,6 +6,7 @@ itself when to come back (Retry-After) is alive: it only rests. When nobody is l
 """
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 _FAILURES_TO_EJECT = 3
 _FIRST_EJECTION_S = 1.0
 _LONGEST_EJECTION_S = 60.0
+# Between two lines that tell of an outage.
+_TELL_EVERY_S = 30.0
 
 
 @dataclass(eq=False)
@@ -77,6 +80,7 @@ class Replicas:
         self._failures_to_eject, self._longest_rest_s = failures_to_eject, longest_rest_s
         self._clock, self._jitter = clock, jitter
         self._num_asked = 0
+        self._told = -math.inf
 
     @contextmanager
     def lease(self, tried: Collection[str] = ()) -> Iterator[Lease]:
@@ -131,16 +135,39 @@ class Replicas:
         replica.failures += 1
         if replica.failures < self._failures_to_eject and not replica.ejections:
             return
+        is_first = not replica.ejections
+        seconds = self._eject(replica)
+        if is_first:
+            text = "%s is left alone for %.1f s after %d failures in a row, the last one: %s"
+            logger.warning(text, replica.url, seconds, replica.failures, reason)
+
+    def set_aside(self, lease: Lease, reason: str) -> None:
+        """What the replica answers is not to be used, as a request that it gets now and then may find differently."""
+        if not self._counts(lease):
+            return
+        if not lease.replica.ejections:
+            logger.warning("%s is set aside while others answer: %s", lease.url, reason)
+        self._eject(lease.replica)
+
+    def _eject(self, replica: Replica) -> float:
+        """Leave a replica alone, each time for longer; returns for how long, seconds."""
         seconds = min(_LONGEST_EJECTION_S, _FIRST_EJECTION_S * 2.0**replica.ejections) * self._jitter(0.75, 1.0)
         now = self._clock()
         if not replica.ejections:
             replica.ejected_at = now
-            text = "%s is left alone for %.1f s after %d failures in a row, the last one: %s"
-            logger.warning(text, replica.url, seconds, replica.failures, reason)
         replica.due = now + seconds
         replica.ejections += 1
         replica.epoch += 1
         replica.trial = False
+        return seconds
+
+    def wait_is_worth_telling(self, lasted_s: float) -> bool:
+        """Whether a request that nobody has answered for so long is to tell so: none has lately."""
+        now = self._clock()
+        if lasted_s < _TELL_EVERY_S or now - self._told < _TELL_EVERY_S:
+            return False
+        self._told = now
+        return True
 
     def _counts(self, lease: Lease) -> bool:
         return lease.epoch == lease.replica.epoch

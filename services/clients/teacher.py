@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import httpx
 import numpy as np
 
 from services.clients.arguments import integer, real, teacher_sequences
 from services.clients.base import ServerClient, all_or_first_error
+from services.clients.outage import may_pass
 from services.clients.teacher_answers import (
     TokenIdsAndPromptLength,
     check_answer,
@@ -19,8 +21,10 @@ from services.clients.teacher_answers import (
     mismatches,
     replica_problem,
 )
+from services.clients.teacher_probe import TeacherProbe, changed_model, is_uniform
 from services.clients.teacher_requests import cut_sequences, fair_share
 from services.errors import InputError, PeerError, ProblemError
+from services.process.waiting import waiting_for
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
 
@@ -127,6 +131,8 @@ class TeacherClient(ServerClient):
 
     _first_answer: tuple[str, TeacherInfo | TeacherScores] | None = None
     """Whose the scores are: others must be of the same model."""
+
+    _probe: TeacherProbe | None = None
 
     async def info(self) -> list[TeacherInfo]:
         """One answer per server, in the order of the URLs; once they agree, scores of another model are refused."""
@@ -301,20 +307,70 @@ class TeacherClient(ServerClient):
             return int(named[1])
         return 0 if num_asked == 1 and self._may_be_cut(error) else None
 
+    async def keep_probe(self, sequences: list[TokenIdsAndPromptLength], tolerance: float | None = None) -> None:
+        """Remember how each replica scores these sequences; from now on one that no longer does is not believed.
+
+        Args:
+            tolerance: as of TeacherProbe.
+
+        Raises:
+            StartupError: a replica answers differently twice, unlike the first one, or as if it had no weights.
+            PeerError: one does not answer.
+        """
+        infos = dict(zip(self.urls, await self.info(), strict=True))
+        probe = TeacherProbe(
+            *(infos, sequences), ask=self._ask, info=self._ask_info, tolerance=tolerance, clock=self._clock
+        )
+        for url in self.urls:
+            await self._outlasting(self._alone[url], probe.begin)
+        self._probe = probe
+
+    def distrust(self) -> None:
+        """Ask the probe, where one is kept, before anything else is asked."""
+        if self._probe is not None:
+            self._probe.distrust_all()
+
     async def _score_somewhere(self, body: dict[str, Any]) -> tuple[str, TeacherScores]:
         """(URL, answer) of the replica that answered."""
 
-        async def send(base: str) -> tuple[str, TeacherScores]:
-            url = f"{base}/v1/teacher/logprobs"
-            response = await self._send("POST", url, json=body, headers={"Accept": SAFETENSORS_MEDIA_TYPE})
-            try:
-                scores = decode_scores(response.content)
-            except PeerError as error:
-                raise PeerError(f"{url}: {error}") from error
-            self._check_same_model(base, scores)
-            return url, scores
+        async def send(url: str) -> tuple[str, TeacherScores]:
+            with waiting_for(f"scores of {url}", "scores"):
+                return url, await self._score_on(url, body)
 
         return await self._outlasting(self._replicas, send)
+
+    async def _score_on(self, url: str, body: dict[str, Any]) -> TeacherScores:
+        """Scores of the replica at `url`, which answers the probe as at the start, where one is kept."""
+        probe = self._probe
+        if probe is None:
+            return await self._ask(url, body)
+        try:
+            await probe.ensure_unchanged(url)
+            scores = await self._ask(url, body)
+        except (httpx.RequestError, PeerError) as error:
+            if may_pass(error) and not _is_busy(error):
+                probe.distrust(url)
+            raise
+        if is_uniform(scores):
+            probe.distrust(url)
+        probe.heard(url)
+        await probe.ensure_unchanged(url)  # where another request has failed meanwhile, or these rows are strange
+        return scores
+
+    async def _ask(self, url: str, body: dict[str, Any]) -> TeacherScores:
+        """The answer of the replica at `url` to one request."""
+        where = f"{url}/v1/teacher/logprobs"
+        response = await self._send("POST", where, json=body, headers={"Accept": SAFETENSORS_MEDIA_TYPE})
+        try:
+            scores = decode_scores(response.content)
+        except PeerError as error:
+            raise PeerError(f"{where}: {error}") from error
+        self._check_same_model(url, scores)
+        return scores
+
+    async def _ask_info(self, url: str) -> TeacherInfo:
+        """What the replica says of itself now, whatever it has said before."""
+        return await self._info(url)
 
     def _check_same_model(self, url: str, answer: TeacherInfo | TeacherScores) -> None:
         """Refuse an answer of another model than the first one, also when a server was replaced in between.
@@ -324,7 +380,14 @@ class TeacherClient(ServerClient):
         """
         self._first_answer = self._first_answer or (url, answer)
         if (problem := replica_problem(self._first_answer, (url, answer))) is not None:
+            if self._probe is not None:
+                self._probe.refuse(url, changed_model(self._first_answer[1], answer))
             raise PeerError(f"the teachers {problem}")
+
+
+def _is_busy(error: Exception) -> bool:
+    """Whether a server says that it works on other requests."""
+    return isinstance(error, ProblemError) and error.status in (408, 429)
 
 
 def _as_token_ids(sequence: dict[str, Any]) -> TokenIdsAndPromptLength | None:

@@ -19,3 +19,6 @@ class TrainerConfig(Section):
     so that over several machines only gradients travel between them."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and bring them to the GPU a layer at a time."""
+    watchdog_s: float = Field(300.0, gt=0)
+    """How long the event loop beside the learner, or another rank, may show no sign of life before the run ends, seconds. Servers
+    have rollout_client.outage_s and teacher_client.outage_s instead."""

@@ -1,9 +1,11 @@
 """An event loop in a thread of its own, beside a main thread that computes."""
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -25,6 +27,7 @@ class EventLoopThread:
 
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
+        self._dead: Exception | None = None
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=self._work, name="event-loop", daemon=True)
 
@@ -49,15 +52,40 @@ class EventLoopThread:
     def __exit__(self, *_: object) -> None:
         loop, is_over = self._started.result()
         loop.call_soon_threadsafe(is_over.set)
-        self._thread.join()
+        while self._thread.is_alive() and self._dead is None:
+            self._thread.join(_POLL_S)
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Run a callback in the loop, without waiting for it."""
+        loop, _ = self._started.result()
+        with suppress(RuntimeError):  # the loop is over
+            loop.call_soon_threadsafe(callback)
+
+    def give_up(self, error: Exception) -> None:
+        """From another thread: the loop does not turn any more. Whoever waits for it, now or later, gets this error; its
+        thread is left to itself, and ends with the process."""
+        self._dead = error
+
+    def where(self) -> str:
+        """What the loop's thread is doing, e.g. "generate (rollouts.py, line 12)"."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        if frame is None:
+            return "nothing"
+        code = frame.f_code
+        return f"{code.co_name} ({code.co_filename}, line {frame.f_lineno})"
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise self._dead
 
     def run(self, function: Callable[..., Coroutine[Any, Any, Result]], *arguments: Any) -> Result:
         """The result of `function(*arguments)`, a coroutine. On a signal it is cancelled, and has cleaned up when this ends.
 
         Raises:
             Interrupted: a signal came.
-            Exception: that of the coroutine, or what the interruption was given by another thread.
+            Exception: that of the coroutine, or what the interruption or `give_up` was given by another thread.
         """
+        self._check_alive()
         loop, _ = self._started.result()
         tasks: list[asyncio.Task[Result]] = []
         ended: Future[Result] = Future()
@@ -76,12 +104,14 @@ class EventLoopThread:
             with self._interruption.raising():
                 loop.call_soon_threadsafe(begin)
                 while not wait([ended], timeout=_POLL_S).done:
+                    self._check_alive()
                     self._interruption.check()  # of what another thread has found
                 return ended.result()
         except BaseException:
             with self._interruption.raising():
                 loop.call_soon_threadsafe(cancel)
-                wait([ended])
+                while not wait([ended], timeout=_POLL_S).done:
+                    self._check_alive()
             raise
 
 

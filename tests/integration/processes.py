@@ -135,14 +135,15 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def server(
-    role: str, log: Path, *arguments: str, engine: Engine | None = None, host: str = "127.0.0.1"
+    role: str, log: Path, *arguments: str, engine: Engine | None = None, host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[Server]:
     """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end.
 
     Args:
         engine: switches for the engine of a teacher.
+        port: that of a server that was there before; 0: any.
     """
-    port = free_port(host, 0)
+    port = port or free_port(host, 0)
     words = command(role, f"--{role}.host", host, f"--{role}.port", str(port), *arguments, engine=engine)
     with _running(url_of(host, port), log, words, environment(), "/ready") as running:
         yield running

@@ -14,6 +14,7 @@ from services.clients import RolloutClient, TeacherClient
 from services.clients.base import ServerClient, all_or_first_error
 from services.clients.plain_vllm import TeacherTokens
 from services.clients.teacher_answers import first_replica_problem
+from services.clients.teacher_probe import probe_sequences
 from services.config import ClientSection, LossConfig, RunConfig, TeacherConfig
 from services.errors import StartupError
 from services.models.causal_lm import (
@@ -26,6 +27,7 @@ from services.models.causal_lm import (
 from services.wire.message import PROTOCOL_VERSION
 from services.wire.rollout import RolloutInfo
 from services.wire.teacher import TeacherInfo
+from trainer.data.prompts import Prompt
 from trainer.teacher_scores import Support
 from trainer.teachers import Teacher, Teachers, naming, option_prefix
 
@@ -126,6 +128,18 @@ async def check_same_tokens(
             f"the chat templates differ: the teacher renders a probe as {info.chat_template_probe!r}, the student as "
             f"{ours!r}; if that is meant, pass --teacher_client.accept_different '[\"chat_template\"]'"
         )
+
+
+async def keep_probes(config: RunConfig, teachers: Teachers, prompts: Sequence[Prompt]) -> None:
+    """Let every replica of every teacher score a few tokens of the data, by which it is known again later.
+
+    Raises:
+        StartupError: one answers differently twice, unlike its replicas, or as if it had no weights.
+    """
+    sequences = probe_sequences([prompt.token_ids for prompt in prompts])
+    for teacher in teachers:
+        with naming(teacher.name):
+            await teacher.client.keep_probe(sequences, config.teacher_client.probe_tolerance)
 
 
 def teacher_tokens(teacher: TeacherConfig) -> TeacherTokens | None:

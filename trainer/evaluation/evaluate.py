@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from services.clients import RolloutClient
 from services.clients.teacher_requests import cut_by_rows
 from services.config import RunConfig
-from services.errors import PeerError
+from services.errors import PeerError, WeightsWantedError
 from services.process.event_loop import EventLoopThread
 from services.wire.rollout import RolloutSampling
 from services.wire.teacher import BYTES_PER_CANDIDATE
@@ -89,7 +89,8 @@ class Evaluator:
         """Measure the student; the rollout servers must hold its weights as `policy_version`.
 
         Raises:
-            PeerError: a server failed or answers under another version, or no completion could be scored.
+            WeightsWantedError: a rollout server answers under another version, or was stopped.
+            PeerError: a server failed, or no completion could be scored.
         """
         run = self._event_loop.run
         sampled = run(self._complete, self._prompts, 1.0, policy_version)
@@ -123,13 +124,19 @@ class Evaluator:
         return measured
 
     async def _complete(self, prompts: list[Prompt], temperature: float, policy_version: int) -> list[PromptGroup]:
-        """A completion of each prompt, at least one of them usable."""
+        """A completion of each prompt, at least one of them usable, and none that a server has given up on."""
         length = self._config.evaluation_max_new_tokens()
         sampling = RolloutSampling(max_new_tokens=length, temperature=temperature)
         groups = await generate_groups(self._rollouts, prompts, sampling, self._versions)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        given_up = sum(q.completion.finish_reason == "abort" for group in groups for q in group.quarantined)
         if not rollouts:
-            raise PeerError(f"no prompt could be completed, the first one because {_first_reason(groups)}")
+            kind = WeightsWantedError if given_up else PeerError
+            raise kind(f"no prompt could be completed, the first one because {_first_reason(groups)}")
+        if given_up:  # they would count as wrong answers
+            raise WeightsWantedError(
+                f"a rollout server gave up on {given_up} of {len(prompts)} prompts; it was stopped"
+            )
         self._versions.check((r.completion for r in rollouts), policy_version)
         return groups
 

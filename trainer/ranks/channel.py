@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from services.config.addresses import is_loopback
 from services.errors import RankLostError, StartupError
 from services.process.startup import socket_address
+from services.process.waiting import WAITS, Wait
 from trainer.ranks.group import Ranks, is_of_ranks
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 _CONNECT_S = 60.0
 # A rank that fails for want of another may be heard of before that one.
 _CAUSE_S = 2.0
+# Between two signs of life of a rank whose main thread computes, or waits for the others.
+_PULSE_S = 5.0
 _END = "end"
 _KEY_BYTES = 32
 
@@ -61,8 +65,12 @@ class Followers:
         self._said: dict[int, tuple[bool, str]] = {}  # by rank: whether it is a cause, and what
         self._lost = threading.Event()
         self._connections = _accept(ranks)
+        self._pulses: list[Wait] = []
         for rank, (connection, where) in self._connections.items():
-            arguments = (rank, connection, where)
+            name = f"rank {rank} on {where}"
+            pulse = WAITS.add(Wait("the run", name, "ranks", on_dead=partial(self._note, rank, True)))
+            self._pulses.append(pulse)
+            arguments = (rank, connection, name, pulse)
             threading.Thread(target=self._listen, args=arguments, name=f"rank-{rank}", daemon=True).start()
 
     @property
@@ -109,23 +117,27 @@ class Followers:
     def end(self) -> None:
         """Let the other ranks end in order."""
         self._is_over = True
+        for pulse in self._pulses:
+            WAITS.remove(pulse)
         for connection, _ in self._connections.values():
             try:
                 connection.send_bytes(_END.encode())
             except OSError:
                 logger.debug("a rank was gone before it was told to end")
 
-    def _listen(self, rank: int, connection: Connection, where: str) -> None:
-        name = f"rank {rank} on {where}"
+    def _listen(self, rank: int, connection: Connection, name: str, pulse: Wait) -> None:
         try:
             while True:
                 said = json.loads(connection.recv_bytes())
+                pulse.alive()
                 if "signal" in said:
                     self._on_signal(said["signal"])
-                else:
+                elif "failed" in said:
                     self._note(rank, said["is_cause"], f"{name} failed: {said['failed']}")
         except (EOFError, OSError):
             self._note(rank, True, f"{name} was killed, or lost its connection")
+        finally:
+            WAITS.remove(pulse)
 
     def _note(self, rank: int, is_cause: bool, text: str) -> None:
         if self._is_over:
@@ -151,8 +163,11 @@ class Leader:
         self._connection = _connect(ranks)
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._on_end = on_end
+        self._telling = threading.Lock()  # from several threads
         self.is_lost = False
+        self._is_over = threading.Event()
         threading.Thread(target=self._listen, name="rank-0", daemon=True).start()
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def next(self) -> Call | None:
         """Wait for the next call; None: there is none, in order or because rank 0 is gone (`is_lost`)."""
@@ -170,9 +185,14 @@ class Leader:
         """
         self._tell({"failed": text, "is_cause": is_cause})
 
+    def _beat(self) -> None:
+        while not self._is_over.wait(_PULSE_S):
+            self._tell({"alive": True})
+
     def _tell(self, content: dict[str, Any]) -> None:
         try:
-            self._connection.send_bytes(json.dumps(content).encode())
+            with self._telling:
+                self._connection.send_bytes(json.dumps(content).encode())
         except OSError:
             logger.debug("rank 0 is gone and is not told: %s", content)
 
@@ -182,6 +202,7 @@ class Leader:
                 self._calls.put(Call(name, self._connection.recv_bytes()))
         except (EOFError, OSError):
             self.is_lost = True
+        self._is_over.set()
         self._calls.put(None)
         self._on_end()
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from services.errors import PeerError
+from services.errors import PeerError, WeightsWantedError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion
 
@@ -34,13 +34,14 @@ class PolicyVersions:
         """The versions under which the tokens of a completion were sampled, in order.
 
         Raises:
-            PeerError: one was sampled under a label that this run has not pushed, or nothing says under which.
+            WeightsWantedError: one was sampled under a label that this run has not pushed.
+            PeerError: nothing says under which one was sampled.
         """
         versions = []
         end = 0
         for span in completion.policy_versions:
             if span.policy_version not in self._live:
-                raise PeerError(
+                raise WeightsWantedError(
                     f"a rollout server sampled under the version {span.policy_version!r}, which is none that the run {self.run} "
                     "has pushed; it was started again, or another trainer uses it"
                 )
@@ -64,10 +65,10 @@ class PolicyVersions:
         """Every token must have been sampled under `version`.
 
         Raises:
-            PeerError: one was not.
+            WeightsWantedError: one was not.
         """
         for completion in completions:
             if (seen := set(self.of(completion))) != {version}:
-                raise PeerError(
+                raise WeightsWantedError(
                     f"a rollout server answers under version {sorted(seen)} after a push of version {version}"
                 )

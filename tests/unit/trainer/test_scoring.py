@@ -105,3 +105,28 @@ async def test_an_error_of_a_teacher_ends_the_scoring(monkeypatch: pytest.Monkey
     arriving.put_nowait(group(0, 0))
     with pytest.raises(PeerError, match="no teacher has answered"):
         await Scoring(Teachers([]), SUPPORT, 1.0).score_arriving(arriving)
+
+
+class Distrusted(Teachers):
+    """No teachers, whose probes are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.num_times = 0
+
+    def distrust(self) -> None:
+        self.num_times += 1
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
+async def test_the_teachers_probes_are_due_every_few_steps(every: int, due: list[int], answers: Answers) -> None:
+    teachers = Distrusted()
+    scoring = Scoring(teachers, SUPPORT, 1.0, probe_every_steps=every)
+    found = []
+    for step in range(1, 7):
+        arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
+        arriving.put_nowait(None)
+        before = teachers.num_times
+        await scoring.score_arriving(arriving, step)
+        found += [step] * (teachers.num_times - before)
+    assert found == due

@@ -110,3 +110,11 @@ async def test_before_the_first_push_nothing_may_be_trained_on() -> None:
 
 def test_a_batch_is_as_old_as_its_oldest_completion() -> None:
     assert [staleness([3, 2, 3], 4), staleness([4], 4), staleness([], 4)] == [2, 0, 0]
+
+
+async def test_weights_that_are_pushed_once_more_free_no_slot() -> None:
+    """Or a batch would be begun too early, and be too old when it is trained on."""
+    buffer: StalenessBuffer[str] = StalenessBuffer(0)
+    buffer.weights_live(0)
+    buffer.weights_live(0)
+    assert await starts(buffer) and not await starts(buffer)

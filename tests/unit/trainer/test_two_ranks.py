@@ -1,7 +1,9 @@
 """Rank 0 leads, rank 1 follows: calls, interruptions, failures, and what is left of the student after each."""
 
 import json
+import os
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.unit.trainer.samples import BATCH
 from tests.unit.trainer.two_ranks import CANARY, Leading, break_step, kill_this_process, run_pair
 from trainer.learner import Learner
 from trainer.student import load_student
+from trainer.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -206,3 +209,32 @@ def test_when_rank_0_is_killed_another_one_saves(config: RunConfig, tmp_path: Pa
     first, second = run_pair(config, tmp_path, rank_0_dies)
     assert first == {} and second["error"] == "RankLostError: rank 0 was killed, or lost its connection"
     torch.testing.assert_close(saved(config), embedding(after_steps(config, 1)), rtol=0.01, atol=1e-3)
+
+
+def tell_own_process(into: Path) -> None:
+    (into / "pid").write_text(str(os.getpid()))
+
+
+def second_rank_is_stopped(leading: Leading, into: Path) -> Any:
+    """Rank 1 does nothing any more, but its process and its connection live."""
+    leading.push(0)
+    leading.learner.step(BATCH)
+    leading.push(1)
+    stopped = int((into / "pid").read_text())
+    os.kill(stopped, signal.SIGSTOP)
+    subprocess.Popen(["sh", "-c", f"sleep 40; kill -9 {stopped}"])  # for the end of this test
+    with Watchdog(dead_s=12.0):
+        leading.learner.step(BATCH)
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_is_noticed_and_the_student_is_that_of_the_last_push(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = run_pair(config, tmp_path, second_rank_is_stopped, partial(tell_own_process, tmp_path))
+    assert first == second == {}  # neither ended by itself: rank 0 left a collective that has no end
+    said = capfd.readouterr().err.splitlines()
+    line = next(line for line in said if line.startswith("distillserve: rank 1 on "))
+    assert "has shown no sign of life for 1" in line and line.endswith("s (trainer.watchdog_s)")
+    expected = embedding(after_steps(config, 1)).bfloat16().float()
+    torch.testing.assert_close(saved(config), expected, rtol=0, atol=1e-2)

@@ -18,10 +18,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.errors import DistillServeError, EvaluationError, OutputError, PeerError, WeightSyncError
+from services.clients.teacher_probe import probe_sequences
+from services.errors import (
+    ChangedTeacherError,
+    DistillServeError,
+    EvaluationError,
+    OutageError,
+    OutputError,
+    PeerError,
+    WeightSyncError,
+)
 from services.process.signals import Interrupted
+from services.wire.rollout import VersionSpan
+from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import ScriptedTeacher
-from tests.unit.trainer.runs import opener, pushes_of, rollouts_of, run_config, weights_of
+from tests.unit.trainer.runs import PROMPTS, opener, pushes_of, rollouts_of, run_config, weights_of
 from trainer import train as training
 from trainer.output import report
 from trainer.session import Session
@@ -102,6 +113,18 @@ def rollouts_fail(session: Session, run: Run) -> None:
 
 def teacher_fails(session: Session, run: Run) -> None:
     rollouts_of(session).on_call = at(4, lambda: setattr(run.teacher, "refuse", lambda body: (500, {})))
+
+
+def teacher_changes(session: Session, run: Run) -> None:
+    """After step 2 its weights are gone: it answers, and every token is equally likely."""
+
+    def uniform(scores: TeacherScores) -> TeacherScores:
+        columns = {name: np.full_like(getattr(scores, name), -5.5) for name in ("token_logprobs", "topk_logprobs")}
+        return replace(scores, **columns)
+
+    (teacher,) = session.pipeline._scoring._teachers
+    session.event_loop.run(teacher.client.keep_probe, probe_sequences([prompt.token_ids for prompt in PROMPTS]))
+    rollouts_of(session).on_call = at(4, lambda: setattr(run.teacher, "spoil", uniform))
 
 
 def rows_are_bad(session: Session, run: Run) -> None:
@@ -205,7 +228,8 @@ def ended_twice_between_two_updates(session: Session, run: Run) -> None:
 
 WAYS: list[tuple[Callable[..., None], type[BaseException], int]] = [
     (rollouts_fail, PeerError, 2),
-    (teacher_fails, PeerError, 2),
+    (teacher_fails, OutageError, 2),
+    (teacher_changes, ChangedTeacherError, 2),
     (rows_are_bad, PeerError, 2),
     (push_fails, WeightSyncError, 2),
     (a_bug, RuntimeError, 2),
@@ -326,6 +350,51 @@ def test_a_failing_evaluation_costs_a_measurement_alone(
     assert [summary["before"] is None, summary["after"] is None] == [0 in failing, 3 in failing]
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert sum(reason in text for text in warnings) == len(failing)
+
+
+def restarted_in_evaluations(*calls: int) -> Callable[[Session], None]:
+    """The rollout servers are started again just before these calls of generate: they answer under no version of the run."""
+
+    def disturb(session: Session) -> None:
+        rollouts = rollouts_of(session)
+        rollouts.on_call = lambda call: setattr(rollouts, "version", "default") if call in calls else None
+        complete = rollouts._complete
+
+        def initial_weights(index: int, most: int) -> Any:
+            if rollouts.version != "default":
+                return complete(index, most)
+            rollouts.version = "0.1@run"
+            answered = complete(index, most)
+            rollouts.version = "default"
+            return replace(answered, policy_versions=[VersionSpan("default", 0, len(answered.token_ids))])
+
+        rollouts._complete = initial_weights  # type: ignore[method-assign]
+
+    return disturb
+
+
+# Calls of generate: 1 is the evaluation before, 2 to 4 the steps, 5 the evaluation after.
+@pytest.mark.parametrize(("calls", "num_again"), [((1,), 1), ((5,), 1), ((5, 6), 2), ((1, 6), 2)], ids=str)
+def test_an_evaluation_during_which_a_rollout_server_restarts_is_made_again_under_the_right_weights(
+    calls: tuple[int, ...], num_again: int, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = Run(run.folder, run.output.with_name("undisturbed"), run.teacher, run.monkeypatch).go()
+    summary = run.go(restarted_in_evaluations(*calls))
+    for name in ("before", "after"):
+        assert getattr(summary, name) == getattr(expected, name) is not None
+    assert (summary.before.policy_version, summary.after.policy_version) == (0, 3)
+    warnings = [r.getMessage() for r in caplog.records if "is made again" in r.getMessage()]
+    assert len(warnings) == num_again and "under the version 'default'" in warnings[0]
+
+
+def test_an_evaluation_that_is_always_answered_under_initial_weights_is_dropped(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(EvaluationError, match="under the version 'default'"):
+        run.go(restarted_in_evaluations(5, 6, 7))
+    summary = json.loads((run.output / "summary.json").read_text())
+    assert summary["after"] is None and [f["step"] for f in summary["failed_evaluations"]] == [3]
+    assert (run.output / "student" / "model.safetensors").exists()
 
 
 def test_an_evaluation_that_fails_by_a_bug_is_no_different(run: Run) -> None:

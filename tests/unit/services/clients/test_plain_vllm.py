@@ -198,7 +198,6 @@ async def test_a_top_k_above_the_servers_limit_is_refused_in_its_words() -> None
         lambda answer: {"choices": [{"index": 0, "prompt_logprobs": [None, {"x": {"logprob": 0}}]}]},
         lambda answer: {"choices": [{"index": 0, "prompt_logprobs": [None, {"1": {}}]}]},
         lambda answer: {"choices": [{"index": 0, "prompt_logprobs": [None, {"0": {"logprob": 0.0}}]}]},
-        lambda answer: {"choices": [{"index": 0, "prompt_logprobs": [None, None]}]},
     ],
 )
 async def test_another_answer_is_a_peer_error(change: Any) -> None:
@@ -208,6 +207,26 @@ async def test_another_answer_is_a_peer_error(change: Any) -> None:
     server.change = change
     with pytest.raises(PeerError, match="http://server-0"):
         await asking.score([([0, 1], 1)], top_k=1)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [None, {"1": {"logprob": None}, "0": {"logprob": -0.1}}],
+    ids=["null row", "null logprob"],
+)
+async def test_a_row_that_is_no_number_costs_its_own_sequence_alone(spoilt: Any) -> None:
+    server = Vllm()
+    asking = client(server)
+    good = await asking.score([([0, 1], 1), ([0, 2], 1)], top_k=1)
+
+    def change(answer: dict[str, Any]) -> dict[str, Any]:
+        next(c for c in answer["choices"] if c["index"] == 0)["prompt_logprobs"][1] = spoilt
+        return answer
+
+    server.change = change
+    scores = await asking.score([([0, 1], 1), ([0, 2], 1)], top_k=1, max_rows_per_request=2)
+    assert math.isnan(scores.token_logprobs[0]) and scores.token_logprobs[1] == good.token_logprobs[1]
+    assert scores.topk_logprobs.shape == (2, 1) and scores.topk_ids[1].tolist() == good.topk_ids[1].tolist()
 
 
 async def test_a_server_of_another_kind_is_told_apart() -> None:

@@ -12,8 +12,9 @@ from services.errors import PeerError, StartupError
 from services.models.causal_lm import chat_template_hash, chat_template_probe, tokenizer_fingerprint
 from services.wire.teacher import TeacherInfo
 from tests.servers import EOS, Servers, rollout_info, teacher_info
-from tests.unit.trainer.attached import attached
+from tests.unit.trainer.attached import attached, teacher_of
 from trainer.attach import preflight
+from trainer.data.prompts import Prompt
 from trainer.teachers import Teachers
 from trainer.tiny.pair import build_tokenizer
 
@@ -338,3 +339,38 @@ async def test_a_wrong_url_does_not_wait_for_the_model_of_another_server(caplog:
         ):
             await preflight.attach(RunConfig(), rollout, teachers)
     assert "waiting for http://loading" in caplog.text
+
+
+async def test_the_probe_of_each_teacher_is_a_few_tokens_of_the_data() -> None:
+    class Keeping:
+        def __init__(self) -> None:
+            self.kept: list[tuple[object, float | None]] = []
+
+        async def keep_probe(self, sequences: object, tolerance: float | None) -> None:
+            self.kept.append((sequences, tolerance))
+
+    own, maths = Keeping(), Keeping()
+    info = teacher_info(build_tokenizer())
+    prompts = [Prompt(row, list(range(10 * row, 10 * row + 8)), "") for row in (1, 2)]
+    config = RunConfig(teacher_client={"probe_tolerance": 0.3})
+    await preflight.keep_probes(config, Teachers([attached(own, info), attached(maths, info, "maths")]), prompts)
+    pieces = [[10, 11, 12, 13], [14, 15, 16, 17], [20, 21, 22, 23], [24, 25, 26, 27]]
+    assert own.kept == maths.kept == [([(piece, 1) for piece in pieces], 0.3)]
+
+
+async def test_a_named_teacher_whose_probe_fails_is_named() -> None:
+    class Refused:
+        async def keep_probe(self, sequences: object, tolerance: float | None) -> None:
+            raise StartupError("its weights are not loaded")
+
+    teachers = Teachers([attached(Refused(), teacher_info(build_tokenizer()), "maths")])
+    with pytest.raises(StartupError, match=r"^teacher_client\.named\.maths: its weights are not loaded"):
+        await preflight.keep_probes(RunConfig(), teachers, [Prompt(1, [1, 2], "")])
+
+
+async def test_a_real_teacher_keeps_a_probe_and_scores_after_it(tiny_model_folder) -> None:  # type: ignore[no-untyped-def]
+    async with teacher_of(tiny_model_folder("qwen3"), max_model_len=16) as teacher:
+        await preflight.keep_probes(RunConfig(), Teachers([teacher]), [Prompt(1, list(range(40, 120)), "")])
+        teacher.client.distrust()
+        scores = await teacher.score([([40, 41, 42], 1)], top_k=4)
+    assert scores.row_offsets.tolist() == [0, 2]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.config import RunConfig
-from services.errors import PeerError
+from services.errors import PeerError, WeightsWantedError
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.models import save_model
@@ -172,7 +172,7 @@ async def test_an_evaluation_says_which_weights_it_is_of(folder: str) -> None:
             ("6.1@mine", r"answers under version \[6\] after a push of version 7"),
         ):
             rollouts = Generator(learner.student.model, [256], version=version)
-            with pytest.raises(PeerError, match=reason):
+            with pytest.raises(WeightsWantedError, match=reason):
                 await measured(evaluator(rollouts, [teacher], PROMPTS), learner, 7)
 
 
@@ -328,6 +328,16 @@ async def test_the_first_of_several_reasons_is_told(folder: str) -> None:
     async with teacher_of(folder) as teacher:
         with pytest.raises(PeerError, match=r"no prompt could be completed, the first one because .*gave up on it"):
             await measured(evaluator(rollouts, [teacher], graded(0, without_answer=3)), learner, 7)
+
+
+@pytest.mark.parametrize("given_up", [{1: "abort"}, {0: "abort", 1: "abort", 2: "abort"}], ids=["one", "all"])
+async def test_what_a_server_gives_up_on_is_not_counted_as_wrong(given_up: dict[int, str], folder: str) -> None:
+    rollouts = Says([[55, 256]] * 3)
+    rollouts.reasons = given_up
+    learner = learner_of(folder)
+    async with teacher_of(folder) as teacher:
+        with pytest.raises(WeightsWantedError, match="gave up on"):
+            await measured(evaluator(rollouts, [teacher], graded(3)), learner, 7)
 
 
 def test_the_standard_error_worked_by_hand() -> None:
