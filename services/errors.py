@@ -6,9 +6,12 @@
     ├── StartupError             a port is taken, a model is missing, the disk is full             exit 3
     │   └── FolderInUseError     ... another process writes into the output folder
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
-    │   └── ProblemError         ... with an RFC 9457 problem document
+    │   ├── ProblemError         ... with an RFC 9457 problem document
+    │   ├── WeightsWantedError   ... rollout servers were started again and hold no weights of the run
+    │   └── OutageError          ... servers did not answer for longer than the run waits          exit 11
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
-    │   └── ServerHeldError      ... another run holds the rollout server
+    │   ├── ServerHeldError      ... another run holds the rollout server
+    │   └── ServerRestartedError ... a rollout server was started again since the run has held it
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
@@ -87,6 +90,16 @@ class ProblemError(PeerError):
         super().__init__(f"{url} answered {status}: {problem.get('detail') or problem.get('title') or problem}")
 
 
+class WeightsWantedError(PeerError):
+    """The rollout servers that answer were started again: they complete nothing until the run's weights are pushed to them."""
+
+
+class OutageError(PeerError):
+    """Servers did not answer for longer than the run waits."""
+
+    exit_code = 11
+
+
 class WeightSyncError(DistillServeError):
     """A weight push, or the canary that follows it, failed on a rollout server."""
 
@@ -94,7 +107,7 @@ class WeightSyncError(DistillServeError):
 
 
 class ServerHeldError(WeightSyncError):
-    """Another run holds a rollout server, or this one no longer does.
+    """Another run holds a rollout server.
 
     Args:
         left_s: what is left of the other run's lease, seconds.
@@ -103,6 +116,10 @@ class ServerHeldError(WeightSyncError):
     def __init__(self, message: str, left_s: float = 0.0) -> None:
         self.left_s = left_s
         super().__init__(message)
+
+
+class ServerRestartedError(WeightSyncError):
+    """A rollout server was started again, or has forgotten the run that held it."""
 
 
 class EvaluationError(DistillServeError):
