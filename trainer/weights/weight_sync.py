@@ -266,7 +266,7 @@ class WeightSync:
         for url, reason in gone.items():
             group.leave(url, reason, needs_weights=True)
         if gone:
-            logger.warning("push failed and is repeated without %s: %s", ", ".join(gone), error)
+            logger.info("the push is repeated without %s: %s", ", ".join(gone), error)
             return True
         new = [url for url in control.urls if url in self._rejoining]
         if len(new) == len(control.urls):

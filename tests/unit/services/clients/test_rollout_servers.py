@@ -46,6 +46,38 @@ def test_the_others_do_at_once_what_a_killed_server_has_not_done_and_nothing_twi
     )
 
 
+@pytest.mark.parametrize("killed_s", [0.5, 3.5, 5.5, 7.5, 11.5])
+def test_a_share_of_several_requests_is_taken_over_wherever_its_server_was(killed_s: float) -> None:
+    """Each server takes four completions at once and has twelve to do."""
+
+    async def work() -> None:
+        fleet, arrived = Fleet("a", "b"), Counter[tuple[int, int]]()
+        fleet.client._limits = dict.fromkeys(fleet.client.urls, 4)
+        killing = asyncio.create_task(fleet.later(killed_s, fleet["b"].kill))
+        got = await fleet.generate(8, 3, on_completion=lambda c: arrived.update([(c.prompt_index, c.sample_index)]))
+        await killing
+        assert got == everything(8, 3) and set(arrived.values()) == {1}
+        assert max(len(places) for _, places in fleet["a"].asked) <= 4
+        assert fleet["a"].num_asked == 12 + 12 - int(killed_s)
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+def test_two_calls_at_once_both_lose_a_server_of_which_one_line_tells(told: pytest.LogCaptureFixture) -> None:
+    """An evaluation beside the batch of the next step."""
+
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        killing = asyncio.create_task(fleet.later(1.5, fleet["b"].kill))
+        assert await asyncio.gather(fleet.generate(6), fleet.generate(10)) == [everything(6), everything(10)]
+        await killing
+        await fleet.client.close()
+
+    in_virtual_time(work)
+    assert told.text.count("http://b:1 is away") == 1
+
+
 def test_a_connection_that_breaks_for_a_moment_costs_a_server_nothing(told: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         fleet = Fleet("a", "b")
