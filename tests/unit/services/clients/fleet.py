@@ -18,6 +18,7 @@ from trainer.weights.policy_versions import PolicyVersions
 
 SAMPLING = RolloutSampling(max_new_tokens=4, seed=7)
 LABEL = "3.1@run"
+NOT_HELD = httpx.Response(409, json={"title": "Not held", "detail": "nobody holds this server"})
 Place = tuple[int, int]
 
 
@@ -41,6 +42,9 @@ class FakeServer:
     boot_id: str = "first"
     is_up: bool = True
     is_silent: bool = False
+    is_held: bool = True
+    stages: list[str] = field(default_factory=list)
+    on_stage: Callable[[str], None] = lambda stage: None
     completion_s: float = 1.0
     asked: list[tuple[float, list[Place]]] = field(default_factory=list)
     polled: list[float] = field(default_factory=list)
@@ -56,7 +60,7 @@ class FakeServer:
 
     def restart(self, label: str = "default") -> None:
         self.life += 1
-        self.is_up, self.boot_id, self.label = True, f"boot {self.life}", label
+        self.is_up, self.boot_id, self.label, self.is_held = True, f"boot {self.life}", label, False
 
     @property
     def num_asked(self) -> int:
@@ -74,13 +78,33 @@ class FakeServer:
             info = rollout_info(boot_id=self.boot_id, policy_version=self.label)
             return httpx.Response(200, json={} if request.url.path == "/ready" else info.model_dump())
         body = json.loads(request.content)
-        samples = range(body["samples_per_prompt"])
-        places = [(prompt[0], body["sampling"]["seed"] + sample) for prompt in body["prompts"] for sample in samples]
+        if request.url.path.startswith("/v1/weights/"):
+            return self._weigh(request, request.url.path.rpartition("/")[2], body)
+        if not self.is_held:
+            return NOT_HELD
+        samples, seed = range(body["samples_per_prompt"]), body["sampling"]["seed"] or 0
+        places = [(prompt[0], seed + sample) for prompt in body["prompts"] for sample in samples]
         self.asked.append((now(), places))
         self.runs.append(body["run"])
         if (refusal := self.refuse()) is not None:
             return refusal
         return httpx.Response(200, stream=_Stream(self, request, body, places))
+
+    def _weigh(self, request: httpx.Request, stage: str, body: dict[str, Any]) -> httpx.Response:
+        """A stage of a push, as far as a trainer sees it."""
+        if stage == "hold":
+            self.is_held = True
+            return httpx.Response(200, json={"boot_id": self.boot_id})
+        self.stages.append(stage)
+        self.on_stage(stage)
+        if not self.is_up:
+            raise httpx.ReadError("connection reset", request=request)
+        if not self.is_held:
+            return NOT_HELD
+        if stage == "finish":
+            self.label = body["label"]
+        canary = {"policy_version": self.label, "token_logprobs": [[[0.0]]]}
+        return httpx.Response(200, json={"receive": {"workers": [{}]}, "canary": canary}.get(stage, {}))
 
 
 class _Stream(httpx.AsyncByteStream):
@@ -110,8 +134,8 @@ class Fleet:
     def __init__(self, *hosts: str, is_managed: bool = True, **options: Any) -> None:
         self.servers = {host: FakeServer(f"http://{host}:1") for host in hosts}
         urls = [server.url for server in self.servers.values()]
-        transport = httpx.MockTransport(lambda request: self.servers[request.url.host].answer(request))
-        self.client = RolloutClient(urls, transport=transport, clock=now, **({"outage_s": 60.0} | options))
+        self.transport = httpx.MockTransport(lambda request: self.servers[request.url.host].answer(request))
+        self.client = RolloutClient(urls, transport=self.transport, clock=now, **({"outage_s": 60.0} | options))
         self.versions = PolicyVersions("run")
         self.versions.set_live(PolicyLabel.parse(LABEL))
         if is_managed:
@@ -132,7 +156,7 @@ class Fleet:
         """What a push to these servers leaves behind."""
         self.versions.set_live(PolicyLabel.parse(label))
         for host in hosts:
-            self[host].label = label
+            self[host].label, self[host].is_held = label, True
         self.client.group.pushed({self[host].url: self[host].boot_id for host in hosts})
 
     async def later(self, seconds: float, act: Callable[[], object]) -> None:
