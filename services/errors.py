@@ -11,7 +11,8 @@
     │   ├── WeightsWantedError   ... rollout servers were started again and hold no weights of the run
     │   └── OutageError          ... servers did not answer for longer than the run waits          exit 11
     ├── WeightSyncError          a weight push or its canary failed                                exit 5
-    │   └── ServerHeldError      ... another run holds the rollout server
+    │   ├── ServerHeldError      ... another run holds the rollout server
+    │   └── ServerRestartedError ... a rollout server was started again since the run has held it
     ├── EvaluationError          training is complete, but what it is worth was not measured       exit 6
     ├── OutputError              a file of the run cannot be written: the disk is full             exit 7
     ├── RankLostError            another rank of the trainer has ended                             exit 8
@@ -119,7 +120,7 @@ class WeightSyncError(DistillServeError):
 
 
 class ServerHeldError(WeightSyncError):
-    """Another run holds a rollout server, or this one no longer does.
+    """Another run holds a rollout server.
 
     Args:
         left_s: what is left of the other run's lease, seconds.
@@ -128,6 +129,10 @@ class ServerHeldError(WeightSyncError):
     def __init__(self, message: str, left_s: float = 0.0) -> None:
         self.left_s = left_s
         super().__init__(message)
+
+
+class ServerRestartedError(WeightSyncError):
+    """A rollout server was started again, or has forgotten the run that held it."""
 
 
 class EvaluationError(DistillServeError):

@@ -161,7 +161,9 @@ def outcome(run: Run, code: int, steps: int) -> dict[str, Any]:
     trained = [row["step"] for row in metrics if "num_steps" in row]
     assert summary["steps"] == steps and trained == list(range(1, steps + 1)), (summary["steps"], trained)
     check_journal(run.output / "journal.jsonl", steps)
-    assert all(row["staleness"] == 0 for row in metrics if "num_steps" in row), "a sample of another version was trained on"
+    assert all(row["staleness"] == 0 for row in metrics if "num_steps" in row), (
+        "a sample of another version was trained on"
+    )
     curve = [(row["step"], row["eval_reverse_kl"]) for row in metrics if "eval_reverse_kl" in row]
     return {"wall_s": run.seconds, "curve": curve} | {side: summary[side] for side in ("before", "after")}
 
@@ -216,7 +218,9 @@ def soak(folder: Path, num_kills: int, steps: int, seed: int, chance_seed: int) 
     run, kills = Run(pair, folder / "disturbed", steps, seed), []
     for kill in disturb(run, num_kills, steps, random.Random(chance_seed)):
         kills.append(kill)
-        print(f"{kill.at_s:7.1f} s  step {kill.step:3d}  {kill.role} killed, back after {kill.back_s:.1f} s", flush=True)
+        print(
+            f"{kill.at_s:7.1f} s  step {kill.step:3d}  {kill.role} killed, back after {kill.back_s:.1f} s", flush=True
+        )
     found = outcome(run, run.end(), steps)
     assert len(kills) == num_kills, f"the run was over after {len(kills)} of {num_kills} kills"
     check_bounds(found, alone)

@@ -1,20 +1,25 @@
 """Prompts to batches, beside the learner and in an event loop of its own.
 
-    slot ─► rollout servers ─► teachers, rewards ─► batch ─► StalenessBuffer ─► next()
+    slot ─► rollout servers ─► teachers, rewards ─► groups ─► StalenessBuffer ─► next()
      └────────────────────────────────────────────────────────────────────────── publish()
 
 consumes   the next prompts of the data
 produces   for each step one document (services/wire/batch.py)
-waits for  a slot of the buffer, which a push frees; then for the servers
+waits for  a slot of the buffer, which a push frees; then for the servers, which may need a push as well (`next` says so)
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from services.clients import RolloutClient
 from services.clients.base import all_or_first_error
 from services.config import RunConfig
+from services.errors import DistillServeError
 from services.process.waiting import on_behalf_of
 from services.wire.batch import encode_batch
 from trainer.batch import collect
@@ -29,6 +34,49 @@ from trainer.staleness_buffer import StalenessBuffer
 from trainer.teacher_scores import Quarantine
 from trainer.weights.snapshot import WeightSnapshot
 from trainer.weights.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+Times: TypeAlias = dict[str, float]
+"""Seconds, by the name of the metric."""
+
+# Tries to make the groups of a step, where our own code fails.
+_MOST_TRIES = 3
+
+
+@dataclass
+class _Batch:
+    """The groups of a step, until it is trained on (staleness_buffer.py, `Aged`).
+
+    Attributes:
+        windows: of text.
+        num_stale: completions that were too old, and made again.
+    """
+
+    step: int
+    groups: list[PromptGroup]
+    times: Times
+    windows: list[list[int]]
+    remake: Callable[[int, list[Prompt]], Awaitable[tuple[list[PromptGroup], Times]]]
+    num_stale: int = 0
+    dropped: list[PromptGroup] = field(default_factory=list)
+
+    def versions(self) -> Sequence[Collection[int]]:
+        return [{rollout.policy_version for rollout in group.rollouts} for group in self.groups]
+
+    async def renew(self, places: list[int]) -> None:
+        old = [self.groups[place] for place in places]
+        num_stale = sum(len(group.rollouts) for group in old)
+        text = "step %d: %d completions are too old to be trained on; their %d prompts are completed again"
+        logger.warning(text, self.step, num_stale, len(old))
+        fresh, times = await self.remake(self.step, [group.prompt for group in old])
+        for name, seconds in times.items():
+            self.times[name] += seconds
+        self.num_stale += num_stale
+        self.dropped += old
+        for place, group in zip(places, fresh, strict=True):
+            group.place = place
+            self.groups[place] = group
 
 
 class Pipeline:
@@ -59,11 +107,13 @@ class Pipeline:
         self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
         self._texts, self._own_rollouts = texts, own_rollouts
         self._sampling = training_sampling(config.sampling)
-        self._buffer: StalenessBuffer[bytes] = StalenessBuffer(config.pipeline.max_staleness)
+        self._buffer: StalenessBuffer[_Batch] = StalenessBuffer(config.pipeline.max_staleness)
         self._producing: asyncio.Task[None] | None = None
 
-    async def next(self) -> bytes:
-        """The batch of the next step. Production starts at the first call.
+    async def next(self) -> bytes | None:
+        """The batch of the next step; None: the rollout servers want the weights of the last one once more, then ask again.
+
+        Production starts at the first call.
 
         Raises:
             PeerError: a server failed, or sampled under weights that were not live.
@@ -74,13 +124,19 @@ class Pipeline:
             # asyncio prints an error that nobody has asked for, and a run may end without asking
             self._producing.add_done_callback(lambda task: task.cancelled() or task.exception())
         batch = asyncio.create_task(self._buffer.get())
+        wanted = asyncio.create_task(self._client.group.weights_wanted.wait())
         try:
-            await asyncio.wait({batch, self._producing}, return_when=asyncio.FIRST_COMPLETED)
-            if self._producing.done() and (error := self._producing.exception()) is not None:
-                raise error
-            return await batch
+            waiting: set[asyncio.Task[Any]] = {batch, wanted, self._producing}
+            while not (batch.done() or wanted.done()):
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if self._producing.done():
+                    self._producing.result()
+                    waiting.discard(self._producing)
+            return self._document(await batch) if batch.done() else None
         finally:
             batch.cancel()
+            wanted.cancel()
+            await asyncio.wait({batch, wanted})
 
     async def publish(self, snapshot: WeightSnapshot) -> dict[str, float]:
         """As WeightSync.publish; then one more batch may be made."""
@@ -112,31 +168,88 @@ class Pipeline:
             samples_per_prompt=samples,
             student_top_k=self._scoring.support.student_top_k,
             on_group=on_group,
+            waits_for_weights=True,
         )
 
     async def _make_batch(self, step: int, prompts: list[Prompt]) -> None:
-        """Generate and score; completions go to the teachers as they arrive."""
+        groups, times = await self._make_groups(step, prompts)
+        windows = [] if self._texts is None else self._texts.take(self._config.pipeline.texts_per_step)
+        self._buffer.put(_Batch(step, groups, times, windows, self._make_groups))
+
+    async def _make_groups(self, step: int, prompts: list[Prompt]) -> tuple[list[PromptGroup], Times]:
+        """A scored group of each prompt, and the seconds that it took. Where our own code fails, what is missing is made again.
+
+        Raises:
+            DistillServeError: a server or a function failed.
+            Exception: our own code failed twice in the same way.
+        """
+        times: Times = defaultdict(float)
+        done: dict[int, PromptGroup] = {}
+        last = ""
+        for number in range(_MOST_TRIES):
+            places = [place for place in range(len(prompts)) if place not in done]
+            made: list[PromptGroup] = []
+            try:
+                await self._generate_and_score(step, [prompts[place] for place in places], made, times)
+            except DistillServeError:
+                raise
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                if said == last or number + 1 == _MOST_TRIES:
+                    raise
+                made, last = [group for group in made if self._is_whole(group)], said
+                text = "step %d: %s; %d prompts are completed again"
+                logger.warning(text, step, said, len(places) - len(made), exc_info=True)
+            for group in made:
+                group.place = places[group.place]
+                done[group.place] = group
+            if len(done) == len(prompts):
+                break
+        return [done[place] for place in range(len(prompts))], times
+
+    def _is_whole(self, group: PromptGroup) -> bool:
+        """Whether each of its samples is scored, or set aside."""
+        is_rewarded = self._scoring.rewards is None or all(sample.rewards for sample in group.samples)
+        num_settled = len(group.samples) + len(group.quarantined)
+        return is_rewarded and num_settled == self._config.pipeline.samples_per_prompt
+
+    async def _generate_and_score(
+        self, step: int, prompts: list[Prompt], made: list[PromptGroup], times: Times
+    ) -> None:
+        """Add groups to `made` as they arrive; they go to the teachers at once."""
         arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
-        groups: list[PromptGroup] = []
-        pipeline, scoring = self._config.pipeline, self._scoring
-        started, busy_s, times = time.monotonic(), scoring.busy_s, {}
-        rewards = scoring.rewards
+        scoring, rewards = self._scoring, self._scoring.rewards
+        started, busy_s = time.monotonic(), scoring.busy_s
         rewarding_s = 0.0 if rewards is None else rewards.busy_s
 
+        def arrive(group: PromptGroup) -> None:
+            made.append(group)
+            arriving.put_nowait(group)
+
         async def generate() -> None:
-            groups.extend(await self._generate(prompts, arriving.put_nowait))
-            times["rollout_s"] = time.monotonic() - started
+            await self._generate(prompts, arrive)
+            times["rollout_s"] += time.monotonic() - started
             arriving.put_nowait(None)
 
         await all_or_first_error([generate(), scoring.score_arriving(arriving, step)])
-        times["teacher_s"] = scoring.busy_s - busy_s
+        times["teacher_s"] += scoring.busy_s - busy_s
         if rewards is not None:
-            times["reward_s"] = rewards.busy_s - rewarding_s
+            times["reward_s"] += rewards.busy_s - rewarding_s
+
+    def _document(self, made: _Batch) -> bytes:
+        """What the learner gets of a batch.
+
+        Raises:
+            PeerError: too much of it was set aside.
+            OutputError: that cannot be written down.
+        """
+        groups, pipeline = made.groups, self._config.pipeline
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        quarantined = [item for group in groups for item in group.quarantined]
-        self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt)
-        metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
-        windows = [] if self._texts is None else self._texts.take(pipeline.texts_per_step)
-        batch = collect(groups, metrics, windows, self._config.reward.names)
+        quarantined = [item for group in [*groups, *made.dropped] for item in group.quarantined]
+        num_samples = (len(groups) + len(made.dropped)) * pipeline.samples_per_prompt
+        self._quarantine.add(quarantined, num_samples)
+        counts = {"num_quarantined": len(quarantined), "num_stale": made.num_stale}
+        metrics = completion_metrics(rollouts, self._spell) | dict(made.times) | counts
+        batch = collect(groups, metrics, made.windows, self._config.reward.names)
         batch.metrics.update(reward_metrics(batch, self._config.reward))
-        self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())
+        return encode_batch(batch)

@@ -60,7 +60,9 @@ class StudentClient:
             PeerError: a server failed, or sampled under weights that this run has not pushed.
         """
         ids = [list(prompt) for prompt in prompts]
-        completions = await self._client.generate(ids, sampling or self._sampling, samples_per_prompt)
+        completions = await self._client.generate(
+            ids, sampling or self._sampling, samples_per_prompt, waits_for_weights=True
+        )
         for completion in completions:
             versions, spans = self._versions.of(completion), completion.policy_versions
             answered = [(version, span.policy_version) for version, span in zip(versions, spans, strict=True)]

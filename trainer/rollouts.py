@@ -40,6 +40,8 @@ async def generate_groups(
     samples_per_prompt: int = 1,
     student_top_k: int = 0,
     on_group: Callable[[PromptGroup], None] = lambda group: None,
+    *,
+    waits_for_weights: bool = False,
 ) -> list[PromptGroup]:
     """Complete every prompt.
 
@@ -47,12 +49,13 @@ async def generate_groups(
         versions: those that this run has pushed.
         student_top_k: also return the student's k likeliest tokens at every position.
         on_group: called with each group as soon as its last sample has arrived.
+        waits_for_weights: whether somebody else will push the weights, should all servers have been started again.
 
     Returns:
         One group a prompt, in their order.
 
     Raises:
-        PeerError: a server failed, or sampled under a version that is none of the run's.
+        PeerError: servers failed, or sampled under a version that is none of the run's. A WeightsWantedError is one.
     """
     arrived: dict[int, list[RolloutCompletion]] = {place: [] for place in range(len(prompts))}
     groups: dict[int, PromptGroup] = {}
@@ -71,8 +74,9 @@ async def generate_groups(
             on_group(groups[place])
 
     ids = [prompt.token_ids for prompt in prompts]
+    waiting = {"waits_for_weights": True} if waits_for_weights else {}
     with waiting_for("completions of the rollout servers", "completions") as wait:
-        await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive)
+        await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive, **waiting)
     return [groups[place] for place in range(len(prompts))]
 
 

@@ -63,7 +63,11 @@ class Session:
 
     def _next_document(self) -> bytes:
         self._tell("on_step_begin")
-        return self.event_loop.run(self.pipeline.next)
+        while (document := self.event_loop.run(self.pipeline.next)) is None:
+            step = self.learner.finished_step
+            logger.info("the rollout servers were started again: they are sent the weights of step %d", step)
+            self.push(step)
+        return document
 
     def _tell(self, event: str, **changes: Any) -> None:
         """The callbacks, which a Ctrl-C may end.

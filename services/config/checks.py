@@ -85,6 +85,15 @@ def _check_urls(config: "RunConfig") -> None:
                 )
 
 
+def _check_min_rollout_servers(config: "RunConfig") -> None:
+    least, num_servers = config.pipeline.min_rollout_servers, max(1, len(config.rollout_client.urls))
+    if least > num_servers:
+        raise ValueError(
+            f"pipeline.min_rollout_servers = {least} is above the number of rollout_client.urls, {num_servers}; lower it, or name "
+            "more servers"
+        )
+
+
 def _check_rollout_host(config: "RunConfig") -> None:
     host = config.rollout.host
     if "%" in host:
@@ -275,6 +284,7 @@ _CHECKS: list[tuple[tuple[Role, ...], Callable[["RunConfig"], None]]] = [
     (_TRAINER, _check_master_weights),
     (_TRAINER, lora_checks.check_lora),
     (_TRAINER, _check_urls),
+    (_TRAINER, _check_min_rollout_servers),
     (_ROLLOUT, _check_rollout_host),
     (_TRAINER, _check_master_address),
     (_TRAINER, _check_trainer_passes_on),

@@ -25,6 +25,9 @@ class PipelineConfig(Section):
     many."""
     max_staleness: int = Field(0, ge=0, le=0)
     """Steps a sample's policy may lag behind the trainer's; 0 is strictly on-policy, the one value this version has."""
+    min_rollout_servers: int = Field(1, ge=1)
+    """Rollout servers that each push of weights must reach: the run goes on without those that are away as long as so many are
+    left, else it waits rollout_client.outage_s for them."""
     max_quarantine_rate: float = Field(0.05, ge=0, lt=1)
     """Share of a step's completions that may be set aside before the run stops: aborted ones, bad teacher rows."""
 

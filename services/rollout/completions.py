@@ -28,7 +28,7 @@ from vllm.sampling_params import RequestOutputKind
 from services.http.request_body import read_body
 from services.rollout.body import read_request
 from services.rollout.state import RolloutState
-from services.wire.frames import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT
+from services.wire.frames import END_OF_STREAM, FRAMES_MEDIA_TYPE, HEARTBEAT, HEARTBEAT_S
 from services.wire.message import PROTOCOL_VERSION
 from services.wire.rollout import (
     RolloutCompletion,
@@ -40,8 +40,6 @@ from services.wire.rollout import (
     encode_stream_error,
 )
 
-HEARTBEAT_S = 10.0
-"""Silence of an answer, at most, seconds."""
 # Nobody knows how long completions take; a client that is sent away for so long waits little longer than it must.
 _RETRY_AFTER_S = 5.0
 

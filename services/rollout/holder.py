@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.errors import RequestError
+from services.wire.weights import NOT_HELD
 
 CONFLICT = 409
 
@@ -43,7 +44,8 @@ class Holder:
         return max(0.0, self.lease.renewed_at + self.lease.lease_s - self._clock())
 
     def hold(self, run: str, name: str, lease_s: float, *, take_over: bool = False) -> bool:
-        """Give the server to a run, or renew its lease.
+        """Give the server to a run, or renew its lease. A later attempt of the holder's run gets it at once: the one before it
+        has ended.
 
         Returns:
             whether it was not this run's before.
@@ -54,7 +56,7 @@ class Holder:
         if self.lease is not None and self.lease.run == run:
             self.lease.renewed_at, self.lease.lease_s = self._clock(), lease_s
             return False
-        if self.lease is not None and self.left_s > 0 and not take_over:
+        if self.lease is not None and self.left_s > 0 and not (take_over or _is_later_attempt(run, self.lease.run)):
             raise RequestError(
                 CONFLICT,
                 "Held by another run",
@@ -75,7 +77,7 @@ class Holder:
         if self.lease is None:
             raise RequestError(
                 CONFLICT,
-                "Not held",
+                NOT_HELD,
                 f"the run {run} does not hold this rollout server: nobody does. The server was started again, or the run was "
                 "silent for longer than its lease; start the run again",
                 field="run",
@@ -101,3 +103,9 @@ class Holder:
             if self.lease is None
             else f"the run {self.lease.run} ({self.lease.name}, since {self.lease.since})"
         )
+
+
+def _is_later_attempt(run: str, holder: str) -> bool:
+    """Whether a name, e.g. "3f9c2a1b-2", is of a later attempt of the same run than another, "3f9c2a1b-1"."""
+    (ours, _, attempt), (theirs, _, earlier) = run.rpartition("-"), holder.rpartition("-")
+    return ours == theirs != "" and attempt.isdecimal() and earlier.isdecimal() and int(attempt) > int(earlier)

@@ -1,7 +1,8 @@
 """The trainer's calls of `/v1/weights/...` on several rollout servers at once: all of them, or the error of the first that failed.
 
 A run holds its servers from `hold` to `release`, and a thread renews its lease meanwhile (lease.py): a trainer that is killed is
-known to be gone after it. The stages are those of services/rollout/weights.py.
+known to be gone after it. A server that is gone is left out (`leave_out`) and, once it is back, held anew (`rejoin`). The stages
+are those of services/rollout/weights.py.
 """
 
 import asyncio
@@ -17,16 +18,17 @@ from pydantic import ValidationError
 
 from services.clients.base import all_or_first_error
 from services.config.own_key import OwnKeyAuth
-from services.errors import ClientClosedError, ServerHeldError, StartupError, WeightSyncError
+from services.errors import ClientClosedError, ServerHeldError, ServerRestartedError, StartupError, WeightSyncError
 from services.http.connections import CONNECT_TIMEOUT_S, async_client, describe, retry_after_s
 from services.weight_transfer.lease import Claim, Lease
-from services.wire.weights import CanaryScores
+from services.wire.weights import NOT_HELD, CanaryScores
 
 logger = logging.getLogger(__name__)
 
 # A server keeps the deadline of a stage itself, and answers then: it is waited for a little longer than it takes.
 _ANSWER_S = 20.0
 _RELEASE_S = 10.0
+_PROBE_S = 5.0
 _LONGEST_LEASE_S = 3600.0
 _NAME_CHARACTERS = 300
 _CONFLICT, _NOT_FOUND = 409, 404
@@ -44,6 +46,7 @@ class WeightControlClient:
         key: bearer token of the servers; None: servers of this machine have made their own.
         stage_timeout_s: deadline of each stage.
         lease_s: silence after which the servers count this run as gone.
+        on_restart: told, in another thread, of a server that was started again.
         transport: replaces the network in tests.
 
     Raises:
@@ -61,9 +64,10 @@ class WeightControlClient:
         key: str | None,
         stage_timeout_s: float,
         lease_s: float,
+        on_restart: Callable[[str], object] = lambda url: None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.urls, self.world_sizes, self.run = urls, world_sizes, run
+        self.urls, self.world_sizes, self.run = list(urls), list(world_sizes), run
         self._boot_ids = dict(zip(urls, boot_ids, strict=True))
         if len(set(boot_ids)) < len(boot_ids):
             raise StartupError(f"rollout_client.urls = {urls} lead to one server twice; name each once")
@@ -72,7 +76,7 @@ class WeightControlClient:
             async_client, urls, stage_timeout_s + _ANSWER_S, key, transport, None if key else OwnKeyAuth()
         )
         self._http = self._client()
-        self._lease = Lease(self._claimer, lease_s)
+        self._lease = Lease(self._claimer, lease_s, on_restart)
         self._held: list[str] = []
 
     # ---- the lease
@@ -117,7 +121,63 @@ class WeightControlClient:
         body = {"name": self._name, "lease_s": self._lease_s, "take_over": take_over}
         boot_id = (await self._call(url, "hold", body, http=http)).get("boot_id")
         if boot_id != self._boot_ids[url]:
-            raise ServerHeldError(f"{url} was started again while this run held it; start the run again")
+            raise ServerRestartedError(f"{url} was started again while this run held it")
+
+    @property
+    def boot_ids(self) -> dict[str, str]:
+        """Of the servers that take part, by URL."""
+        return {url: self._boot_ids[url] for url in self.urls}
+
+    async def rejoin(self, url: str, boot_id: str, world_size: int) -> None:
+        """Make a server that is back this run's own again; its ranks are the last ones.
+
+        Raises:
+            ServerHeldError: a run that lives holds it now.
+            WeightSyncError: it cannot be asked, or was started again meanwhile.
+        """
+        self._boot_ids[url] = boot_id
+        await self._claim(self._http, url)
+        self._held.append(url)
+        self._lease.add(url)
+        self.urls.append(url)
+        self.world_sizes.append(world_size)
+
+    def leave_out(self, url: str) -> None:
+        """Push without a server; it is free once its lease is over."""
+        self._lease.remove(url)
+        self._held = [held for held in self._held if held != url]
+        index = self.urls.index(url)
+        del self.urls[index], self.world_sizes[index]
+
+    def renew(self, url: str, *, renews: bool) -> None:
+        """Whether a server is told that the run lives: one that is away is not."""
+        if renews and url in self.urls:
+            self._lease.add(url)
+        else:
+            self._lease.remove(url)
+
+    async def probe(self) -> dict[str, str]:
+        """Why which servers cannot be pushed to, as what follows their URLs; those that have forgotten the run are held again.
+
+        Raises:
+            ServerHeldError: another run holds one of them.
+        """
+        reasons = await asyncio.gather(*map(self._probe, self.urls))
+        return {url: reason for url, reason in zip(self.urls, reasons, strict=True) if reason is not None}
+
+    async def _probe(self, url: str) -> str | None:
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                await self._claim(self._http, url)
+        except ServerHeldError:
+            raise
+        except ServerRestartedError:
+            return "was started again"
+        except TimeoutError:
+            return f"is silent: no answer within {_PROBE_S:g} s"
+        except WeightSyncError as error:
+            return f"does not answer: {error}"
+        return None
 
     def _claimer(self) -> Claim:
         http = self._client()
@@ -232,6 +292,8 @@ class WeightControlClient:
 
 def _refusal(url: str, stage: str, response: httpx.Response, elapsed: float) -> WeightSyncError:
     status, reason = response.status_code, _reason(response)
+    if status == _CONFLICT and _of_problem(response, "title") == NOT_HELD:
+        return ServerRestartedError(f"{stage} on {url}: {reason}")
     if status == _CONFLICT:
         return ServerHeldError(f"{stage} on {url}: {reason}", retry_after_s(response) or 0.0)
     more = ""
@@ -244,7 +306,13 @@ def _refusal(url: str, stage: str, response: httpx.Response, elapsed: float) -> 
 
 def _reason(response: httpx.Response) -> str:
     """The detail of a problem document, or the beginning of what came instead."""
+    detail = _of_problem(response, "detail")
+    return response.text[:300] if detail is None else " ".join(detail.split())
+
+
+def _of_problem(response: httpx.Response, field: str) -> str | None:
+    """A field of a problem document; None where there is none."""
     try:
-        return " ".join(str(response.json()["detail"]).split())
+        return str(response.json()[field])
     except (ValueError, TypeError, KeyError):
-        return response.text[:300]
+        return None

@@ -33,7 +33,6 @@ class WeightSender:
         backend: "gloo" or "nccl".
         address: of this machine, at which the workers reach it; `weight_sync.master_address`.
         port: on which the workers meet; 0: any free one. `weight_sync.master_port`.
-        world_size: the trainer's one sender and all workers.
         timeout_s: deadline of each stage.
         bucket_bytes: how much travels in one broadcast.
         device: of the model; nccl sends from its memory, gloo from the host's.
@@ -44,24 +43,24 @@ class WeightSender:
         backend: str,
         address: str,
         port: int,
-        world_size: int,
         timeout_s: float,
         bucket_bytes: int,
         device: torch.device,
     ) -> None:
         self._make_channel = channel_class(backend)
-        self._address, self._port, self._world_size = address, port, world_size
+        self._address, self._port = address, port
         self._timeout_s, self._bucket_bytes, self._device = timeout_s, bucket_bytes, device
         self._store: TCPStore | None = None
         self._attempts = 0
         self._channel: Channel | None = None
 
-    def connect(self, tell: Callable[[dict[str, Any]], object]) -> None:
+    def connect(self, tell: Callable[[dict[str, Any]], object], world_size: int) -> None:
         """Meet all workers; an old group is left.
 
         Args:
             tell: given a `Rendezvous` for the first server (`rank_offset` 1), makes the workers of all servers come.
                 Called in a thread of its own; once it has failed, workers are not waited for.
+            world_size: this sender and all workers; another one than before where servers have gone or come.
 
         Raises:
             WeightSyncError: the address or the port cannot be had.
@@ -72,9 +71,7 @@ class WeightSender:
         if self._store is None:
             self._store = host_store(self._address, self._port, self._timeout_s)
         self._attempts += 1
-        rendezvous = Rendezvous(
-            self._address, self._store.port, 1, self._world_size, self._timeout_s, attempt=self._attempts
-        )
+        rendezvous = Rendezvous(self._address, self._store.port, 1, world_size, self._timeout_s, attempt=self._attempts)
         told: Future[None] = Future()
         # A daemon: servers that never answer must not keep the process from ending.
         Thread(target=_run, args=(tell, asdict(rendezvous), told), name="weights-tell", daemon=True).start()

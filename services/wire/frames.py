@@ -12,6 +12,8 @@ from services.errors import PeerError
 
 FRAMES_MEDIA_TYPE = "application/x-safetensors-frames"
 END_OF_STREAM = struct.pack("<I", 0)
+HEARTBEAT_S = 10.0
+"""Silence of a stream, at most, seconds."""
 HEARTBEAT = struct.pack("<I", (1 << 32) - 1)
 _PREFIX = struct.Struct("<I")
 _MAX_FRAME_BYTES = 1 << 30

@@ -7,6 +7,9 @@ from pydantic import Field, field_validator
 from services.wire.message import TokenIds, WireModel
 from services.wire.policy_label import PolicyLabel, RunId
 
+NOT_HELD = "Not held"
+"""Title of the problem document (409) for a run that does not hold the server, which nobody does."""
+
 
 class WeightCall(WireModel):
     """What every `POST /v1/weights/...` says: the run that holds the server."""

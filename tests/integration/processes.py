@@ -135,13 +135,18 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def server(
-    role: str, log: Path, *arguments: str, engine: Engine | None = None, host: str = "127.0.0.1", port: int = 0
+    role: str,
+    log: Path,
+    *arguments: str,
+    engine: Engine | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
 ) -> Iterator[Server]:
     """`distillserve ROLE` on a free port of its own, ended (with everything it started) at the end.
 
     Args:
         engine: switches for the engine of a teacher.
-        port: that of a server that was there before; 0: any.
+        port: of a server that was killed and is started again.
     """
     port = port or free_port(host, 0)
     words = command(role, f"--{role}.host", host, f"--{role}.port", str(port), *arguments, engine=engine)
@@ -185,6 +190,12 @@ def end(process: "subprocess.Popen[bytes]") -> None:
             process.wait(patience_s)
         except subprocess.TimeoutExpired:
             continue
+    process.wait(10.0)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """kill -9 of a server; what it has started is left to end by itself."""
+    process.kill()
     process.wait(10.0)
 
 

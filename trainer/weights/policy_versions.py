@@ -20,6 +20,8 @@ class PolicyVersions:
         self.run = run
         self._attempts: Counter[int] = Counter()
         self._live: dict[str, int] = {}
+        self.current: str | None = None
+        """The label of the newest push; None before the first."""
 
     def next_label(self, version: int) -> PolicyLabel:
         """The label of one more attempt to push a version."""
@@ -29,6 +31,7 @@ class PolicyVersions:
     def set_live(self, label: PolicyLabel) -> None:
         """The servers sample under it."""
         self._live[str(label)] = label.version
+        self.current = str(label)
 
     def of(self, completion: RolloutCompletion) -> list[int]:
         """The versions under which the tokens of a completion were sampled, in order.

@@ -1,8 +1,10 @@
 """A whole run in this process: the trainer's own parts, a teacher on a real port, and rollout servers that are not vLLM's."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ class Rollouts:
         self.version = "default"
         self.num_calls = 0
         self.on_call: Callable[[int], None] = lambda call: None
+        self.group = SimpleNamespace(weights_wanted=asyncio.Event())
 
     async def generate(
         self,
@@ -59,6 +62,8 @@ class Rollouts:
         samples_per_prompt: int = 1,
         student_top_k: int = 0,
         on_completion: Callable[[RolloutCompletion], None] = lambda completion: None,
+        *,
+        waits_for_weights: bool = False,
     ) -> list[RolloutCompletion]:
         self.num_calls += 1
         self.on_call(self.num_calls)

@@ -131,9 +131,9 @@ def test_a_completion_is_scored_before_the_last_one_has_arrived(run: Run, teache
         rollouts: Any = rollouts_of(session)
         generate = rollouts.generate
 
-        async def one_then_the_rest(*asked: Any, on_completion: Any) -> list[RolloutCompletion]:
+        async def one_then_the_rest(*asked: Any, on_completion: Any, **options: Any) -> list[RolloutCompletion]:
             held: list[RolloutCompletion] = []
-            completions: list[RolloutCompletion] = await generate(*asked, on_completion=held.append)
+            completions: list[RolloutCompletion] = await generate(*asked, on_completion=held.append, **options)
             if rollouts.num_calls in (2, 3):  # of the steps; an evaluation is scored when all is there
                 has_scored.clear()
                 on_completion(held.pop(0))

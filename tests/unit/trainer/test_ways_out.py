@@ -102,6 +102,11 @@ def at(number: int, act: Callable[[], Any]) -> Callable[[int], None]:
     return lambda count: act() if count == number else None
 
 
+def from_on(number: int, act: Callable[[], Any]) -> Callable[[int], None]:
+    """Call `act` whenever the counter is at `number` or beyond."""
+    return lambda count: act() if count >= number else None
+
+
 def signalled(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
@@ -139,7 +144,7 @@ def push_fails(session: Session, run: Run) -> None:
 
 
 def a_bug(session: Session, run: Run) -> None:
-    rollouts_of(session).on_call = at(4, raising(RuntimeError("a bug")))
+    rollouts_of(session).on_call = from_on(4, raising(RuntimeError("a bug")))
 
 
 def gradient_is_not_finite(session: Session, run: Run, update: int = 3) -> None:

@@ -11,8 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services.clients import RolloutClient, TeacherClient
-from services.clients import rollout as rollout_client
+from services.clients import RolloutClient, TeacherClient, rollout_requests
 from services.clients.teacher_requests import cut_by_rows
 from services.errors import PeerError, ProblemError
 from services.wire.frames import END_OF_STREAM
@@ -443,7 +442,7 @@ async def test_any_number_of_completions_is_cut_to_what_each_server_takes(
 async def test_prompts_are_cut_by_their_ids_and_what_is_still_too_large_in_halves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rollout_client, "MAX_IDS_PER_REQUEST", 6)
+    monkeypatch.setattr(rollout_requests, "MAX_IDS_PER_REQUEST", 6)
     server = Server(100, most_ids=4)
     client = rollout(server)
     got = await client.generate([[1, 0], [2, 0], [3, 0], [4, 0, 0, 0], [5]], SAMPLING)

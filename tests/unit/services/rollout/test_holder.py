@@ -65,3 +65,26 @@ def test_nobody_holds_a_server_that_was_released_or_has_just_started(held: Holde
             holder.check("first")
         assert holder.left_s == 0
     assert held.hold("second", "b", 30.0)
+
+
+@pytest.mark.parametrize(
+    ("holder", "run", "is_given"),
+    [
+        ("3f9c2a1b-1", "3f9c2a1b-2", True),
+        ("3f9c2a1b-9", "3f9c2a1b-10", True),
+        ("3f9c2a1b-2", "3f9c2a1b-1", False),
+        ("3f9c2a1b-1", "3f9c2a1c-2", False),
+        ("3f9c2a1b", "3f9c2a1b-2", False),
+        ("3f9c2a1b-x", "3f9c2a1b-2", False),
+        ("-1", "-2", False),
+    ],
+)
+def test_a_later_attempt_of_the_holders_run_need_not_wait(holder: str, run: str, is_given: bool) -> None:
+    server = Holder(Clock())
+    server.hold(holder, "a", 30.0)
+    if is_given:
+        assert server.hold(run, "a", 30.0)
+        server.check(run)
+        return
+    with pytest.raises(RequestError, match="held by the run"):
+        server.hold(run, "a", 30.0)

@@ -192,8 +192,8 @@ def receiver(backend: str = "distillserve_gloo", rank: int = 0) -> WeightReceive
     return WeightReceiver(SimpleNamespace(backend=backend), config, CPU, Model())
 
 
-def sender(port: int = 0, world_size: int = 2, timeout_s: float = 20.0, bucket_bytes: int = 200) -> WeightSender:
-    return WeightSender("gloo", "127.0.0.1", port, world_size, timeout_s, bucket_bytes, CPU)
+def sender(port: int = 0, timeout_s: float = 20.0, bucket_bytes: int = 200) -> WeightSender:
+    return WeightSender("gloo", "127.0.0.1", port, timeout_s, bucket_bytes, CPU)
 
 
 def connected(num_workers: int = 1, bucket_bytes: int = 200) -> tuple[WeightSender, list[WeightReceiver], Wire]:

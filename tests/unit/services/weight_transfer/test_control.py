@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.errors import ServerHeldError, StartupError, WeightSyncError
+from services.errors import ServerHeldError, ServerRestartedError, StartupError, WeightSyncError
+from services.weight_transfer import control as control_module
 from services.weight_transfer.control import WeightControlClient
 from services.wire.weights import HoldRequest
 from tests.unit.services.weight_transfer import controls
@@ -290,13 +291,115 @@ async def test_a_stage_on_a_server_that_another_run_holds_is_an_error_of_its_own
         await control(Servers({"b/finish": problem(409, "held by the run r2")})).finish("1.1@r1")
 
 
-async def test_a_server_that_was_started_again_is_known_by_its_boot_id() -> None:
-    boots = [httpx.Response(200, json={"boot_id": boot}) for boot in ("of a", "another")]
-    client = control(Servers({"a/hold": boots}), ["http://a"], lease_s=0.12)
+async def test_a_server_that_was_started_again_is_known_by_its_boot_id_and_costs_the_others_nothing() -> None:
+    fine = httpx.Response(200, json={"boot_id": "of a"})
+    servers, restarted = Servers({"a/hold": [fine, httpx.Response(200, json={"boot_id": "another"})]}), []
+    client = control(servers, ["http://a", "http://b"], lease_s=0.12, on_restart=restarted.append)
     await client.hold()
-    await soon(lambda: client._lease.lost is not None)
-    with pytest.raises(ServerHeldError, match="http://a was started again while this run held it"):
-        await client.start()
+    await soon(lambda: bool(restarted))
+    num_asked = servers.stages().count(("b", "hold"))
+    await soon(lambda: servers.stages().count(("b", "hold")) > num_asked + 2)
+    assert restarted == ["http://a"] and servers.stages().count(("a", "hold")) == 2
+    await client.start()
+    await client.release()
+
+
+async def test_a_server_that_nobody_holds_was_started_again_and_is_nobody_elses() -> None:
+    answer = httpx.Response(409, json={"title": "Not held", "detail": "nobody does"})
+    with pytest.raises(ServerRestartedError, match="finish on http://b: nobody does"):
+        await control(Servers({"b/finish": answer})).finish("1.1@r1")
+
+
+async def test_a_group_goes_on_without_a_server_and_takes_it_back_behind_the_others() -> None:
+    """Of 2, 1 and 4 workers; the last one comes back with 3."""
+    servers = Servers()
+    client = control(servers)
+    await client.hold()
+    client.leave_out("http://b")
+    await client.connect({})
+    assert {host: body["rendezvous"]["rank_offset"] for host, body in servers.bodies("connect").items()} == {
+        "c": 1,
+        "a": 3,
+    }
+    servers.answers["c/hold"] = httpx.Response(200, json={"boot_id": "new"})
+    client.leave_out("http://c")
+    await client.rejoin("http://c", "new", 3)
+    await client.rejoin("http://b", "of b", 4)
+    servers.calls.clear()
+    await client.connect({})
+    assert {host: body["rendezvous"]["rank_offset"] for host, body in servers.bodies("connect").items()} == {
+        "a": 1,
+        "c": 2,
+        "b": 5,
+    }
+    assert client.world_sizes == [1, 3, 4] and client.boot_ids == {
+        "http://a": "of a",
+        "http://c": "new",
+        "http://b": "of b",
+    }
+    await client.release()
+    assert sorted(servers.bodies("release")) == ["a", "b", "c"]
+
+
+async def test_a_server_that_is_left_out_is_not_told_that_the_run_lives_nor_given_back() -> None:
+    servers = Servers()
+    client = control(servers, lease_s=0.12)
+    await client.hold()
+    client.leave_out("http://b")
+    await asyncio.sleep(0.05)
+    servers.calls.clear()
+    await soon(lambda: servers.stages().count(("a", "hold")) > 2)
+    await client.release()
+    assert ("b", "hold") not in servers.stages() and ("b", "release") not in servers.stages()
+
+
+async def test_a_server_that_is_away_is_not_told_that_the_run_lives_until_it_is_back() -> None:
+    servers = Servers()
+    client = control(servers, lease_s=0.12)
+    await client.hold()
+    client.renew("http://b", renews=False)
+    await asyncio.sleep(0.05)
+    servers.calls.clear()
+    await soon(lambda: servers.stages().count(("a", "hold")) > 2)
+    assert ("b", "hold") not in servers.stages()
+    client.renew("http://b", renews=True)
+    await soon(lambda: ("b", "hold") in servers.stages())
+    await client.release()
+
+
+async def test_who_cannot_be_pushed_to_is_found_and_who_has_forgotten_the_run_is_held_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(control_module, "_PROBE_S", 0.1)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        if host == "c":
+            raise httpx.ConnectError("refused")
+        if host == "b":
+            await asyncio.sleep(3600)
+        return httpx.Response(200, json={"boot_id": f"of {host}"})
+
+    found = await control(answer).probe()
+    assert found.keys() == {"http://c", "http://b"}
+    assert (
+        "cannot be reached: ConnectError refused" in found["http://c"] and "no answer within 0.1 s" in found["http://b"]
+    )
+    other = Servers({"a/hold": httpx.Response(200, json={"boot_id": "new"})})
+    assert await control(other).probe() == {"http://a": "was started again"}
+    with pytest.raises(ServerHeldError, match="held by the run r2"):
+        await control(Servers({"a/hold": problem(409, "held by the run r2")})).probe()
+
+
+async def test_a_silent_server_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    fine = httpx.Response(200, json={"boot_id": "of a"})
+    refused = [httpx.ConnectError("refused") for _ in range(4)]
+    servers = Servers({"a/hold": [fine, *refused, fine, httpx.ConnectError("refused")]})
+    client = control(servers, ["http://a"], lease_s=0.12)
+    await client.hold()
+    await soon(lambda: servers.stages().count(("a", "hold")) > 8)
+    await client.release()
+    assert caplog.text.count("http://a was not told that this run lives") == 2
 
 
 @pytest.mark.parametrize("workers", [None, [], [{}], [{}, {}, {}], [{}, 1], {"a": 1}, "xy"])

@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_ends_the_broadcast_of_the_trainer() -> None:
 
 def test_a_trainer_pushes_to_two_servers_again_and_again_over_one_port() -> None:
     port = host_store("127.0.0.1", 0, 5.0).port
-    trainer, workers = sender(port, world_size=3), [receiver(), receiver()]
+    trainer, workers = sender(port), [receiver(), receiver()]
 
     def tell(rendezvous: dict[str, Any]) -> None:
         assert rendezvous["master_port"] == port
@@ -135,7 +135,7 @@ def test_a_trainer_pushes_to_two_servers_again_and_again_over_one_port() -> None
             list(executor.map(lambda worker, place: worker.init_transfer_engine(place), workers, told))
 
     for seed in range(2):
-        trainer.connect(tell)
+        trainer.connect(tell, 3)
         source = Source(random_weights(seed))
         update = trainer.update(source)
         with ThreadPoolExecutor(2) as executor:
@@ -159,9 +159,9 @@ def test_a_server_that_refuses_ends_the_connecting() -> None:
     def refuse(rendezvous: dict[str, Any]) -> None:
         raise WeightSyncError("connect on http://a answered 409")
 
-    trainer = sender(world_size=3, timeout_s=60.0)
+    trainer = sender(timeout_s=60.0)
     with pytest.raises(WeightSyncError, match="answered 409"):
-        trainer.connect(refuse)
+        trainer.connect(refuse, 3)
 
 
 def test_a_server_that_fails_after_its_workers_came_ends_the_connecting() -> None:
@@ -171,8 +171,8 @@ def test_a_server_that_fails_after_its_workers_came_ends_the_connecting() -> Non
         worker.init_transfer_engine(Rendezvous(**rendezvous))
         raise WeightSyncError("connect on http://b answered 500")
 
-    trainer = sender(world_size=2)
+    trainer = sender()
     with pytest.raises(WeightSyncError, match="answered 500"):
-        trainer.connect(join_and_fail)
+        trainer.connect(join_and_fail, 2)
     assert trainer._channel is None
     worker.shutdown()

@@ -127,13 +127,11 @@ class Rig:
     def __init__(self, servers: list[Server], timeout_s: float) -> None:
         self.servers = servers
         self.workers = [worker for server in servers for worker in server.workers]
-        self.sender = WeightSender(
-            "nccl", "127.0.0.1", 0, 1 + len(self.workers), timeout_s, BUCKET_BYTES, torch.device("cpu")
-        )
+        self.sender = WeightSender("nccl", "127.0.0.1", 0, timeout_s, BUCKET_BYTES, torch.device("cpu"))
         self._executor = ThreadPoolExecutor(len(self.workers))
 
     def connect(self) -> None:
-        self.sender.connect(self._tell)
+        self.sender.connect(self._tell, 1 + len(self.workers))
 
     def _tell(self, body: dict[str, Any]) -> None:
         joining, offset = [], 1

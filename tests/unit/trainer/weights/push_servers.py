@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.errors import ServerHeldError, WeightSyncError
+from services.clients.rollout_group import RolloutGroup
+from services.errors import PeerError, ServerHeldError, WeightSyncError
 from services.weight_transfer.channel import GroupLostError, Update
-from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
+from services.wire.rollout import RolloutCompletion, RolloutInfo, RolloutSampling, VersionSpan
 from services.wire.weights import CanaryScores
 from tests.pushing import Pushing
 
@@ -35,16 +36,48 @@ class Servers:
     trouble: str = ""
     aborted: threading.Event = field(default_factory=threading.Event)
     num_receiving: int = 0
+    group_sizes: list[int] = field(default_factory=list)
     received: dict[str, torch.Tensor] = field(default_factory=dict)
     busy: threading.Lock = field(default_factory=threading.Lock)
     """Whoever holds it keeps a broadcast that was ended from returning."""
     model: Any = None
+    answers: dict[str, RolloutInfo] = field(default_factory=dict)
+    """What servers say that are asked how they are; those without an entry are silent."""
+    gone: dict[str, list[str]] = field(default_factory=dict)
+    """Why servers do not answer after a push that failed, one reason a push."""
+
+    def __post_init__(self) -> None:
+        self.group = RolloutGroup(list(self.urls), self._say_how_it_is, 5.0)
+
+    async def _say_how_it_is(self, url: str) -> RolloutInfo:
+        if url not in self.answers:
+            raise PeerError(f"{url} is silent")
+        return self.answers[url]
 
     # ---- the control client
 
     def control(self, urls: list[str], boot_ids: list[str], world_sizes: list[int], **options: Any) -> "Servers":
         self.world_sizes, self.options = world_sizes, options
+        self.boot_ids = dict(zip(urls, boot_ids, strict=True))
         return self
+
+    async def probe(self) -> dict[str, str]:
+        self.events.append("probe")
+        return {url: self.gone[url].pop(0) for url in self.urls if self.gone.get(url)}
+
+    async def rejoin(self, url: str, boot_id: str, world_size: int) -> None:
+        self.events.append(f"rejoin {url} {boot_id}")
+        self.urls.append(url)
+        self.world_sizes.append(world_size)
+        self.boot_ids[url] = boot_id
+
+    def leave_out(self, url: str) -> None:
+        self.events.append(f"leave out {url}")
+        index = self.urls.index(url)
+        del self.urls[index], self.world_sizes[index], self.boot_ids[url]
+
+    def renew(self, url: str, *, renews: bool) -> None:
+        self.events.append(f"{'renew' if renews else 'renew no more'} {url}")
 
     async def hold(self, take_over: bool, on_wait: Any) -> None:
         self.events.append(f"hold {take_over}")
@@ -145,8 +178,9 @@ class Sender:
     servers: Servers
     num_connections: int = 0
 
-    def connect(self, tell: Callable[[dict[str, Any]], object]) -> None:
+    def connect(self, tell: Callable[[dict[str, Any]], object], world_size: int) -> None:
         self.num_connections += 1
+        self.servers.group_sizes.append(world_size)
         self.servers.aborted.clear()
         tell({"master_port": self.num_connections})
 

@@ -28,6 +28,14 @@ def test_labels_count_attempts_and_name_the_run(versions: PolicyVersions) -> Non
     assert [str(versions.next_label(version)) for version in (4, 5, 6)] == ["4.3@mine", "5.2@mine", "6.1@mine"]
 
 
+def test_the_label_of_the_newest_push_is_the_current_one(versions: PolicyVersions) -> None:
+    assert versions.current == "5.1@mine" and PolicyVersions("mine").current is None
+    versions.next_label(6)
+    assert versions.current == "5.1@mine"  # its canary has not passed
+    versions.set_live(versions.next_label(5))
+    assert versions.current == "5.2@mine"
+
+
 def test_a_batch_is_as_old_as_its_oldest_token(versions: PolicyVersions) -> None:
     young, mixed = completion(("5.1@mine", 0, 3)), completion(("4.2@mine", 0, 1), ("5.1@mine", 1, 3))
     assert versions.oldest([young]) == 5 and versions.oldest([young, mixed]) == 4

@@ -30,7 +30,12 @@ async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sample
     servers = Servers()
     trainer = attach(servers)
     metrics = await trainer.push(0)
-    assert metrics["canary_residual"] <= 1e-5 and metrics.keys() == {"push_s", "canary_s", "canary_residual"}
+    assert metrics["canary_residual"] <= 1e-5 and metrics.keys() == {
+        "push_s",
+        "canary_s",
+        "canary_residual",
+        "num_rollout_servers",
+    }
     await trainer.push(1)
     assert servers.events.count("receive") == 2  # beside the sending, whichever begins first
     assert [e for e in servers.events if e != "receive"] == [
@@ -57,7 +62,7 @@ async def test_workers_are_met_at_the_configured_address(given: dict[str, int], 
     servers = Servers()
     options = {"master_address": "10.1.2.3", "stage_timeout_s": 7.0, "bucket_mib": 3}
     attach(servers, weight_sync=options | given)
-    assert servers.sender_arguments == ("gloo", "10.1.2.3", port, 2, 7.0, 3 << 20, CPU)
+    assert servers.sender_arguments == ("gloo", "10.1.2.3", port, 7.0, 3 << 20, CPU)
 
 
 async def test_a_later_canary_may_differ_by_what_the_first_one_showed(attach: Attach) -> None:
@@ -286,7 +291,7 @@ async def test_every_server_is_scored(attach: Attach) -> None:
     servers = Servers(["garbles"] * 2, urls=[URL, "http://far"])
     with pytest.raises(WeightSyncError, match="canary of version 0 on http://rollout"):
         await attach(servers).push(0)
-    assert servers.world_sizes == [1, 1] and servers.sender_arguments[3] == 3
+    assert servers.world_sizes == [1, 1] and servers.group_sizes == [3, 3]
 
 
 @pytest.mark.parametrize(("device", "tolerance"), [("cpu", 1e-2), ("cuda:1", 0.1)])
