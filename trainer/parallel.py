@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import DDP, replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from services.config import RunConfig, TrainerConfig
 from services.errors import ConfigError
+from trainer.checkpoint.block import Block
 from trainer.ranks.group import Ranks
 from trainer.student import Student, load_student
 
@@ -187,6 +189,30 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a parameter or gradient."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def block_of(tensor: Tensor) -> Block:
+    """Which part of a parameter, or of what is as large as it, this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return Block.all_of(tuple(tensor.shape))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Block(tuple(tensor.shape), tuple(offset), tuple(shape))
+
+
+def is_first_holder(tensor: Tensor, ranks: Ranks) -> bool:
+    """Whether this rank is the first of those that hold the same part."""
+    if not isinstance(tensor, DTensor):
+        return ranks.index == 0
+    places = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    return all(place == 0 for placement, place in places if isinstance(placement, Replicate))
+
+
+def spread_like(held: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a tensor, as a tensor that is spread as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return held
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(held, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 @contextmanager
