@@ -55,6 +55,13 @@ Rows: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 """A file, or a datasets.Dataset, an IterableDataset or a list of dicts."""
 Result = TypeVar("Result")
 
+# Of a measurement, which has nothing to go on from.
+_NO_CHECKPOINTS: dict[str, Any] = {
+    "save_every_steps": 0,
+    "keep_best": False,
+    "resume": False,
+    "resume_step": None,
+}
 # Passes over the data where nothing says how long a run is.
 _EPOCHS = 1.0
 
@@ -157,7 +164,7 @@ class DistillationTrainer:
             SystemExit: SIGTERM or SIGHUP came.
         """
         folder = str(Path(self.config.output.dir) / "evaluation")
-        config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], save_every_steps=0)
+        config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], **_NO_CHECKPOINTS)
         config = updated(config, "pipeline", steps=1, epochs=None)
         config = updated(config, "optimizer", warmup_steps=0)
         return self._run(measure, config, replace(self._objects, callbacks=()))

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
 from trainer import learner_state
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
-from trainer.checkpoint.rank_file import RankFiles
+from trainer.checkpoint.folder import Checkpoint
 from trainer.high_entropy import highest_share
 from trainer.learner_state import RankState
 from trainer.lora import trained_parameters
@@ -96,6 +97,7 @@ class Learner:
         self._copy: HostCopy | None = None
         self._has_pushed = False
         self._skipped_in_a_row = 0
+        self._remember()
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -124,7 +126,13 @@ class Learner:
                 "else a rank may hold less of"
             ) from error
         self.finished_step += 1
+        self._remember()
         return metrics | {"train_s": time.monotonic() - started, "peak_memory_gib": self.ranks.peak_memory_gib()}
+
+    def _remember(self) -> None:
+        """What a step that is given up half-way changes, besides weights, as it is after the finished one."""
+        self._after_step = (learner_state.generators(self.ranks), self._skipped_in_a_row)
+        self._is_updating = False
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
@@ -269,6 +277,7 @@ class Learner:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest)))
         if math.isfinite(norm):
             self._check()
+            self._is_updating = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not keeps_gradients(self.student))
         return norm
@@ -381,9 +390,7 @@ class Learner:
         trained = ((name, whole(p.detach())) for name, p in trained_parameters(model).items())
         return StudentState(self.finished_step, kept, self._on_first_rank(trained, copies=copies))
 
-    def _on_first_rank(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], *, copies: bool
-    ) -> dict[str, torch.Tensor]:
+    def _on_first_rank(self, tensors: Iterable[tuple[str, torch.Tensor]], *, copies: bool) -> dict[str, torch.Tensor]:
         """In host memory; gathered by all ranks, of which the others keep nothing."""
         kept = {}
         for name, tensor in tensors:
@@ -393,15 +400,32 @@ class Learner:
 
     # ----------------------------------------------------------------------------------- going on later
 
-    def capture(self) -> Captured:
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether all of it is as the last finished step has left it: not so in the middle of an update."""
+        return not self._is_updating
+
+    def capture(self, folder: Path) -> Captured:
         """What a checkpoint holds, in host memory: of the student all on rank 0, of the optimizer on each rank its part.
+
+        Args:
+            folder: of the checkpoint, into which the other ranks write their parts.
 
         Raises:
             ConfigError: the user's optimizer or schedule has a state that cannot be kept.
         """
-        state = learner_state.capture(self.student, self.optimizer, self.schedule, self.ranks)
-        state.values["skipped_in_a_row"] = self._skipped_in_a_row
+        generators, skipped_in_a_row = self._after_step
+        state = learner_state.capture(self.student, self.optimizer, self.schedule, self.ranks, generators)
+        state.values["skipped_in_a_row"] = skipped_in_a_row
         return Captured(self._gathered(copies=True), state)
+
+    def wait_for_parts(self, folder: Path) -> None:
+        """Wait, in any thread, until the other ranks have written their parts of a checkpoint.
+
+        Raises:
+            OutputError: one cannot be written; names the rank.
+            RankLostError: a rank is gone.
+        """
 
     def check_capture(self) -> None:
         """Find out early whether `capture` can work; the optimizer's state is there after its first step.
@@ -411,20 +435,18 @@ class Learner:
         """
         learner_state.describe(self.student, self.optimizer, self.schedule)
 
-    def resume(self, step: int, files: RankFiles, num_ranks: int, values: dict[str, Any]) -> None:
-        """Go on from what was captured after `step`; the student has been loaded from it.
-
-        Args:
-            num_ranks: that wrote `files`.
-            values: those of RankState.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from what was captured; the student has been loaded from there.
 
         Raises:
             StartupError: it is of another student or optimizer.
         """
+        files, values, step = checkpoint.rank_files(), checkpoint.state["learner"], checkpoint.step
         learner_state.restore(self.student, self.optimizer, self.schedule, self.ranks, files, values)
-        learner_state.restore_generators(self.ranks, files, num_ranks, self.config.seed, step)
+        learner_state.restore_generators(self.ranks, files, checkpoint.num_ranks, self.config.seed, step)
         self._skipped_in_a_row = values["skipped_in_a_row"]
         self.finished_step = step
+        self._remember()
 
     def claims_copy(self) -> bool:
         """Whether this rank is to save what was pushed last: each machine's first one to ask."""

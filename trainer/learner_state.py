@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from services.errors import ConfigError, StartupError
 from trainer.checkpoint.block import Block
@@ -44,8 +44,17 @@ class RankState:
     values: dict[str, Any]
 
 
-def capture(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, ranks: Ranks) -> RankState:
+def capture(
+    student: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    ranks: Ranks,
+    generators: dict[str, Tensor],
+) -> RankState:
     """A copy of all of it; a step may follow at once.
+
+    Args:
+        generators: of `generators`, after the last finished step.
 
     Raises:
         ConfigError: of the optimizer or the schedule a checkpoint cannot hold everything; says what.
@@ -56,7 +65,7 @@ def capture(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler, ran
         if is_first_holder(whose, ranks) if is_like else ranks.index == 0:
             tensors[name] = local(held.detach()).to("cpu", copy=True)
             blocks[name] = block_of(held)
-    for name, state in _generators(ranks).items():
+    for name, state in generators.items():
         tensors[name], blocks[name] = state, Block.all_of(tuple(state.shape))
     return RankState(tensors, blocks, describe(student, optimizer, schedule))
 
@@ -115,6 +124,10 @@ def restore(
                 restored[key] = _read(files, f"optimizer/{name}/{key}", parameters[name], entry)
         optimizer.state[parameters[name]] = restored
     schedule.load_state_dict(from_json(values["schedule"]))
+    if type(schedule) is LambdaLR:  # a run that was made longer has another rate for the same step
+        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def restore_generators(ranks: Ranks, files: RankFiles, num_ranks: int, seed: int, step: int) -> None:
@@ -123,8 +136,7 @@ def restore_generators(ranks: Ranks, files: RankFiles, num_ranks: int, seed: int
     Args:
         num_ranks: that wrote the files; on another number every rank gets a seed of its own.
     """
-    generators = _generators(ranks)
-    if num_ranks != ranks.count or not all(files.has(name) for name in generators):
+    if num_ranks != ranks.count or not all(files.has(name) for name in generators(ranks)):
         logger.debug("rank %d of %d, after %d ranks: its generators begin anew", ranks.index, ranks.count, num_ranks)
         torch.manual_seed(hash((seed, step, ranks.index)))
         return
@@ -133,7 +145,7 @@ def restore_generators(ranks: Ranks, files: RankFiles, num_ranks: int, seed: int
         torch.cuda.set_rng_state(files.read(f"rng/{ranks.index}/cuda"), ranks.device)
 
 
-def _generators(ranks: Ranks) -> dict[str, Tensor]:
+def generators(ranks: Ranks) -> dict[str, Tensor]:
     """The states of torch's generators that this rank uses."""
     states = {f"rng/{ranks.index}/cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -177,7 +189,9 @@ def _read(files: RankFiles, name: str, parameter: Tensor, entry: dict[str, Any])
 def _restore_groups(optimizer: Optimizer, parameters: dict[str, nn.Parameter], values: dict[str, Any]) -> None:
     ours, named = optimizer.param_groups, {id(parameter): name for name, parameter in parameters.items()}
     if values["optimizer"] != type(optimizer).__name__:
-        raise StartupError(f"the checkpoint is of the optimizer {values['optimizer']}, this run has {_named(optimizer)}")
+        raise StartupError(
+            f"the checkpoint is of the optimizer {values['optimizer']}, this run has {_named(optimizer)}"
+        )
     found = [[named[id(p)] for p in group["params"]] for group in ours]
     for mine, theirs in zip(found, [group["params"] for group in values["groups"]], strict=False):
         if different := sorted(set(mine) ^ set(theirs)):

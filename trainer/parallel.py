@@ -9,6 +9,7 @@ and on several ranks with `ddp` torch's DistributedDataParallel adds up gradient
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,24 @@ def load_and_place(config: RunConfig, ranks: Ranks, *, learns: bool = True) -> S
 
     student = ranks.in_turns(load)
     set_seed(config.seed + ranks.index)  # dropout does not
+    return student
+
+
+def load_student_of(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> Student:
+    """The student of a run that begins, or goes on: its weights, or its adapter beside the weights of student.model, are then
+    those of a checkpoint, in the dtype in which they are trained.
+
+    Raises:
+        ConfigError, StartupError: as of `load_and_place`.
+    """
+    if checkpoint is None:
+        return load_and_place(config, ranks)
+    if config.lora.is_on:
+        changed = config.lora.model_copy(update={"adapter": str(checkpoint / "adapter")})
+        return load_and_place(config.model_copy(update={"lora": changed}), ranks)
+    whole = config.student.model_copy(update={"model": str(checkpoint)})
+    student = load_and_place(config.model_copy(update={"student": whole}), ranks)
+    student.model.name_or_path = student.model.config.name_or_path = config.student.model or ""
     return student
 
 

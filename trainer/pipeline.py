@@ -17,6 +17,7 @@ from services.clients.base import all_or_first_error
 from services.config import RunConfig
 from services.wire.batch import encode_batch
 from trainer.batch import collect
+from trainer.checkpoint.journal import used
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.groups import PromptGroup
@@ -39,6 +40,7 @@ class Pipeline:
         spell: a token as text, for the names of metrics.
         texts: windows of data.lm_path, whose cross-entropy is learned as well.
         own_rollouts: asked for completions in the place of `client`.
+        finished_step: after which the run goes on; the streams are at what comes then.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Pipeline:
         spell: Callable[[int], str],
         texts: RowStream[list[int]] | None = None,
         own_rollouts: OwnRollouts | None = None,
+        finished_step: int = 0,
     ) -> None:
         self._config, self._prompts, self._num_steps, self._client = config, prompts, num_steps, client
         self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
-        self._texts, self._own_rollouts = texts, own_rollouts
+        self._texts, self._own_rollouts, self._finished_step = texts, own_rollouts, finished_step
         self._sampling = training_sampling(config.sampling)
         self._buffer: StalenessBuffer[bytes] = StalenessBuffer(config.pipeline.max_staleness)
         self._producing: asyncio.Task[None] | None = None
@@ -94,9 +97,9 @@ class Pipeline:
             await asyncio.wait({self._producing})
 
     async def _produce(self) -> None:
-        for step in range(1, self._num_steps + 1):
+        for step in range(self._finished_step + 1, self._num_steps + 1):
             await self._buffer.slot()
-            await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
+            await self._make_batch(step)
 
     async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
         samples = self._config.pipeline.samples_per_prompt
@@ -112,8 +115,14 @@ class Pipeline:
             on_group=on_group,
         )
 
-    async def _make_batch(self, step: int, prompts: list[Prompt]) -> None:
-        """Generate and score; completions go to the teachers as they arrive."""
+    async def _make_batch(self, step: int) -> None:
+        """Generate and score the next prompts; completions go to the teachers as they arrive.
+
+        What a batch has used of the data is written down in it: a batch that is made ahead and never trained on has used nothing.
+        """
+        start = self._prompts.position
+        placed = self._prompts.take_placed(self._config.pipeline.prompts_per_step)
+        after, prompts = self._prompts.position, [prompt for _, prompt in placed]
         arriving: asyncio.Queue[PromptGroup | None] = asyncio.Queue()
         groups: list[PromptGroup] = []
         pipeline, scoring = self._config.pipeline, self._scoring
@@ -132,9 +141,13 @@ class Pipeline:
             times["reward_s"] = rewards.busy_s - rewarding_s
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         quarantined = [item for group in groups for item in group.quarantined]
-        self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt)
+        self._quarantine.add(quarantined, len(prompts) * pipeline.samples_per_prompt, step)
         metrics = completion_metrics(rollouts, self._spell) | times | {"num_quarantined": len(quarantined)}
-        windows = [] if self._texts is None else self._texts.take(pipeline.texts_per_step)
+        windows, texts = [], (0, 0)
+        if self._texts is not None:
+            of_texts = self._texts.position
+            windows, texts = self._texts.take(pipeline.texts_per_step), (of_texts, self._texts.position)
         batch = collect(groups, metrics, windows, self._config.reward.names)
         batch.metrics.update(reward_metrics(batch, self._config.reward))
+        batch.used.update(used((start, after), texts, [position for position, _ in placed], groups))
         self._buffer.put(encode_batch(batch), batch.policy_versions.tolist())

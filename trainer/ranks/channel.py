@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from services.config.addresses import is_loopback
-from services.errors import RankLostError, StartupError
+from services.errors import OutputError, RankLostError, StartupError
 from services.process.startup import socket_address
 from trainer.ranks.group import Ranks, is_of_ranks
 
@@ -60,6 +60,7 @@ class Followers:
         self._is_over = False
         self._said: dict[int, tuple[bool, str]] = {}  # by rank: whether it is a cause, and what
         self._lost = threading.Event()
+        self._written: queue.SimpleQueue[tuple[int, str, str | None]] = queue.SimpleQueue()  # rank, folder, problem
         self._connections = _accept(ranks)
         for rank, (connection, where) in self._connections.items():
             arguments = (rank, connection, where)
@@ -106,6 +107,25 @@ class Followers:
                 raise self.cause() from error
             raise
 
+    def wait_for_parts(self, folder: str) -> None:
+        """Wait until every other rank has said that it has written its part of a checkpoint.
+
+        Raises:
+            OutputError: one could not; names it.
+            RankLostError: one is gone.
+        """
+        waiting = set(self._connections)
+        while waiting:
+            rank, where, problem = self._written.get()
+            if self.lost is not None:
+                raise self.lost
+            if where == folder and problem is not None:
+                raise OutputError(
+                    f"rank {rank} on {self._connections[rank][1]}: {problem}; ranks on several machines need output.dir on a file "
+                    "system that they share"
+                )
+            waiting -= {rank} if where == folder else set()
+
     def end(self) -> None:
         """Let the other ranks end in order."""
         self._is_over = True
@@ -122,6 +142,8 @@ class Followers:
                 said = json.loads(connection.recv_bytes())
                 if "signal" in said:
                     self._on_signal(said["signal"])
+                elif "written" in said:
+                    self._written.put((rank, said["written"], said["problem"]))
                 else:
                     self._note(rank, said["is_cause"], f"{name} failed: {said['failed']}")
         except (EOFError, OSError):
@@ -133,6 +155,7 @@ class Followers:
         with self._lock:
             self._said.setdefault(rank, (is_cause, text))
             is_first = len(self._said) == 1 and not self._lost.is_set()
+        self._written.put((rank, "", None))  # who waits for parts looks at who is lost
         if is_first:
             self._lost.set()
             error = self.cause()
@@ -151,6 +174,7 @@ class Leader:
         self._connection = _connect(ranks)
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._on_end = on_end
+        self._telling = threading.Lock()  # from several threads
         self.is_lost = False
         threading.Thread(target=self._listen, name="rank-0", daemon=True).start()
 
@@ -170,9 +194,18 @@ class Leader:
         """
         self._tell({"failed": text, "is_cause": is_cause})
 
+    def tell_written(self, folder: str, problem: str | None) -> None:
+        """This rank has written its part of a checkpoint.
+
+        Args:
+            problem: why it could not.
+        """
+        self._tell({"written": folder, "problem": problem})
+
     def _tell(self, content: dict[str, Any]) -> None:
         try:
-            self._connection.send_bytes(json.dumps(content).encode())
+            with self._telling:
+                self._connection.send_bytes(json.dumps(content).encode())
         except OSError:
             logger.debug("rank 0 is gone and is not told: %s", content)
 

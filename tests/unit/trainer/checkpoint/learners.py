@@ -6,27 +6,34 @@ from typing import Any
 import torch
 
 from services.config import RunConfig
-from trainer.checkpoint.rank_file import RankFiles, write_rank_file
+from trainer.checkpoint.folder import Checkpoint, begin, complete, open_checkpoint, write_part
 from trainer.learner import Captured, Learner
+from trainer.output.saving import SavedStudents
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import load_and_place
+from trainer.parallel import load_student_of
 from trainer.ranks.group import Ranks
 from trainer.tiny.pair import build_tokenizer
 
 NUM_STEPS = 6
 
 
-def learner_of(config: RunConfig, optimizers: OwnOptimizers = DEFAULT, ranks: Ranks | None = None) -> Learner:
-    ranks = ranks or Ranks()
-    return Learner(config, load_and_place(config, ranks), NUM_STEPS, ranks, optimizers=optimizers)
+def learner_of(config: RunConfig, optimizers: OwnOptimizers = DEFAULT, checkpoint: Checkpoint | None = None) -> Learner:
+    """A new one, or one that goes on."""
+    student = load_student_of(config, Ranks(), None if checkpoint is None else checkpoint.path)
+    learner = Learner(config, student, NUM_STEPS, optimizers=optimizers)
+    if checkpoint is not None:
+        learner.resume(checkpoint)
+    return learner
 
 
-def written(captured: Captured, model: Any, into: Path) -> Path:
-    """The student and rank 0's file in a folder."""
-    model.save_pretrained(into, state_dict=captured.student.tensors, save_original_format=False)
-    build_tokenizer().save_pretrained(into)
-    write_rank_file(into / "rank-0.safetensors", captured.state.tensors, captured.state.blocks)
-    return into
+def written(captured: Captured, config: RunConfig, model: Any, path: Path) -> Checkpoint:
+    """A complete checkpoint, read again."""
+    beside = begin(path)
+    SavedStudents(config.output, model, build_tokenizer()).write_into(beside, captured.student)
+    write_part(beside, 0, captured.state.tensors, captured.state.blocks)
+    step, values = captured.student.step, captured.state.values
+    complete(path, 1, {"step": step, "config": config.model_dump(mode="json"), "learner": values})
+    return open_checkpoint(path)
 
 
 def all_state(learner: Learner) -> dict[str, Any]:
@@ -47,7 +54,3 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for name, value in one.items():
         same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
         assert same, name
-
-
-def files_in(folder: Path) -> RankFiles:
-    return RankFiles(sorted(folder.glob("rank-*.safetensors")))

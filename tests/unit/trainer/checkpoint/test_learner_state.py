@@ -1,6 +1,8 @@
 """A learner that is captured, written, read and goes on is, bit for bit, the one that never ended."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from services.config import RunConfig
 from services.errors import ConfigError, StartupError
-from tests.unit.trainer.checkpoint.learners import all_state, assert_same, files_in, learner_of, written
+from tests.unit.trainer.checkpoint.learners import all_state, assert_same, learner_of, written
 from tests.unit.trainer.samples import BATCH, batch_of, sample
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
 
@@ -34,17 +36,11 @@ def going_on(config: RunConfig, optimizers: OwnOptimizers, into: Path) -> tuple[
     learner = learner_of(config, optimizers)
     for batch in BATCHES[:2]:
         learner.step(batch)
-    captured = learner.capture()
-    values = json.loads(json.dumps(captured.state.values))
+    captured = learner.capture(into)
     for batch in BATCHES[2:]:
         learner.step(batch)  # before it is written: what was captured is a copy
     whole = all_state(learner)
-    folder = written(captured, learner.student.model, into)
-    if config.lora.is_on:
-        folder = Path(config.student.model or "")
-    again = config.model_copy(update={"student": config.student.model_copy(update={"model": str(folder)})})
-    other = learner_of(again, optimizers)
-    other.resume(2, files_in(into), 1, values)
+    other = learner_of(config, optimizers, written(captured, config, learner.student.model, into))
     for batch in BATCHES[2:]:
         other.step(batch)
     return whole, all_state(other)
@@ -125,14 +121,16 @@ class Holding(Own):
     ("held", "named"), [({1, 2}, "a set"), ([torch.zeros(2)], "a Tensor"), (len, "a builtin")], ids=str
 )
 def test_a_state_that_is_no_tensor_and_no_plain_value_is_refused_by_name(
-    held: Any, named: str, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+    held: Any, named: str, tiny_model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Holding, "held", held)
     learner = learner_of(RunConfig(student={"model": tiny_model_folder("llama")}), OwnOptimizers(Holding))
     learner.check_capture()
     learner.step(BATCH)
-    for call in (learner.check_capture, learner.capture):
-        with pytest.raises(ConfigError, match=rf"Holding cannot be resumed: its state\[.*\]\['held'\] is or holds {named}.*"):
+    for call in (learner.check_capture, partial(learner.capture, tmp_path)):
+        with pytest.raises(
+            ConfigError, match=rf"Holding cannot be resumed: its state\[.*\]\['held'\] is or holds {named}.*"
+        ):
             call()
 
 
@@ -140,14 +138,14 @@ def test_the_state_of_another_optimizer_or_student_is_refused(tiny_model_folder:
     config = config_of(tiny_model_folder("llama"))
     learner = learner_of(config)
     learner.step(BATCH)
-    captured = learner.capture()
-    into = written(captured, learner.student.model, tmp_path / "step-1")
+    captured = learner.capture(tmp_path)
+    checkpoint = written(captured, config, learner.student.model, tmp_path / "step-1")
     other = learner_of(RunConfig(student={"model": tiny_model_folder("llama")}), OwnOptimizers(Own))
     with pytest.raises(StartupError, match="of the optimizer AdamW, this run has Own"):
-        other.resume(1, files_in(into), 1, captured.state.values)
+        other.resume(checkpoint)
     with pytest.raises(StartupError, match=r"do not train the same parameters: model\."):
-        learner_of(config_of(tiny_model_folder("qwen3"))).resume(1, files_in(into), 1, captured.state.values)
+        learner_of(config_of(tiny_model_folder("qwen3"))).resume(checkpoint)
     values = json.loads(json.dumps(captured.state.values))
     values["state"]["model.lm_head.weight"]["absent"] = {"like": "parameter", "device": "parameter"}
     with pytest.raises(StartupError, match=r"holds no optimizer/model\.lm_head\.weight/absent"):
-        learner_of(config).resume(1, files_in(into), 1, values)
+        learner_of(config).resume(replace(checkpoint, state={"learner": values}))
