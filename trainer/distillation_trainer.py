@@ -138,11 +138,15 @@ class DistillationTrainer:
 
     # --------------------------------------------------------------------------------------------- what it does
 
-    def train(self) -> Summary | None:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary | None:
         """Run the whole job; None on ranks but the first.
 
         However it ends after the first step, short of being killed, the student of the last finished step is in
-        config.output.dir, and servers that were started have ended.
+        config.output.dir, and servers that were started have ended. A run that is unfinished there goes on from its newest
+        checkpoint (docs/checkpoints.md).
+
+        Args:
+            resume_from_checkpoint: True: refuse to begin anew; a folder: go on from that one of output.dir/checkpoints.
 
         Raises:
             DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
@@ -150,7 +154,7 @@ class DistillationTrainer:
             KeyboardInterrupt: SIGINT came.
             SystemExit: SIGTERM or SIGHUP came.
         """
-        summary = self._run(train, self.config, self._objects)
+        summary = self._run(train, self._resuming(resume_from_checkpoint), self._objects)
         self._is_trained = True
         return summary
 
@@ -221,6 +225,26 @@ class DistillationTrainer:
         return push_to_hub(self.config.output.dir, repo, **options)
 
     # ---------------------------------------------------------------------------------------------- how it is done
+
+    def _resuming(self, checkpoint: bool | str | Path | None) -> RunConfig:
+        """The run with the options that say what it goes on from."""
+        if not checkpoint:
+            return self.config
+        if self.config.output.overwrite:
+            raise ConfigError(
+                f"resume_from_checkpoint = {str(checkpoint)!r} and config.output.overwrite = True, which replaces the run that it is "
+                "of; give one of them"
+            )
+        if checkpoint is True:
+            return updated(self.config, "output", resume=True)
+        path, folder = Path(checkpoint), Path(self.config.output.dir) / "checkpoints"
+        number = path.name.removeprefix("step-")
+        if path.resolve().parent != folder.resolve() or not number.isdecimal():
+            raise ConfigError(
+                f"resume_from_checkpoint = {str(checkpoint)!r} is no checkpoint of this run, which are {folder}/step-N; give one "
+                "of them, True for the newest, or the output.dir around it in the config"
+            )
+        return updated(self.config, "output", resume_step=int(number))
 
     def _trained_student(self) -> Path:
         folder = Path(self.config.output.dir) / "student"

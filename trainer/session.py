@@ -215,7 +215,7 @@ class Session:
         except (Exception, Interrupted) as error:
             logger.warning("there is no checkpoint of step %d: %s", step, error)
         if (newest := checkpoints.newest) is not None:
-            reason.add_note(f"the same command goes on after {newest.name}, from {newest}")
+            reason.add_note(f"the same command goes on after step {newest.name.removeprefix('step-')}, from {newest}")
 
     def _save(self) -> Path | None:
         """The student's folder; None without a step, unless that is what a callback wants."""

@@ -59,7 +59,8 @@ def check_output_dir(config: RunConfig) -> Path:
     """
     output, path = config.output, Path(config.output.dir)
     found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
-    if found and not output.overwrite and find_checkpoint(config) is None:
+    goes_on = find_checkpoint(config) is not None
+    if found and not output.overwrite and not goes_on:
         raise ConfigError(
             f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
             "--output.overwrite true, which replaces it"

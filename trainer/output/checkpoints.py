@@ -7,6 +7,7 @@
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,7 +127,8 @@ class Checkpoints:
 
     def evaluated(self, step: int, reverse_kl: float) -> bool:
         """The student of a step was measured; returns whether its checkpoint is to be made, for it is the best so far."""
-        if not self._keeps_best or step == 0 or (self._best is not None and reverse_kl >= self._best[1]):
+        lowest = math.inf if self._best is None else self._best[1]
+        if not self._keeps_best or step == 0 or not reverse_kl < lowest:
             return False
         self._best = step, reverse_kl
         logger.info("step %d is the best so far, with a held-out reverse KL of %.4f", step, reverse_kl)
