@@ -109,6 +109,22 @@ def test_of_every_kind_of_learner(
     assert_same(*going_on(config_of(folder, **given), DEFAULT, tmp_path / "step-2"))
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"lora": {"r": 4, "init_lora_weights": "orthogonal", "use_dora": True, "modules_to_save": ["lm_head"]}},
+        {
+            "lora": {"r": 2, "lora_dropout": 0.3, "bias": "all"},
+            "student": {"dtype": "bfloat16", "disable_dropout": False},
+        },
+    ],
+    ids=str,
+)
+def test_of_a_learner_with_an_adapter(sections: dict[str, Any], tiny_model_folder: Any, tmp_path: Path) -> None:
+    given = {**sections, "student": {"model": tiny_model_folder("llama"), **sections.get("student", {})}}
+    assert_same(*going_on(config_of(tiny_model_folder("llama"), **given), DEFAULT, tmp_path / "step-2"))
+
+
 class Holding(Own):
     held: Any = None
 
