@@ -279,7 +279,7 @@ class DistillationTrainer:
         with ExitStack() as stack:
             lock = stack.enter_context(lock_folder(folder, "output.dir", "a Python program"))
             stack.enter_context(variables(lock.environment()))
-            check_output_dir(config)
+            check_output_dir(config, is_whole=False)
             config = self._with_objects(config)
             screen = stack.enter_context(ScriptScreen(folder / "metrics.jsonl"))
             if self.attaches:

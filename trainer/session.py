@@ -15,6 +15,7 @@ from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
 from trainer.callbacks.callback import Callback, RunControl, RunState
 from trainer.callbacks.run_callbacks import RunCallbacks
+from trainer.checkpoint.plain_values import from_json, to_json
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.feed import BatchFeed
 from trainer.learner import Learner
@@ -65,7 +66,8 @@ class Session:
         self._checkpoint_s: float | None = None
         if self.resumed is not None:
             self.num_tokens, self._positions = self.resumed["num_tokens"], dict(self.resumed["positions"])
-            self._before = None if self.resumed["before"] is None else Evaluation(**self.resumed["before"])
+            before = from_json(self.resumed["before"])
+            self._before = None if before is None else Evaluation(**before)
             self.failed_evaluations = [FailedEvaluation(**one) for one in self.resumed["failed_evaluations"]]
         learner, control = self.learner, RunControl(can_evaluate=self.evaluator is not None)
         state = RunState(
@@ -162,7 +164,7 @@ class Session:
             "positions": self._positions,
             "num_tokens": self.num_tokens,
             "wall_s": self.record.wall_s,
-            "before": None if self._before is None else asdict(self._before),
+            "before": to_json(None if self._before is None else asdict(self._before)),
             "failed_evaluations": [asdict(failed) for failed in self.failed_evaluations],
         }
         path = self.checkpoints.make(self.learner.finished_step, {**self.facts, **state})

@@ -49,8 +49,11 @@ _ADVICE = (
 )
 
 
-def check_output_dir(config: RunConfig) -> Path:
+def check_output_dir(config: RunConfig, *, is_whole: bool = True) -> Path:
     """Return the run's folder, refusing one that holds what an earlier run has learned, unless this one goes on from it.
+
+    Args:
+        is_whole: all options are known; those of a Python program are completed later, and compared then.
 
     Raises:
         ConfigError: the folder has a summary or a student that nothing can go on from and output.overwrite is off; or the run
@@ -59,7 +62,7 @@ def check_output_dir(config: RunConfig) -> Path:
     """
     output, path = config.output, Path(config.output.dir)
     found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
-    goes_on = find_checkpoint(config) is not None
+    goes_on = find_checkpoint(config, is_whole=is_whole) is not None
     if found and not output.overwrite and not goes_on:
         raise ConfigError(
             f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
@@ -89,9 +92,12 @@ def complete_checkpoints(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(config: RunConfig, *, is_whole: bool = True) -> Path | None:
     """The checkpoint that a run goes on from: the newest complete one of an unfinished run, or what output.resume and
     output.resume_step ask for. None: the run begins.
+
+    Args:
+        is_whole: as of `check_output_dir`.
 
     Raises:
         ConfigError: there is none although one is asked for, or its run had other options.
@@ -112,7 +118,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             f"{what}: output.dir = {str(path)!r} holds no such checkpoint, complete are those of steps: {there}; leave the option "
             "out to begin"
         )
-    check_same_options(config, read_state(checkpoints[step]), checkpoints[step])
+    state = read_state(checkpoints[step])
+    if is_whole:
+        check_same_options(config, state, checkpoints[step])
     if config.pipeline.steps == step and (path / "summary.json").exists():
         raise ConfigError(
             f"output.dir = {str(path)!r} holds a complete run of pipeline.steps = {step}; raise that to train on, or begin anew "

@@ -84,13 +84,16 @@ def complete(path: Path, num_ranks: int, state: Mapping[str, Any]) -> None:
             )
     sync_tree(beside)
     files = {name: [file.stat().st_size, checksum(file)] for name, file in _files(beside).items()}
-    document = json.dumps({"format": FORMAT, "num_ranks": num_ranks, **state, "files": files}, indent=1).encode()
+    document = json.dumps(
+        {"format": FORMAT, "num_ranks": num_ranks, **state, "files": files}, indent=1, allow_nan=False
+    ).encode()
     (beside / RESUME / STATE).write_bytes(document)
     (beside / RESUME / COMPLETE).write_text(blake3.blake3(document).hexdigest())
     sync_tree(beside / RESUME)
     remove(path)  # one that is there is of an attempt that has been given up, or of another run
     beside.replace(path)
-    sync_names(path.parent)
+    for parent in (path.parent, path.parent.parent):
+        sync_names(parent)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ before and after the step. Of a row that is left out of the data its position is
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,14 @@ class Journal:
         numbers = [row["step"] for row in steps]
         if numbers != list(range(1, last_step + 1)):
             missing = sorted(set(range(1, last_step + 1)) - set(numbers))
-            twice = sorted({number for number in numbers if numbers.count(number) > 1})
+            twice = sorted(number for number, count in Counter(numbers).items() if count > 1)
             raise StartupError(f"{self.path}: steps {missing} are missing, {twice} are there twice")
         end, end_of_texts = 0, 0
         for row in steps:
-            step, (start, after) = row["step"], row["prompts"]
+            step = row["step"]
+            if "prompts" not in row:
+                raise StartupError(f"{self.path}: step {step} does not say which prompts it has used")
+            start, after = row["prompts"]
             places = [group[0] for group in row["groups"]] + [group[0] for group in row["dropped"]]
             if start != end or after < start or row["texts"][0] != end_of_texts:
                 raise StartupError(

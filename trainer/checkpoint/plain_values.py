@@ -3,6 +3,7 @@
 What is no plain value is refused, never pickled.
 """
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,8 @@ def to_json(value: Any) -> Any:
     Raises:
         NotPlainError: it is, or holds, something else than None, a truth value, a number, a text, a list, a tuple or a dict.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
     if value is None or isinstance(value, bool | int | float | str):
         # numpy's numbers are Python's as well
         return value if type(value) in (bool, int, float, str, type(None)) else _plain_number(value)
@@ -44,6 +47,8 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, items),) = value.items() if len(value) == 1 else ((None, None),)
+    if kind == "float":
+        return float(items)
     if kind == "tuple":
         return tuple(from_json(item) for item in items)
     if kind == "dict":

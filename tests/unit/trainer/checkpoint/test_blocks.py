@@ -1,5 +1,7 @@
 """Blocks of tensors: whatever cut them, whoever reads them gets the tensor."""
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def test_a_file_that_is_none_is_refused_by_its_name(content: bytes, tmp_path: Pa
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=True) | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.tuples(inner, inner)
@@ -72,10 +74,12 @@ PLAIN = st.recursive(
 
 @given(PLAIN)
 def test_plain_values_are_the_same_of_the_same_types(value: object) -> None:
-    import json
-
     again = from_json(json.loads(json.dumps(to_json(value))))
     assert again == value and repr(again) == repr(value)
+
+
+def test_what_is_no_number_stays_so() -> None:
+    assert math.isnan(from_json(json.loads(json.dumps(to_json(math.nan), allow_nan=False))))
 
 
 @pytest.mark.parametrize("value", [{1}, object(), len, [b"x"], {"a": torch.zeros(1)}, ({"b": [{2}]},)], ids=str)
