@@ -200,7 +200,11 @@ class Session:
         if (folder := self._save()) is not None:
             self._tell("on_save", student_folder=folder)
         if self.checkpoints.are_made and self.learner.finished_step:
-            self._checkpoint()
+            try:
+                self._checkpoint()
+                self._wait_for_checkpoint()
+            except OutputError as error:  # all steps are done, and the student is saved
+                logger.warning("%s", error)
 
     def _leave_checkpoint(self, reason: BaseException) -> None:
         """Before the run ends for a reason: a checkpoint of its last step, where there can be one, and how to go on."""
@@ -217,7 +221,11 @@ class Session:
         except (Exception, Interrupted) as error:
             logger.warning("there is no checkpoint of step %d: %s", step, error)
         if (newest := checkpoints.newest) is not None:
-            reason.add_note(f"the same command goes on after step {newest.name.removeprefix('step-')}, from {newest}")
+            output, words = self.config.output, "the same command"
+            if output.overwrite or output.resume_step is not None:
+                instead = "--output.overwrite" if output.overwrite else "--output.resume_step"
+                words += f" with --resume in the place of {instead}"
+            reason.add_note(f"{words} goes on after step {newest.name.removeprefix('step-')}, from {newest}")
 
     def _save(self) -> Path | None:
         """The student's folder; None without a step, unless that is what a callback wants."""
@@ -298,10 +306,6 @@ class Session:
         failed = self.failed_evaluations
         steps, attempts = self.learner.finished_step, self.record.attempt.number
         summary = Summary(before, after, steps, self.record.wall_s, self.num_tokens, failed, attempts)
-        try:
-            self._wait_for_checkpoint()
-        except OutputError as error:  # all steps are done, and the student is saved
-            logger.warning("%s", error)
         self.record.finish(summary)
         self.students.write_card()
         if failed:

@@ -295,6 +295,12 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for(runs: Runs) -> None:
 
 def test_a_run_that_is_to_be_replaced_is(runs: Runs) -> None:
     ended(runs)
+    with pytest.raises(PeerError) as raised:
+        runs.go(disturb=failing_at(1), output={"overwrite": True})
+    assert raised.value.__notes__[0].startswith(
+        "the same command with --resume in the place of --output.overwrite goes on"
+    )
+    assert runs.checkpoints() == [1]
     assert runs.go(output={"overwrite": True}).attempts == 1
     check_same_run(runs)
 
