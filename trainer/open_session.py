@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
@@ -23,6 +23,7 @@ from services.gpus.cards import check_driver
 from services.gpus.cost import report_cost
 from services.gpus.options import computed
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, tokenizer_fingerprint
+from services.models.fingerprint import model_fingerprint
 from services.process.event_loop import EventLoopThread
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interrupted, Interruption
@@ -376,9 +377,20 @@ def _facts(inputs: _Inputs, num_steps: int, rows: list[list[str]]) -> dict[str, 
         "num_steps": num_steps,
         "rows": [*rows, *texts],
         "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
+        "base": _base_fingerprint(inputs),
         "config": inputs.given.model_dump(mode="json"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _base_fingerprint(inputs: _Inputs) -> str | None:
+    """Of the model in student.model, where a run that goes on still reads its weights."""
+    config, student = inputs.given, inputs.given.student
+    if not config.lora.is_on and config.loss.alpha_reference_kl == 0:
+        return None
+    name, trust = student.model or "", student.trust_remote_code
+    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    return model_fingerprint(name, model_config, tokenizer_fingerprint(inputs.tokenizer), {})
 
 
 def _check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -390,8 +402,12 @@ def _check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 f"{name} holds other rows than {old_name} did for {checkpoint.path}, or in another order; give the same rows, or "
                 "begin anew with --output.overwrite true"
             )
-    if facts["tokenizer"] != before["tokenizer"]:
-        raise ConfigError(f"the tokenizer of student.model is another one than it was for {checkpoint.path}")
+    for name, what in (("tokenizer", "the tokenizer of student.model"), ("base", "the model in student.model")):
+        if facts[name] != before[name]:
+            raise ConfigError(
+                f"{what} is another one than it was for {checkpoint.path}; give the same, or begin anew with "
+                "--output.overwrite true"
+            )
     if facts["num_steps"] < checkpoint.step:
         raise ConfigError(
             f"pipeline.epochs comes to {facts['num_steps']} steps, and {checkpoint.path} has {checkpoint.step}; raise it"
