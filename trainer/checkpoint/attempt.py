@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.process.files import append_line
+from services.process.files import append_line, write_by_rename
 from trainer.checkpoint.folder import Checkpoint
 from trainer.checkpoint.journal import NAME, attempt_row, read_journal
 
@@ -47,7 +47,11 @@ class Attempt:
         Raises:
             OutputError: the journal cannot be written.
         """
-        append_line(folder / NAME, self.row)
+        path = folder / NAME
+        written = path.read_bytes() if path.exists() else b""
+        if not written.endswith(b"\n") and written:  # a power cut: what is not a line yet must not become half of one
+            write_by_rename(path, written[: written.rfind(b"\n") + 1])
+        append_line(path, self.row)
 
 
 def next_attempt(checkpoint: Checkpoint) -> Attempt:

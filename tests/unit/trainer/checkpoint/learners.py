@@ -14,7 +14,7 @@ from trainer.parallel import load_student_of
 from trainer.ranks.group import Ranks
 from trainer.tiny.pair import build_tokenizer
 
-NUM_STEPS = 6
+NUM_STEPS = 10
 
 
 def learner_of(config: RunConfig, optimizers: OwnOptimizers = DEFAULT, checkpoint: Checkpoint | None = None) -> Learner:

@@ -353,6 +353,14 @@ def test_a_journal_that_does_not_belong_to_the_checkpoint_is_refused(how: str, r
     assert snapshot(runs.out()) == before
 
 
+def test_a_journal_that_ends_in_half_a_line_is_no_obstacle(runs: Runs) -> None:
+    ended(runs)
+    with (runs.out() / "journal.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "attem')
+    runs.go()
+    check_same_run(runs)
+
+
 def test_going_on_unpickles_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     ended(runs)
 
