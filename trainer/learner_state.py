@@ -77,11 +77,15 @@ def describe(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) ->
         ConfigError: as of `capture`.
     """
     named = {id(parameter): name for name, parameter in student.named_parameters()}
-    groups, state = [], {}
+    groups: list[dict[str, Any]] = []
+    state: dict[str, dict[str, Any]] = {}
     for index, group in enumerate(optimizer.param_groups):
-        options = {key: value for key, value in group.items() if key != "params"}
-        groups.append([_plain(f"param_groups[{index}][{key!r}]", value, optimizer) for key, value in options.items()])
-        groups[-1] = dict(zip(options, groups[-1], strict=True)) | {"params": [named[id(p)] for p in group["params"]]}
+        options = {
+            key: _plain(f"param_groups[{index}][{key!r}]", value, optimizer)
+            for key, value in group.items()
+            if key != "params"
+        }
+        groups.append(options | {"params": [named[id(parameter)] for parameter in group["params"]]})
     for parameter, values in optimizer.state.items():
         if id(parameter) not in named:
             raise ConfigError(f"the optimizer {_named(optimizer)} has state of no parameter, {parameter!r}; {_FIX}")

@@ -309,9 +309,9 @@ class Session:
         self.record.finish(summary)
         self.students.write_card()
         if failed:
-            steps = ", ".join(str(one.step) for one in failed)
+            measured = ", ".join(str(one.step) for one in failed)
             raise EvaluationError(
                 f"training is complete and the student saved in {self.record.dir / 'student'}, but the evaluation after "
-                f"step {steps} failed: {failed[-1].reason}"
+                f"step {measured} failed: {failed[-1].reason}"
             )
         return summary

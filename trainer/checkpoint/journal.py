@@ -116,7 +116,8 @@ def read_journal(folder: Path) -> Journal:
         StartupError: it is not there, or another line is no row.
     """
     path = folder / NAME
-    attempts, steps = [], []
+    attempts: list[Mapping[str, Any]] = []
+    steps: list[Mapping[str, Any]] = []
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # what is behind the last line break is not whole
         for number, line in enumerate(lines, 1):

@@ -46,7 +46,9 @@ def from_json(value: Any) -> Any:
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
         return value
-    ((kind, items),) = value.items() if len(value) == 1 else ((None, None),)
+    kind, items = next(iter(value.items())) if len(value) == 1 else ("", None)
+    if items is None:
+        raise NotPlainError(f"a table with {sorted(value)}")
     if kind == "float":
         return float(items)
     if kind == "tuple":
