@@ -309,9 +309,9 @@ class Session:
         self.record.finish(summary)
         self.students.write_card()
         if failed:
-            measured = ", ".join(str(one.step) for one in failed)
+            steps_of = ", ".join(str(one.step) for one in failed)
             raise EvaluationError(
                 f"training is complete and the student saved in {self.record.dir / 'student'}, but the evaluation after "
-                f"step {measured} failed: {failed[-1].reason}"
+                f"step {steps_of} failed: {failed[-1].reason}"
             )
         return summary
