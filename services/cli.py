@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
         with handling(raise_interrupted, signal.SIGTERM):
             code = _dispatch(argv)
     except DistillServeError as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        _say_error(error)
         code = error.exit_code
     except Interrupted as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        _say_error(error)
         code = 128 + error.number
     except KeyboardInterrupt:
         print(f"{ERROR_PREFIX}interrupted", file=sys.stderr)
@@ -88,6 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         code = 128 + signal.SIGPIPE
     give_up_unwritten()
     _leave(code)
+
+
+def _say_error(error: BaseException) -> None:
+    """One line that says why, and one that says how to go on where that is known."""
+    print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:
@@ -148,6 +155,13 @@ def _dispatch(argv: list[str]) -> int:
                 "run_file", nargs="?", metavar="RUN", help="TOML or JSON file with the options of the run"
             )
             command.add_argument("--dry-run", action="store_true", help="print the resolved options and exit")
+            if name in ("up", "train"):
+                command.add_argument(
+                    "--resume",
+                    action="store_const",
+                    const="true",
+                    help="go on from the newest checkpoint in output.dir, or refuse to start (--output.resume true)",
+                )
             if name == "up":
                 command.add_argument("--verbose", action="store_true", help="show all that the roles say")
             if name == asked:
@@ -162,6 +176,8 @@ def _dispatch(argv: list[str]) -> int:
         return _PLAIN_COMMANDS[arguments.command][1](arguments)
     assert source is not None
     options = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
+    if getattr(arguments, "resume", None) is not None:
+        options["output.resume"] = arguments.resume
     config = load_config(arguments.command, arguments.run_file, source, options)
     if arguments.dry_run:
         with writing_stdout():
@@ -190,7 +206,7 @@ def _choose_gpus(command: str, config: RunConfig) -> None:
         keep_segments_expandable()
 
 
-_NO_OPTIONS = ("command", "run_file", "dry_run", "verbose")
+_NO_OPTIONS = ("command", "run_file", "dry_run", "verbose", "resume")
 """What the parsed command line holds besides options of the run."""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from services.process.files import write_by_rename
 from tests.integration.processes import Family
-from trainer.journal import check_journal
+from trainer.checkpoint.journal import read_journal
 from trainer.tiny.pair import build_tiny_pair
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +160,10 @@ def outcome(run: Run, code: int, steps: int) -> dict[str, Any]:
     metrics = rows(run.output / "metrics.jsonl")
     trained = [row["step"] for row in metrics if "num_steps" in row]
     assert summary["steps"] == steps and trained == list(range(1, steps + 1)), (summary["steps"], trained)
-    check_journal(run.output / "journal.jsonl", steps)
+    journal = read_journal(run.output)
+    journal.check(journal.attempts[0]["run"], steps)
+    used = [group[0] for row in journal.steps for group in row["groups"] + row["dropped"]]
+    assert sorted(used) == list(range(len(used))), "a prompt was lost or used twice"
     assert all(row["staleness"] == 0 for row in metrics if "num_steps" in row), (
         "a sample of another version was trained on"
     )

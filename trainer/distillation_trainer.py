@@ -55,6 +55,13 @@ Rows: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 """A file, or a datasets.Dataset, an IterableDataset or a list of dicts."""
 Result = TypeVar("Result")
 
+# Of a measurement, which has nothing to go on from.
+_NO_CHECKPOINTS: dict[str, Any] = {
+    "save_every_steps": 0,
+    "keep_best": False,
+    "resume": False,
+    "resume_step": None,
+}
 # Passes over the data where nothing says how long a run is.
 _EPOCHS = 1.0
 
@@ -131,11 +138,15 @@ class DistillationTrainer:
 
     # --------------------------------------------------------------------------------------------- what it does
 
-    def train(self) -> Summary | None:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary | None:
         """Run the whole job; None on ranks but the first.
 
         However it ends after the first step, short of being killed, the student of the last finished step is in
-        config.output.dir, and servers that were started have ended.
+        config.output.dir, and servers that were started have ended. A run that is unfinished there goes on from its newest
+        checkpoint (docs/checkpoints.md).
+
+        Args:
+            resume_from_checkpoint: True: refuse to begin anew; a folder: go on from that one of output.dir/checkpoints.
 
         Raises:
             DistillServeError: whatever a user can act on, see services/errors.py; the run is complete if it is an
@@ -143,7 +154,7 @@ class DistillationTrainer:
             KeyboardInterrupt: SIGINT came.
             SystemExit: SIGTERM or SIGHUP came.
         """
-        summary = self._run(train, self.config, self._objects)
+        summary = self._run(train, self._resuming(resume_from_checkpoint), self._objects)
         self._is_trained = True
         return summary
 
@@ -157,7 +168,7 @@ class DistillationTrainer:
             SystemExit: SIGTERM or SIGHUP came.
         """
         folder = str(Path(self.config.output.dir) / "evaluation")
-        config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], save_every_steps=0)
+        config = updated(self.config, "output", dir=folder, overwrite=True, trackers=[], **_NO_CHECKPOINTS)
         config = updated(config, "pipeline", steps=1, epochs=None)
         config = updated(config, "optimizer", warmup_steps=0)
         return self._run(measure, config, replace(self._objects, callbacks=()))
@@ -215,6 +226,26 @@ class DistillationTrainer:
 
     # ---------------------------------------------------------------------------------------------- how it is done
 
+    def _resuming(self, checkpoint: bool | str | Path | None) -> RunConfig:
+        """The run with the options that say what it goes on from."""
+        if not checkpoint:
+            return self.config
+        if self.config.output.overwrite:
+            raise ConfigError(
+                f"resume_from_checkpoint = {str(checkpoint)!r} and config.output.overwrite = True, which replaces the run that it is "
+                "of; give one of them"
+            )
+        if checkpoint is True:
+            return updated(self.config, "output", resume=True)
+        path, folder = Path(checkpoint), Path(self.config.output.dir) / "checkpoints"
+        number = path.name.removeprefix("step-")
+        if path.resolve().parent != folder.resolve() or not number.isdecimal():
+            raise ConfigError(
+                f"resume_from_checkpoint = {str(checkpoint)!r} is no checkpoint of this run, which are {folder}/step-N; give one "
+                "of them, True for the newest, or the output.dir around it in the config"
+            )
+        return updated(self.config, "output", resume_step=int(number))
+
     def _trained_student(self) -> Path:
         folder = Path(self.config.output.dir) / "student"
         if not self._is_trained or not folder.is_dir():
@@ -248,7 +279,7 @@ class DistillationTrainer:
         with ExitStack() as stack:
             lock = stack.enter_context(lock_folder(folder, "output.dir", "a Python program"))
             stack.enter_context(variables(lock.environment()))
-            check_output_dir(config)
+            check_output_dir(config, is_whole=False)
             config = self._with_objects(config)
             screen = stack.enter_context(ScriptScreen(folder / "metrics.jsonl"))
             if self.attaches:

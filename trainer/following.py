@@ -7,20 +7,23 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from services.config import RunConfig
+from services.config.output_dir import read_state
 from services.errors import ERROR_PREFIX, RankLostError
 from services.models.causal_lm import load_tokenizer
 from services.process.signals import ENDING, handling
 from services.wire.batch import decode_batch
+from trainer.checkpoint.folder import Checkpoint, write_part
 from trainer.learner import Learner
 from trainer.output.saving import SavedStudents
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import load_and_place, load_reference
+from trainer.parallel import load_reference, load_student_of
 from trainer.ranks.channel import Leader
 from trainer.ranks.group import GivenUp, Ranks, check_together, is_of_ranks
 from trainer.student import Student
@@ -78,14 +81,18 @@ class _Follower:
         self._is_called = True
         try:
             if name == "load":
-                self._config = RunConfig.model_validate_json(document, context={"role": None})
-                self._student = load_and_place(self._config, self._ranks)
+                given = json.loads(document)
+                self._config = RunConfig.model_validate(given["config"], context={"role": None})
+                checkpoint = given["checkpoint"]
+                self._student = load_student_of(self._config, self._ranks, checkpoint and Path(checkpoint))
                 self._reference = load_reference(self._config, self._ranks)
             elif name == "learn":
                 assert self._student is not None, "load comes first"
                 check = partial(check_together, self._ranks)
-                given = (self._config, self._student, json.loads(document), self._ranks, check)
-                self._learner = Learner(*given, self._reference, self._optimizers)
+                arguments = (self._config, self._student, json.loads(document), self._ranks, check)
+                self._learner = Learner(*arguments, self._reference, self._optimizers)
+            elif name == "capture":
+                self._capture(Path(document.decode()))
             else:
                 assert self._learner is not None, "learn comes first"
                 _CALLS[name](self._learner, document)
@@ -93,6 +100,21 @@ class _Follower:
             logger.debug("rank 0 has given up a %s", name)
         finally:
             self._is_called = False
+
+    def _capture(self, folder: Path) -> None:
+        """Copy this rank's part of a checkpoint, and write it while the next calls are done."""
+        assert self._learner is not None, "learn comes first"
+        state = self._learner.capture(folder).state
+
+        def write() -> None:
+            problem = None
+            try:
+                write_part(folder, self._ranks.index, state.tensors, state.blocks)
+            except Exception as error:
+                problem = str(error)
+            self.leader.tell_written(str(folder), problem)
+
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
 
     def _hear_of_end(self) -> None:
         """In another thread: this process must not wait in a collective that never ends."""
@@ -131,11 +153,17 @@ def _snapshot(learner: Learner, document: bytes) -> None:
     learner.snapshot(version, getattr(torch, dtype), GivenTokens(*canary))
 
 
+def _resume(learner: Learner, document: bytes) -> None:
+    path, step, num_ranks = json.loads(document)
+    learner.resume(Checkpoint(Path(path), step, num_ranks, read_state(Path(path))))
+
+
 _CALLS: dict[str, Callable[[Learner, bytes], Any]] = {
     "step": lambda learner, document: learner.step(decode_batch(document)),
     "logprobs": lambda learner, document: learner.logprobs(GivenTokens.from_json(document)),
     "reverse_kl": lambda learner, document: learner.reverse_kl(decode_batch(document)),
     "snapshot": _snapshot,
+    "resume": _resume,
     "state": lambda learner, document: learner.state(),
 }
 """What leading.py asks for, but for the beginning."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from services.config import RunConfig
 from services.errors import ERROR_PREFIX, RankLostError
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch, encode_batch
-from trainer.learner import Learner
+from trainer.checkpoint.folder import Checkpoint
+from trainer.learner import Captured, Learner
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks, check_together
@@ -27,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 # A collective over gloo ends by itself when a rank dies; one over nccl may never.
 _STUCK_S = 8.0
+
+
+def load_call(config: RunConfig, checkpoint: Path | None) -> bytes:
+    """What the other ranks are told to load."""
+    where = None if checkpoint is None else str(checkpoint)
+    return json.dumps({"config": config.model_dump(mode="json"), "checkpoint": where}).encode()
 
 
 class LeadingLearner(Learner):
@@ -82,6 +90,21 @@ class LeadingLearner(Learner):
             except RankLostError as error:
                 logger.debug("the student cannot be gathered: %s", error)
         return self.last_pushed()
+
+    @property
+    def can_be_captured(self) -> bool:
+        return super().can_be_captured and not self._is_broken and self._followers.lost is None
+
+    def capture(self, folder: Path) -> Captured:
+        with self._called("capture", str(folder).encode()):
+            return super().capture(folder)
+
+    def wait_for_parts(self, folder: Path) -> None:
+        self._followers.wait_for_parts(str(folder))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        with self._called("resume", json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.num_ranks]).encode()):
+            super().resume(checkpoint)
 
     @contextmanager
     def _called(self, name: str, document: bytes = b"") -> Iterator[None]:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,11 @@ from services.models.adapters import has_adapter
 from services.models.padding import PaddedSequences, cut_for_ranks, pad_sequences
 from services.weight_transfer.source import CheckpointSource, WeightSource
 from services.wire.batch import TrainingBatch
+from trainer import learner_state
 from trainer.batch import MicroBatch, loss_inputs, pack, pack_texts
+from trainer.checkpoint.folder import Checkpoint
 from trainer.high_entropy import highest_share
+from trainer.learner_state import RankState
 from trainer.lora import trained_parameters
 from trainer.loss import (
     LossTotals,
@@ -48,6 +52,13 @@ class _BeforeUpdates(NamedTuple):
 
     reference_token_logprobs: torch.Tensor | None  # [N]
     policy_gradient_mask: torch.Tensor | None  # [N] bool
+
+
+class Captured(NamedTuple):
+    """A learner after a step, in copies that a later step does not change."""
+
+    student: StudentState
+    state: RankState
 
 
 class Learner:
@@ -84,7 +95,9 @@ class Learner:
         self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
         self.finished_step = 0
         self._copy: HostCopy | None = None
+        self._has_pushed = False
         self._skipped_in_a_row = 0
+        self._remember()
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -113,7 +126,13 @@ class Learner:
                 "else a rank may hold less of"
             ) from error
         self.finished_step += 1
+        self._remember()
         return metrics | {"train_s": time.monotonic() - started, "peak_memory_gib": self.ranks.peak_memory_gib()}
+
+    def _remember(self) -> None:
+        """What a step that is given up half-way changes, besides weights, as it is after the finished one."""
+        self._after_step = (learner_state.generators(self.ranks), self._skipped_in_a_row)
+        self._is_updating = False
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:
         config, switch = self.config, self.student.rope_switch
@@ -258,6 +277,7 @@ class Learner:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), largest)))
         if math.isfinite(norm):
             self._check()
+            self._is_updating = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not keeps_gradients(self.student))
         return norm
@@ -342,10 +362,10 @@ class Learner:
 
     def _copied(self, version: int, source: WeightSource) -> WeightSource:
         """Gathered into host memory by rank 0; the others only take part in it."""
-        if version == 0:
-            self._copy = HostCopy.share(self.ranks, source.metadata())
+        if not self._has_pushed:
+            self._copy, self._has_pushed = HostCopy.share(self.ranks, source.metadata()), True
         if self.ranks.index == 0:
-            assert self._copy is not None, "version 0 comes first"
+            assert self._copy is not None, "rank 0 makes it"
             return self._copy.fill(version, iter(source))
         for _ in source:
             pass
@@ -353,22 +373,80 @@ class Learner:
 
     def state(self) -> StudentState:
         """The student as it is, to be saved; whole on rank 0, where it is on several."""
-        model = self.student.model
-        if not is_spread(self.student) and not has_adapter(model):
+        if not is_spread(self.student) and not has_adapter(self.student.model):
             return StudentState(self.finished_step)
-        kept = self._on_first_rank(CheckpointSource(model, model.dtype))
+        return self._gathered(copies=False)
+
+    def _gathered(self, *, copies: bool) -> StudentState:
+        """The student in host memory of rank 0.
+
+        Args:
+            copies: of tensors that are there already as well, which a step would change.
+        """
+        model = self.student.model
+        kept = self._on_first_rank(CheckpointSource(model, model.dtype), copies=copies)
         if not has_adapter(model):
             return StudentState(self.finished_step, kept)
-        adapter = self._on_first_rank((name, whole(p.detach())) for name, p in trained_parameters(model).items())
-        return StudentState(self.finished_step, kept, adapter)
+        trained = ((name, whole(p.detach())) for name, p in trained_parameters(model).items())
+        return StudentState(self.finished_step, kept, self._on_first_rank(trained, copies=copies))
 
-    def _on_first_rank(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _on_first_rank(self, tensors: Iterable[tuple[str, torch.Tensor]], *, copies: bool) -> dict[str, torch.Tensor]:
         """In host memory; gathered by all ranks, of which the others keep nothing."""
         kept = {}
         for name, tensor in tensors:
             if self.ranks.index == 0:
-                kept[name] = tensor.to("cpu")
+                kept[name] = tensor.to("cpu", copy=copies)
         return kept
+
+    # ----------------------------------------------------------------------------------- going on later
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether all of it is as the last finished step has left it: not so in the middle of an update."""
+        return not self._is_updating
+
+    def capture(self, folder: Path) -> Captured:
+        """What a checkpoint holds, in host memory: of the student all on rank 0, of the optimizer on each rank its part.
+
+        Args:
+            folder: of the checkpoint, into which the other ranks write their parts.
+
+        Raises:
+            ConfigError: the user's optimizer or schedule has a state that cannot be kept.
+        """
+        generators, skipped_in_a_row = self._after_step
+        state = learner_state.capture(self.student, self.optimizer, self.schedule, self.ranks, generators)
+        state.values["skipped_in_a_row"] = skipped_in_a_row
+        return Captured(self._gathered(copies=True), state)
+
+    def wait_for_parts(self, folder: Path) -> None:
+        """Wait, in any thread, until the other ranks have written their parts of a checkpoint.
+
+        Raises:
+            OutputError: one cannot be written; names the rank.
+            RankLostError: a rank is gone.
+        """
+
+    def check_capture(self) -> None:
+        """Find out early whether `capture` can work; the optimizer's state is there after its first step.
+
+        Raises:
+            ConfigError: as of `capture`.
+        """
+        learner_state.describe(self.student, self.optimizer, self.schedule)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from what was captured; the student has been loaded from there.
+
+        Raises:
+            StartupError: it is of another student or optimizer.
+        """
+        files, values, step = checkpoint.rank_files(), checkpoint.state["learner"], checkpoint.step
+        learner_state.restore(self.student, self.optimizer, self.schedule, self.ranks, files, values)
+        learner_state.restore_generators(self.ranks, files, checkpoint.num_ranks, self.config.seed, step)
+        self._skipped_in_a_row = values["skipped_in_a_row"]
+        self.finished_step = step
+        self._remember()
 
     def claims_copy(self) -> bool:
         """Whether this rank is to save what was pushed last: each machine's first one to ask."""

@@ -1,33 +1,39 @@
 """Opening and closing a run: everything is checked before the first weight is changed."""
 
 import logging
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
 from services.clients.teacher_probe import PROBE_SEQUENCES
 from services.config import RunConfig
 from services.config.keys import Secrets, reveal
+from services.config.output_dir import complete_checkpoints, find_checkpoint
 from services.errors import ConfigError
 from services.gpus.cards import check_driver
 from services.gpus.cost import report_cost
 from services.gpus.options import computed
-from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
+from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, tokenizer_fingerprint
+from services.models.fingerprint import model_fingerprint
 from services.process.event_loop import EventLoopThread
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interrupted, Interruption
 from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
+from trainer.checkpoint.attempt import next_attempt
+from trainer.checkpoint.folder import Checkpoint, open_checkpoint
+from trainer.data.fingerprints import fingerprint_of_texts
 from trainer.data.prompts import Prompt, PromptRows, first_prompts
 from trainer.data.stream import RowStream
 from trainer.data.text_limits import TextLimits
@@ -35,12 +41,13 @@ from trainer.data.texts import check_windows_fit, load_texts
 from trainer.data.training_rows import TrainingRows, read_rows
 from trainer.evaluation.evaluate import Evaluator
 from trainer.evaluation.exact_match import check_answers
-from trainer.leading import LeadingLearner
+from trainer.leading import LeadingLearner, load_call
 from trainer.learner import Learner
+from trainer.output.checkpoints import Checkpoints
 from trainer.output.progress import Progress
-from trainer.output.report import RunRecord
+from trainer.output.report import RunRecord, reverse_kls_until
 from trainer.output.saving import SavedStudents
-from trainer.parallel import load_and_place, load_reference
+from trainer.parallel import load_reference, load_student_of
 from trainer.pipeline import Pipeline
 from trainer.ranks.channel import Followers
 from trainer.ranks.group import Ranks
@@ -129,11 +136,15 @@ class _Inputs:
 
     Attributes:
         config: with what was not given computed.
+        given: the config without that.
+        checkpoint: what the run goes on from; None: it begins.
         followers: None where this rank is alone.
         texts: none without data.lm_path.
     """
 
+    given: RunConfig
     config: RunConfig
+    checkpoint: Checkpoint | None
     ranks: Ranks
     followers: Followers | None
     accelerator: Accelerator
@@ -158,6 +169,7 @@ def _read_inputs(
     Secrets().check()
     on_gpu = ranks.device.type == "cuda"
     check_driver(on_gpu)
+    given, checkpoint = config, _find_checkpoint(config)
     config = computed(config, "trainer")
     accelerator = Accelerator(
         cpu=not on_gpu, log_with=list(config.output.trackers) or None, project_dir=config.output.dir
@@ -165,7 +177,7 @@ def _read_inputs(
     warn_of_options(config)
     name, trust = config.student.model or "", config.student.trust_remote_code
     tokenizer = load_tokenizer(name, trust_remote_code=trust, key="student.model")
-    record = RunRecord(config, accelerator, tokenizer)
+    record = RunRecord(config, accelerator, tokenizer, None if checkpoint is None else next_attempt(checkpoint))
     end_token_ids = eos_token_ids_on_disk(name, tokenizer, trust_remote_code=trust)
     prompts, held_out, texts = _read_rows(config, tokenizer, end_token_ids)
     if pool is not None:
@@ -173,17 +185,28 @@ def _read_inputs(
         check_arguments(config.reward.functions, pool.required, prompts.columns or (), may_come=may_come)
     for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
         logger.info(line)
+    weights = None if checkpoint is None else checkpoint.path
     if followers is None:
-        student, reference = load_and_place(config, ranks), load_reference(config, ranks)
+        student, reference = load_student_of(config, ranks, weights), load_reference(config, ranks)
     else:
         with followers.blaming():
-            followers.send("load", config.model_dump_json().encode())
-            student, reference = load_and_place(config, ranks), load_reference(config, ranks)
+            followers.send("load", load_call(config, weights))
+            student, reference = load_student_of(config, ranks, weights), load_reference(config, ranks)
     check_windows_fit(texts, student.model.config.get_text_config())
     return _Inputs(
-        *(config, ranks, followers, accelerator, tokenizer, end_token_ids),
+        *(given, config, checkpoint, ranks, followers, accelerator, tokenizer, end_token_ids),
         *(record, prompts, held_out, texts, student, reference),
     )
+
+
+def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """What the run goes on from, compared with its checksums."""
+    path = find_checkpoint(config)
+    if path is None:
+        return None
+    checkpoint = open_checkpoint(path)
+    logger.warning("going on after step %d, from %s", checkpoint.step, path)
+    return checkpoint
 
 
 def _read_rows(
@@ -241,14 +264,21 @@ def _assemble(
     stack: ExitStack,
 ) -> Session:
     """The parts of the run; the rollout servers are its own from here on."""
-    config, record, ranks = inputs.config, inputs.record, inputs.ranks
+    config, record, ranks, checkpoint = inputs.config, inputs.record, inputs.ranks, inputs.checkpoint
     max_model_len = preflight.max_model_len(config, servers.rollouts, servers.teachers)
     room = max_model_len - config.longest_completion()
     prompts = inputs.prompts.fitting(room)
     num_steps = config.pipeline.steps or count_steps(config, len(prompts))
     order: dict[str, Any] = {"seed": config.seed, "shuffle": config.data.shuffle}
-    texts = RowStream(inputs.texts, **order) if inputs.texts else None
-    students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer)
+    stream, texts = prompts.stream(**order), RowStream(inputs.texts, **order) if inputs.texts else None
+    facts = _facts(inputs, num_steps, prompts.fingerprints())
+    if checkpoint is not None:
+        _check_facts(facts, checkpoint)
+        stream.position = checkpoint.state["positions"]["prompts"]
+        if texts is not None:
+            texts.position = checkpoint.state["positions"]["texts"]
+    model = inputs.student.model
+    students = SavedStudents(config.output, model, inputs.tokenizer, has_begun=checkpoint is not None)
     if inputs.followers is None:
         given = (config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
         learner = Learner(*given, objects.optimizers)
@@ -258,7 +288,18 @@ def _assemble(
             *(interruption, students.save, inputs.reference, objects.optimizers),
         )
     event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
-    weights = _hold(config, ranks.device, servers, prompts.first(config.weight_sync.canary_prompts), event_loop, stack)
+    if checkpoint is not None:
+        learner.resume(checkpoint)
+        record.attempt.announce(record.dir)
+    weights = _hold(
+        record.attempt.holder,
+        config,
+        ranks.device,
+        servers,
+        prompts.first(config.weight_sync.canary_prompts),
+        event_loop,
+        stack,
+    )
     evaluator = None
     if inputs.held_out is not None:
         evaluator = Evaluator(
@@ -273,6 +314,7 @@ def _assemble(
         )
     stack.callback(students.release)
     students.reserve(num_steps)
+    checkpoints = _checkpoints(config, learner, students, record)
     stack.callback(record.close)
     quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
     rewards = None
@@ -286,7 +328,7 @@ def _assemble(
     pipeline = Pipeline(
         *(
             config,
-            prompts.stream(**order),
+            stream,
             num_steps,
             servers.rollout_client,
             weights,
@@ -296,6 +338,7 @@ def _assemble(
         ),
         texts=texts,
         own_rollouts=own_rollouts,
+        finished_step=learner.finished_step,
     )
     stack.callback(event_loop.run, pipeline.close)
     return Session(
@@ -309,9 +352,75 @@ def _assemble(
         evaluator=evaluator,
         record=record,
         students=students,
+        checkpoints=checkpoints,
         progress=progress,
+        facts=facts,
+        resumed=None if checkpoint is None else checkpoint.state,
         callbacks=objects.callbacks,
     )
+
+
+def _checkpoints(config: RunConfig, learner: Learner, students: SavedStudents, record: RunRecord) -> Checkpoints:
+    last, there = learner.finished_step, complete_checkpoints(record.dir)
+    measured = reverse_kls_until(record.dir, last) if last else {}
+    best = min(((kl, step) for step, kl in measured.items() if step in there), default=None)
+    return Checkpoints(
+        config.output,
+        learner,
+        students,
+        record.sync,
+        finished_step=last,
+        best=None if best is None else (best[1], best[0]),
+    )
+
+
+def _facts(inputs: _Inputs, num_steps: int, rows: list[list[str]]) -> dict[str, Any]:
+    """What is the same in all checkpoints of a run."""
+    attempt = inputs.record.attempt
+    texts = [["data.lm_path", fingerprint_of_texts(inputs.texts)]] if inputs.texts else []
+    return {
+        "run": attempt.run,
+        "attempt": attempt.number,
+        "num_steps": num_steps,
+        "rows": [*rows, *texts],
+        "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
+        "base": _base_fingerprint(inputs),
+        "config": inputs.given.model_dump(mode="json"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _base_fingerprint(inputs: _Inputs) -> str | None:
+    """Of the model in student.model, where a run that goes on still reads its weights."""
+    config, student = inputs.given, inputs.given.student
+    if not config.lora.is_on and config.loss.alpha_reference_kl == 0:
+        return None
+    name, trust = student.model or "", student.trust_remote_code
+    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    return model_fingerprint(name, model_config, tokenizer_fingerprint(inputs.tokenizer), {})
+
+
+def _check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse to go on with other rows, with another tokenizer, or with fewer steps than are done."""
+    before = checkpoint.state
+    for (name, now), (old_name, was) in zip_longest(facts["rows"], before["rows"], fillvalue=("nothing", "")):
+        if now != was:
+            raise ConfigError(
+                f"{name} holds other rows than {old_name} did for {checkpoint.path}, or in another order; give the same rows, or "
+                "begin anew with --output.overwrite true"
+            )
+    for name, what in (("tokenizer", "the tokenizer of student.model"), ("base", "the model in student.model")):
+        if facts[name] != before[name]:
+            raise ConfigError(
+                f"{what} is another one than it was for {checkpoint.path}; give the same, or begin anew with "
+                "--output.overwrite true"
+            )
+    if facts["num_steps"] < checkpoint.step:
+        raise ConfigError(
+            f"pipeline.epochs comes to {facts['num_steps']} steps, and {checkpoint.path} has {checkpoint.step}; raise it"
+        )
+    if facts["versions"] != before["versions"]:
+        logger.warning("the checkpoint was written with %s, this run has %s", before["versions"], facts["versions"])
 
 
 def _own_rollouts(
@@ -333,6 +442,7 @@ def _own_rollouts(
 
 
 def _hold(
+    holder: str,
     config: RunConfig,
     device: torch.device,
     servers: _Servers,
@@ -342,8 +452,7 @@ def _hold(
 ) -> WeightSync:
     """Make the rollout servers this run's own until the stack is closed."""
     key = reveal(Secrets().rollout_key)
-    run = uuid.uuid4().hex[:8]
-    weights = WeightSync(config, device, servers.rollout_client, servers.rollouts, canary_prompts, key, run)
+    weights = WeightSync(config, device, servers.rollout_client, servers.rollouts, canary_prompts, key, holder)
     stack.callback(event_loop.run, weights.close)
     event_loop.run(weights.hold, _tell_of_holder)
     return weights

@@ -9,6 +9,7 @@ and on several ranks with `ddp` torch's DistributedDataParallel adds up gradient
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import DDP, replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from services.config import RunConfig, TrainerConfig
 from services.errors import ConfigError
+from trainer.checkpoint.block import Block
 from trainer.ranks.group import Ranks
 from trainer.student import Student, load_student
 
@@ -51,6 +54,24 @@ def load_and_place(config: RunConfig, ranks: Ranks, *, learns: bool = True) -> S
 
     student = ranks.in_turns(load)
     set_seed(config.seed + ranks.index)  # dropout does not
+    return student
+
+
+def load_student_of(config: RunConfig, ranks: Ranks, checkpoint: Path | None) -> Student:
+    """The student of a run that begins, or goes on: its weights, or its adapter beside the weights of student.model, are then
+    those of a checkpoint, in the dtype in which they are trained.
+
+    Raises:
+        ConfigError, StartupError: as of `load_and_place`.
+    """
+    if checkpoint is None:
+        return load_and_place(config, ranks)
+    if config.lora.is_on:
+        changed = config.lora.model_copy(update={"adapter": str(checkpoint / "adapter")})
+        return load_and_place(config.model_copy(update={"lora": changed}), ranks)
+    whole = config.student.model_copy(update={"model": str(checkpoint)})
+    student = load_and_place(config.model_copy(update={"student": whole}), ranks)
+    student.model.name_or_path = student.model.config.name_or_path = config.student.model or ""
     return student
 
 
@@ -187,6 +208,30 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a parameter or gradient."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def block_of(tensor: Tensor) -> Block:
+    """Which part of a parameter, or of what is as large as it, this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return Block.all_of(tuple(tensor.shape))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Block(tuple(tensor.shape), tuple(offset), tuple(shape))
+
+
+def is_first_holder(tensor: Tensor, ranks: Ranks) -> bool:
+    """Whether this rank is the first of those that hold the same part."""
+    if not isinstance(tensor, DTensor):
+        return ranks.index == 0
+    places = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    return all(place == 0 for placement, place in places if isinstance(placement, Replicate))
+
+
+def spread_like(held: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a tensor, as a tensor that is spread as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return held
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return DTensor.from_local(held, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 @contextmanager

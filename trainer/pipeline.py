@@ -23,6 +23,7 @@ from services.errors import DistillServeError
 from services.process.waiting import on_behalf_of
 from services.wire.batch import encode_batch
 from trainer.batch import collect
+from trainer.checkpoint.journal import used
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.groups import PromptGroup
@@ -50,6 +51,8 @@ class _Batch:
 
     Attributes:
         windows: of text.
+        of_prompts, of_texts: positions of the data before and after the step.
+        positions: of its prompts, by place.
         num_stale: completions that were too old, and made again.
     """
 
@@ -58,6 +61,9 @@ class _Batch:
     times: Times
     windows: list[list[int]]
     remake: Callable[[int, list[Prompt]], Awaitable[tuple[list[PromptGroup], Times]]]
+    of_prompts: tuple[int, int]
+    of_texts: tuple[int, int]
+    positions: list[int]
     num_stale: int = 0
     dropped: list[PromptGroup] = field(default_factory=list)
 
@@ -88,6 +94,7 @@ class Pipeline:
         spell: a token as text, for the names of metrics.
         texts: windows of data.lm_path, whose cross-entropy is learned as well.
         own_rollouts: asked for completions in the place of `client`.
+        finished_step: after which the run goes on; the streams are at what comes then.
     """
 
     def __init__(
@@ -102,10 +109,11 @@ class Pipeline:
         spell: Callable[[int], str],
         texts: RowStream[list[int]] | None = None,
         own_rollouts: OwnRollouts | None = None,
+        finished_step: int = 0,
     ) -> None:
         self._config, self._prompts, self._num_steps, self._client = config, prompts, num_steps, client
         self._weights, self._scoring, self._quarantine, self._spell = weights, scoring, quarantine, spell
-        self._texts, self._own_rollouts = texts, own_rollouts
+        self._texts, self._own_rollouts, self._finished_step = texts, own_rollouts, finished_step
         self._sampling = training_sampling(config.sampling)
         self._buffer: StalenessBuffer[_Batch] = StalenessBuffer(config.pipeline.max_staleness)
         self._producing: asyncio.Task[None] | None = None
@@ -151,10 +159,10 @@ class Pipeline:
             await asyncio.wait({self._producing})
 
     async def _produce(self) -> None:
-        for step in range(1, self._num_steps + 1):
+        for step in range(self._finished_step + 1, self._num_steps + 1):
             await self._buffer.slot()
             with on_behalf_of(f"step {step}"):
-                await self._make_batch(step, self._prompts.take(self._config.pipeline.prompts_per_step))
+                await self._make_batch(step)
 
     async def _generate(self, prompts: list[Prompt], on_group: Callable[[PromptGroup], None]) -> list[PromptGroup]:
         samples = self._config.pipeline.samples_per_prompt
@@ -171,10 +179,19 @@ class Pipeline:
             waits_for_weights=True,
         )
 
-    async def _make_batch(self, step: int, prompts: list[Prompt]) -> None:
-        groups, times = await self._make_groups(step, prompts)
-        windows = [] if self._texts is None else self._texts.take(self._config.pipeline.texts_per_step)
-        self._buffer.put(_Batch(step, groups, times, windows, self._make_groups))
+    async def _make_batch(self, step: int) -> None:
+        """What a batch has used of the data is written down in it: one that is made ahead and never trained on has used nothing."""
+        start = self._prompts.position
+        placed = self._prompts.take_placed(self._config.pipeline.prompts_per_step)
+        of_prompts = start, self._prompts.position
+        groups, times = await self._make_groups(step, [prompt for _, prompt in placed])
+        windows: list[list[int]] = []
+        of_texts = (0, 0)
+        if self._texts is not None:
+            start = self._texts.position
+            windows, of_texts = self._texts.take(self._config.pipeline.texts_per_step), (start, self._texts.position)
+        positions = [position for position, _ in placed]
+        self._buffer.put(_Batch(step, groups, times, windows, self._make_groups, of_prompts, of_texts, positions))
 
     async def _make_groups(self, step: int, prompts: list[Prompt]) -> tuple[list[PromptGroup], Times]:
         """A scored group of each prompt, and the seconds that it took. Where our own code fails, what is missing is made again.
@@ -247,9 +264,10 @@ class Pipeline:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         quarantined = [item for group in [*groups, *made.dropped] for item in group.quarantined]
         num_samples = (len(groups) + len(made.dropped)) * pipeline.samples_per_prompt
-        self._quarantine.add(quarantined, num_samples)
+        self._quarantine.add(quarantined, num_samples, made.step)
         counts = {"num_quarantined": len(quarantined), "num_stale": made.num_stale}
         metrics = completion_metrics(rollouts, self._spell) | dict(made.times) | counts
         batch = collect(groups, metrics, made.windows, self._config.reward.names)
         batch.metrics.update(reward_metrics(batch, self._config.reward))
+        batch.used.update(used(made.of_prompts, made.of_texts, made.positions, groups, made.dropped))
         return encode_batch(batch)

@@ -1,22 +1,25 @@
 """A run between its first and its last step: what train.py's loop asks for by name."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from services.config import RunConfig
-from services.errors import DistillServeError, EvaluationError, RankLostError, WeightsWantedError
+from services.errors import DistillServeError, EvaluationError, OutputError, RankLostError, WeightsWantedError
 from services.process.event_loop import EventLoopThread
 from services.process.signals import Interrupted, Interruption
 from services.wire.batch import TrainingBatch
 from trainer.callbacks.callback import Callback, RunControl, RunState
 from trainer.callbacks.run_callbacks import RunCallbacks
+from trainer.checkpoint.plain_values import from_json, to_json
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.feed import BatchFeed
 from trainer.learner import Learner
+from trainer.output.checkpoints import Checkpoints
 from trainer.output.progress import Progress
 from trainer.output.report import FailedEvaluation, RunRecord, Summary
 from trainer.output.saving import SavedStudents
@@ -32,6 +35,13 @@ _MOST_REPEATED_EVALUATIONS = 2
 
 @dataclass
 class Session:
+    """A run.
+
+    Attributes:
+        facts: what every checkpoint says of the run.
+        resumed: what the checkpoint says after which it goes on; None: it begins.
+    """
+
     config: RunConfig
     num_steps: int
     interruption: Interruption
@@ -42,7 +52,10 @@ class Session:
     evaluator: Evaluator | None
     record: RunRecord
     students: SavedStudents
+    checkpoints: Checkpoints
     progress: Progress
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    resumed: Mapping[str, Any] | None = None
     callbacks: Sequence[Callback] = ()
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
     num_tokens: int = 0
@@ -50,6 +63,15 @@ class Session:
 
     def __post_init__(self) -> None:
         self.feed = BatchFeed(self._next_document)
+        self._before: Evaluation | None = None
+        self._positions: dict[str, int] = {"prompts": 0, "texts": 0}
+        self._recorded = self._first = self.learner.finished_step
+        self._checkpoint_s: float | None = None
+        if self.resumed is not None:
+            self.num_tokens, self._positions = self.resumed["num_tokens"], dict(self.resumed["positions"])
+            before = from_json(self.resumed["before"])
+            self._before = None if before is None else Evaluation(**before)
+            self.failed_evaluations = [FailedEvaluation(**one) for one in self.resumed["failed_evaluations"]]
         learner, control = self.learner, RunControl(can_evaluate=self.evaluator is not None)
         state = RunState(
             self.config,
@@ -58,6 +80,7 @@ class Session:
             self.record.tokenizer,
             learner.optimizer,
             learner.schedule,
+            step=learner.finished_step,
         )
         self._events = RunCallbacks(self.callbacks, state, control)
 
@@ -84,18 +107,19 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps to train: all, or up to where a callback asks to stop."""
-        for step in range(1, self.num_steps + 1):
+        for step in range(self._first + 1, self.num_steps + 1):
             if self._events.control.is_stopping:
                 logger.info("a callback asked to stop after step %d of %d", step - 1, self.num_steps)
                 return
             yield step
 
     def begin(self) -> None:
-        """Push version 0; then this run's files replace those of an earlier one."""
+        """Push the weights that the run begins with; then its files replace those of an earlier one, or go on."""
         self._tell("on_start")
         with self.progress.doing("sending the student's weights for the first time"):
-            self.push(0)
-        self._tell("on_push", policy_version=0)
+            self.push(self._first)
+        self._tell("on_push", policy_version=self._first)
+        self.checkpoints.begin()
         self.record.begin()
         self.step_began = self.record.wall_s
 
@@ -117,18 +141,46 @@ class Session:
             OutputError: a file cannot be written.
             UserCodeError: a callback failed.
         """
-        saved = self.students.step_finished(step, self.learner.state)
         try:
+            self.students.step_finished(self.learner.state)
             metrics = metrics | self.push(step)
         finally:  # a step whose push fails was trained all the same
             row = self._record_step(step, batch, metrics)
         self._tell("on_push", step=step, policy_version=step, metrics=row)
         self._tell("on_step_end")
+        if step == self._first + 1 and self.checkpoints.are_made:
+            self.learner.check_capture()
+        self.checkpoints.check()
         is_asked = self._events.control.take("save")
-        if saved is None and is_asked:
-            saved = self.students.keep(step, self.learner.state())
-        if saved is not None:
-            self._tell("on_save", student_folder=saved)
+        if is_asked or self.checkpoints.is_due(step):
+            saved = self._checkpoint()
+            if self.callbacks:  # who is told of it may look at it
+                self._wait_for_checkpoint()
+                self._tell("on_save", student_folder=saved)
+
+    def _checkpoint(self) -> Path:
+        """Have the run as it is after the last step written down; returns where.
+
+        Raises:
+            OutputError: it, or the one before, cannot be written.
+        """
+        self._wait_for_checkpoint()
+        started = time.monotonic()
+        state = {
+            "policy_version": self.learner.finished_step,
+            "positions": self._positions,
+            "num_tokens": self.num_tokens,
+            "wall_s": self.record.wall_s,
+            "before": to_json(None if self._before is None else asdict(self._before)),
+            "failed_evaluations": [asdict(failed) for failed in self.failed_evaluations],
+        }
+        path = self.checkpoints.make(self.learner.finished_step, {**self.facts, **state})
+        self._checkpoint_s = time.monotonic() - started
+        return path
+
+    def _wait_for_checkpoint(self) -> None:
+        with self.interruption.raising():
+            self.checkpoints.wait()
 
     @contextmanager
     def saving_the_student(self) -> Iterator[None]:
@@ -150,14 +202,51 @@ class Session:
                         self._save()
                 except (Exception, Interrupted) as error:
                     logger.error("the student of step %d is lost: %s", step, error)
+            self._leave_checkpoint(reason)
             raise
         if (folder := self._save()) is not None:
             self._tell("on_save", student_folder=folder)
+        if self.checkpoints.are_made and self.learner.finished_step:
+            try:
+                self._checkpoint()
+                self._wait_for_checkpoint()
+            except OutputError as error:  # all steps are done, and the student is saved
+                logger.warning("%s", error)
+
+    def _leave_checkpoint(self, reason: BaseException) -> None:
+        """Before the run ends for a reason: a checkpoint of its last step, where there can be one, and how to go on."""
+        step, checkpoints = self.learner.finished_step, self.checkpoints
+        is_whole = (
+            step and self._recorded == step and not isinstance(reason, RankLostError) and self.learner.can_be_captured
+        )
+        try:
+            with self.interruption.raising():
+                if checkpoints.are_made and is_whole:
+                    logger.info("writing the checkpoint of step %d, which a second Ctrl-C gives up", step)
+                    self._checkpoint()
+                checkpoints.wait()
+        except (Exception, Interrupted) as error:
+            logger.warning("there is no checkpoint of step %d: %s", step, error)
+        if (newest := checkpoints.newest) is not None:
+            output, words = self.config.output, "the same command"
+            if output.overwrite or output.resume_step is not None:
+                instead = "--output.overwrite" if output.overwrite else "--output.resume_step"
+                words += f" with --resume in the place of {instead}"
+            reason.add_note(f"{words} goes on after step {newest.name.removeprefix('step-')}, from {newest}")
 
     def _save(self) -> Path | None:
         """The student's folder; None without a step, unless that is what a callback wants."""
         state = self.learner.state()
         return self.students.save(state) if state.step or self._events.control.is_stopping else None
+
+    def evaluate_before(self) -> Evaluation | None:
+        """Measure the student before the first step. A run that goes on has done so, but maybe not what was due after its
+        last step."""
+        if self._first == 0:
+            self._before = self.evaluate(step=0)
+        elif self.is_evaluated(self._first) and self._first not in self.record.reverse_kls:
+            self.evaluate(self._first)
+        return self._before
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student is measured after a step that is not the last one."""
@@ -184,6 +273,8 @@ class Session:
         self.record.evaluation(step, evaluation)
         self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
         self._tell("on_evaluate", step=step, evaluation=evaluation)
+        if self.checkpoints.evaluated(step, evaluation.reverse_kl):
+            self._checkpoint()
         return evaluation
 
     def _measure(self, evaluator: Evaluator, step: int) -> Evaluation:
@@ -206,9 +297,12 @@ class Session:
             return evaluator.evaluate(self.learner, policy_version=step)
 
     def _record_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> dict[str, float]:
-        """One row of metrics, which is returned, a few samples now and then."""
+        """What was used, one row of metrics, which is returned, a few samples now and then."""
         num_tokens, wall_s = int(batch.counts().sum()), self.record.wall_s
         self.num_tokens += num_tokens
+        self.record.used(step, batch)
+        if batch.used:
+            self._positions = {name: batch.used[name][1] for name in self._positions}
         row = metrics | batch.metrics
         row |= {
             "staleness": staleness(batch.policy_versions.tolist(), step - 1),
@@ -219,10 +313,13 @@ class Session:
             "step_s": wall_s - self.step_began,
             "wall_s": wall_s,
         }
+        if self._checkpoint_s is not None:  # of the one after the step before: it is a part of step_s
+            row["checkpoint_s"], self._checkpoint_s = self._checkpoint_s, None
         self.step_began = wall_s
         self.record.step(step, row)
         self.record.samples(step, batch)
         self.progress.step({"step": step, **row})
+        self._recorded = step
         return row
 
     def finish(self, before: Evaluation | None, after: Evaluation | None) -> Summary:
@@ -232,13 +329,14 @@ class Session:
             EvaluationError: the run is complete, but an evaluation failed.
         """
         failed = self.failed_evaluations
-        summary = Summary(before, after, self.learner.finished_step, self.record.wall_s, self.num_tokens, failed)
+        steps, attempts = self.learner.finished_step, self.record.attempt.number
+        summary = Summary(before, after, steps, self.record.wall_s, self.num_tokens, failed, attempts)
         self.record.finish(summary)
         self.students.write_card()
         if failed:
-            steps = ", ".join(str(one.step) for one in failed)
+            steps_of = ", ".join(str(one.step) for one in failed)
             raise EvaluationError(
                 f"training is complete and the student saved in {self.record.dir / 'student'}, but the evaluation after "
-                f"step {steps} failed: {failed[-1].reason}"
+                f"step {steps_of} failed: {failed[-1].reason}"
             )
         return summary

@@ -185,8 +185,11 @@ class Quarantine:
     def __init__(self, path: Path, max_rate: float) -> None:
         self._path, self._max_rate = path, max_rate
 
-    def add(self, quarantined: list[Quarantined], num_samples: int) -> None:
+    def add(self, quarantined: list[Quarantined], num_samples: int, step: int | None = None) -> None:
         """Record one step's set-aside samples.
+
+        Args:
+            step: whose samples they are; a run that goes on from an earlier one does it again.
 
         Raises:
             PeerError: they are more than `max_rate` of the step's samples.
@@ -197,6 +200,7 @@ class Quarantine:
         for item in quarantined:
             completion = item.completion.token_ids.tolist()
             record = {"row": item.prompt.row, "reason": item.reason, "completion": completion}
+            record |= {} if step is None else {"step": step}
             append_line(self._path, json.dumps(record).encode())
         if len(quarantined) > self._max_rate * num_samples:
             raise PeerError(

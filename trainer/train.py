@@ -24,7 +24,8 @@ def train(config: RunConfig, objects: UserObjects = NOTHING) -> Summary | None:
     On several ranks the first one does all of this, and every call of its learner is made on all of them; the others return
     None at the end.
 
-    However it ends after the first step, short of being killed, the student of the last finished step is in output.dir.
+    However it ends after the first step, short of being killed, the student of the last finished step is in output.dir, and a
+    checkpoint of it, from which the same call goes on (docs/checkpoints.md). A killed run goes on from its last checkpoint.
 
     Args:
         objects: callbacks and other objects of the program that trains; of a run from the command line none.
@@ -46,7 +47,7 @@ def train(config: RunConfig, objects: UserObjects = NOTHING) -> Summary | None:
 def _train(run: Session) -> Summary:
     with run.saving_the_student():
         run.begin()
-        before = run.evaluate(step=0)
+        before = run.evaluate_before()
         for step in run.steps():
             batch = run.feed.next()
             metrics = run.learner.step(batch)

@@ -7,11 +7,12 @@ from services.config.lora import LoraConfig
 from services.config.loss import LossConfig
 from services.config.optimizer import OptimizerConfig
 from services.config.output import OutputConfig
+from services.config.output_dir import check_output_dir
 from services.config.pipeline import PipelineConfig
 from services.config.reward import RewardConfig
 from services.config.rollout import RolloutConfig
 from services.config.rollout_client import RolloutClientConfig
-from services.config.run import RunConfig, check_output_dir
+from services.config.run import RunConfig
 from services.config.sampling import SamplingConfig
 from services.config.section import DEFAULT_HEAD_ROWS, DEFAULT_NUM_SEQS, DEFAULT_TOKENS
 from services.config.server import ServerSection

@@ -4,7 +4,6 @@ One TOML file per run, dotted overrides on the command line, the environment for
 Units are in the names, ranges on the fields, checks across options in services/config/checks.py.
 """
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -148,34 +147,3 @@ _REQUIRED: dict[str, list[str]] = {
     "train": ["student.model", "data.path"],
     "up": ["student.model", "teacher.model", "data.path"],
 }
-
-
-# Folders of output.dir that hold students.
-_REPLACED = ("student", "checkpoints", ".student.before")
-
-
-def check_output_dir(config: RunConfig) -> Path:
-    """Return the run's folder, refusing one that holds what an earlier run has learned.
-
-    Raises:
-        ConfigError: the folder has a summary or a student and output.overwrite is off, or the run starts from that student.
-    """
-    output, path = config.output, Path(config.output.dir)
-    found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
-    if found and not output.overwrite:
-        raise ConfigError(
-            f"output.dir = {str(path)!r} holds an earlier run ({found[0]}); choose another folder or pass "
-            "--output.overwrite true, which replaces it"
-        )
-    for key, model in (
-        ("student.model", config.student.model),
-        ("teacher.model", config.teacher.model),
-        ("lora.adapter", config.lora.adapter),
-    ):
-        folder = Path(model or "").resolve()
-        replaced = any(folder.is_relative_to((path / name).resolve()) for name in _REPLACED)
-        if model and (replaced or folder == path.resolve()):
-            raise ConfigError(
-                f"{key} = {model!r} lies in output.dir = {str(path)!r}, where this run replaces it; choose another output.dir"
-            )
-    return path

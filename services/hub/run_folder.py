@@ -70,7 +70,7 @@ def read_records(run: Path, step: int | None = None) -> RunRecords:
     if not isinstance(options, dict):
         raise DataError(f"{run / 'config.json'} is no table of options; give the folder of a run (output.dir)")
     last, num_steps, evaluations = 0, None, []
-    for row in _rows(run / "metrics.jsonl"):
+    for row in read_rows(run / "metrics.jsonl"):
         if isinstance(row.get("num_steps"), int):
             last, num_steps = row["step"], row["num_steps"]
         values = {name[5:]: value for name, value in row.items() if name.startswith("eval_") and _is_number(value)}
@@ -140,8 +140,8 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {reason}; give the folder of a run (output.dir)") from error
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl, which may not be there or end in half a line."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl that have a step; it may not be there, or end in half a line."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from services.config.output_dir import RESUME
 from services.errors import DataError
 from services.hub.cast import Cast, index_name, plan_cast, with_dtype
 from services.hub.public_text import public_name
@@ -103,7 +104,8 @@ def _others(folder: Path) -> list[tuple[str, Path]]:
         name = path.relative_to(folder).as_posix()
         inside = [parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]
         is_other_model = any((parent / "adapter_config.json").exists() for parent in inside)
-        if not path.is_file() or is_other_model or any(part.startswith(".") for part in Path(name).parts):
+        is_of_run = folder / RESUME in path.parents  # what a checkpoint has beside its student
+        if not path.is_file() or is_other_model or is_of_run or any(part.startswith(".") for part in Path(name).parts):
             continue
         if any(fnmatch(path.name, pattern) for pattern in _BESIDE_WEIGHTS):
             found.append((name, path))

@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
+import blake3
+
 from services.errors import OutputError
+
+_READ_BYTES = 4 << 20
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
@@ -52,5 +56,39 @@ def sync_folder(folder: Path) -> None:
     """Wait until the files of a folder are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """As `sync_folder`, and until the names of all files in it are there as well."""
+    sync_folder(folder)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_names(path)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until what was created, renamed or removed in a folder is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """blake3 of a file, hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    hasher = blake3.blake3()
+    with path.open("rb") as file:  # not mapped: the pages would count as this process's memory
+        while block := file.read(_READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()

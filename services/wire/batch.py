@@ -25,6 +25,7 @@ class TrainingBatch:
         reward_names: of the F functions that gave them.
         texts: of the prompts, for people.
         metrics: of how the batch came about.
+        used: which of the data the batch has used, see trainer/checkpoint/journal.py; {}: nobody wrote it down.
     """
 
     rows: np.ndarray  # [B] int64, of the data file
@@ -47,6 +48,7 @@ class TrainingBatch:
     reward_names: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    used: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +81,7 @@ class TrainingBatch:
         return [part.tolist() for part in parts]
 
 
-_METADATA = ("reward_names", "texts", "metrics")
+_METADATA = ("reward_names", "texts", "metrics", "used")
 _ARRAYS = tuple(f.name for f in fields(TrainingBatch) if f.name not in _METADATA)
 # What a run has not, or earlier versions did not record.
 _OPTIONAL = ("rewards", "loss_mask")

@@ -12,6 +12,7 @@ NAMES = (
     "step",
     "ranks",
     "push",
+    "checkpoint",
     "precision",
     "head",
     "estimators",

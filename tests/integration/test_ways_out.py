@@ -12,14 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.config.output_dir import complete_checkpoints
 from tests.integration.endless_run import arguments, num_steps, started, wait_until_trained
 from tests.integration.processes import Server, command, server
+from trainer.checkpoint.folder import open_checkpoint
+from trainer.checkpoint.journal import read_journal
 
 pytestmark = pytest.mark.integration
 
 
-def check_end(process: "subprocess.Popen[str]", code: int, last_line: str, output: Path, start: str) -> None:
-    """One line says why, one says where the student is, which transformers loads and which has learned something."""
+def check_end(process: "subprocess.Popen[str]", code: int, last_line: str, output: Path, start: str) -> str:
+    """One line says why, one says where the student is, which transformers loads and which has learned something; returns what
+    was said."""
     _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
     assert "Traceback" not in said and re.search(last_line, said.splitlines()[-1]), said
@@ -31,6 +35,7 @@ def check_end(process: "subprocess.Popen[str]", code: int, last_line: str, outpu
     for line in (output / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert not (output / ".reserve").exists() and not (output / "summary.json").exists()
+    return said
 
 
 @pytest.mark.timeout(300)
@@ -103,6 +108,42 @@ def test_a_killed_run_has_its_newest_checkpoint(
     wait_until_trained(process, output, 4)
     process.kill()
     process.communicate(timeout=60)
-    newest = max((output / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    assert int(newest.name.removeprefix("step-")) >= num_steps(output)
+    step, newest = list(complete_checkpoints(output).items())[-1]
+    assert step >= num_steps(output) - 2  # one is written while the next step is made
     assert AutoModelForCausalLM.from_pretrained(newest).num_parameters() > 0
+    process = started(command("train", *words))
+    wait_until_trained(process, output, num_steps(output) + 2)
+    process.terminate()
+    said = check_end(process, 143, "^the same command goes on after step", output, models["qwen3"])
+    assert f"going on after step {step}, from {newest}" in said
+    journal, trained = read_journal(output), num_steps(output)
+    journal.check(journal.attempts[0]["run"], trained)
+    assert {row["attempt"] for row in journal.steps} == {1, 2}
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(
+    small_disk: Path, rollout_server: Server, teacher_server: Server, models: dict[str, str]
+) -> None:
+    output = small_disk / "out"
+    words = arguments(models, rollout_server, teacher_server, output)
+    words[words.index("--output.save_every_steps") + 1] = "1"
+    words += ["--output.save_total_limit", "1"]
+    process = started(command("train", *words))
+    wait_until_trained(process, output, 3)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 10, 1):
+            try:
+                while file.write(b"0" * size):
+                    pass
+            except OSError:
+                continue
+    check_end(process, 7, "^the same command goes on after step", output, models["qwen3"])
+    (newest,) = complete_checkpoints(output).values()
+    open_checkpoint(newest)
+    filler.unlink()
+    process = started(command("train", *words))
+    wait_until_trained(process, output, num_steps(output) + 2)
+    process.terminate()
+    assert f"from {newest}" in check_end(process, 143, "^the same command goes on", output, models["qwen3"])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, overload
 
+import blake3
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -72,6 +73,10 @@ class LatePrompts(Sequence["Prompt | None"]):
         if prompt is None:
             self._left_out.add(None)
         return prompt
+
+    def fingerprint(self) -> str:
+        """Of the questions, and of which rows of the source they are."""
+        return blake3.blake3(self._rows.indices.tobytes() + self._rows.keys.tobytes()).hexdigest(16)
 
     def checked_by(self, reason: Reason) -> "LatePrompts":
         return LatePrompts(self._rows, self._reader, (*self._checks, reason))

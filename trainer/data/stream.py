@@ -34,13 +34,17 @@ class RowStream(Generic[Row]):
         Raises:
             DataError: a row is bad and not to be skipped, or all rows of a source are left out.
         """
-        batch: list[Row] = []
+        return [row for _, row in self.take_placed(count)]
+
+    def take_placed(self, count: int) -> list[tuple[int, Row]]:
+        """As `take`, each row with its position."""
+        batch: list[tuple[int, Row]] = []
         num_left_out = 0
         while len(batch) < count:
             row = self.at(self.position)
             self.position += 1
             if row is not None:
-                batch.append(row)
+                batch.append((self.position - 1, row))
                 num_left_out = 0
             elif (num_left_out := num_left_out + 1) >= 2 * self.period:
                 raise DataError(

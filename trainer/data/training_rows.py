@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
 from trainer.data.checked_rows import CheckedRows
+from trainer.data.fingerprints import fingerprint_of_prompts
 from trainer.data.prompts import (
     Prompt,
     PromptRows,
@@ -31,10 +32,17 @@ class TrainingPrompts:
 
     Attributes:
         weights: how often the rows of each source are used, against each other.
+        names: of the sources, for messages.
     """
 
     parts: list[Sequence[Prompt | None] | StreamedPrompts]
     weights: list[float]
+    names: list[str]
+
+    def fingerprints(self) -> list[list[str]]:
+        """Of each source its name and which rows it has, see trainer/data/fingerprints.py."""
+        parts = zip(self.names, self.parts, strict=True)
+        return [[name, fingerprint_of_prompts(part)] for name, part in parts]
 
     def __len__(self) -> int:
         """Rows of an epoch: those of all sources, once.
@@ -87,7 +95,8 @@ class TrainingRows:
 
     def fitting(self, max_prompt_tokens: int) -> TrainingPrompts:
         """As PromptRows.fitting, of every source."""
-        return TrainingPrompts([part.fitting(max_prompt_tokens) for part in self.parts], self.weights)
+        fitting = [part.fitting(max_prompt_tokens) for part in self.parts]
+        return TrainingPrompts(fitting, self.weights, [part.path for part in self.parts])
 
 
 def read_rows(

@@ -2,17 +2,22 @@
 
 config.json      the resolved options            metrics.jsonl    one row per step
 samples.jsonl    a few scored completions        quarantine.jsonl samples that were set aside
+journal.jsonl    which prompts each step has used (trainer/checkpoint/journal.py)
 student/         the trained model (saving.py)   summary.json     before -> after, written last
 (TensorBoard events and other trackers through accelerate)
+
+A run that goes on from a checkpoint cuts off what was written of later steps, and then writes on.
 """
 
 import importlib.util
 import json
 import logging
+import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +27,12 @@ from transformers import PreTrainedTokenizerBase
 
 from services.config import RunConfig, check_output_dir
 from services.errors import ConfigError, OutputError, StartupError
+from services.hub.run_folder import read_rows
 from services.launch.summary_table import summary_table
-from services.process.files import append_line, cannot_write, write_by_rename
+from services.process.files import append_line, cannot_write, sync_file, write_by_rename
 from services.process.streams import writing_stdout
 from services.wire.batch import TrainingBatch
+from trainer.checkpoint.attempt import Attempt
 from trainer.evaluation.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
@@ -73,6 +80,7 @@ class Summary:
     wall_s: float
     tokens: int
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
+    attempts: int = 1
 
     @property
     def teacher_exact_match(self) -> float | None:
@@ -93,6 +101,7 @@ class Summary:
             "steps": self.steps,
             "wall_s": round(self.wall_s, 1),
             "tokens": self.tokens,
+            "attempts": self.attempts,
             "failed_evaluations": [asdict(failed) for failed in self.failed_evaluations],
         }
 
@@ -102,19 +111,30 @@ class RunRecord:
 
     Args:
         accelerator: its trackers receive the metrics.
+        attempt: which process of which run this is; default: the first one of a run.
 
     Raises:
         ConfigError: output.dir holds an earlier run, or a tracker is not installed.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        attempt: Attempt | None = None,
+    ) -> None:
         self.dir = check_output_dir(config)
         check_trackers(config)
         self._config, self._accelerator, self.tokenizer = config, accelerator, tokenizer
-        self._started = time.monotonic()
+        self.attempt = attempt or Attempt()
+        self._started = time.monotonic() - self.attempt.wall_s
+        self.reverse_kls: dict[int, float] = {}
+        """Of held-out prompts, by the step after which they were measured; also by earlier attempts."""
 
     def begin(self) -> None:
-        """Put the files of this run in the place of those of an earlier one; every check has passed.
+        """Put the files of this run in the place of those of an earlier one, or behind what earlier attempts have written up to
+        the step after which this one goes on; every check has passed.
 
         Raises:
             StartupError: output.dir cannot be written.
@@ -124,12 +144,40 @@ class RunRecord:
             options = _flat(self._config.model_dump(mode="json"))
             # Before anything is replaced: one may want a key or a network.
             hear_of_tensorboard_once()
-            self._accelerator.init_trackers(self._config.output.project, config=options)
-            for stale in ("summary.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"):
-                (self.dir / stale).unlink(missing_ok=True)
+            self._accelerator.init_trackers(self._config.output.project, config=options, **self._going_on())
+            (self.dir / "summary.json").unlink(missing_ok=True)
+            if self.attempt.finished_step:
+                self._cut_back()
+            else:
+                for stale in _ROWS:
+                    (self.dir / stale).unlink(missing_ok=True)
+                self.attempt.announce(self.dir)
             write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())
         except (OSError, OutputError) as error:
             raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
+
+    def _going_on(self) -> dict[str, Any]:
+        """How the trackers are told that what they have of later steps is done again."""
+        step = self.attempt.finished_step
+        trackers = self._config.output.trackers
+        options: dict[str, Any] = {}
+        if step and "tensorboard" in trackers:
+            options["tensorboard"] = {"purge_step": step + 1}
+        if "wandb" in trackers:
+            options["wandb"] = {"id": self.attempt.run, "resume": "allow"}
+        return {"init_kwargs": options} if options else {}
+
+    def _cut_back(self) -> None:
+        """Leave the rows of steps up to the one after which the run goes on, and those of no step."""
+        last = self.attempt.finished_step
+        for name in _ROWS:
+            path = self.dir / name
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            rows = [(line, _step_of(line)) for line in lines]
+            kept = [line for line, step in rows if line.endswith(b"\n") and (step is None or step <= last)]
+            if len(kept) < len(lines):
+                write_by_rename(path, b"".join(kept))
+        self.reverse_kls = reverse_kls_until(self.dir, last)
 
     @property
     def wall_s(self) -> float:
@@ -151,8 +199,29 @@ class RunRecord:
         except OSError as error:  # TensorBoard's writer says at the next row that the disk is full
             raise cannot_write(self.dir / "tracker", error) from error
 
+    def used(self, step: int, batch: TrainingBatch) -> None:
+        """The step's row of the journal.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._append("journal.jsonl", {"step": step, "attempt": self.attempt.number, **batch.used})
+
+    def sync(self) -> None:
+        """Wait until what was written so far is on the disk.
+
+        Raises:
+            OutputError: it cannot be.
+        """
+        for path in (path for path in (self.dir / name for name in _ROWS) if path.exists()):
+            try:
+                sync_file(path)
+            except OSError as error:
+                raise cannot_write(path, error) from error
+
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """As `step`, the names with "eval_" before them."""
+        self.reverse_kls[step] = evaluation.reverse_kl
         self.step(step, {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None})
 
     def samples(self, step: int, batch: TrainingBatch) -> None:
@@ -201,6 +270,26 @@ class RunRecord:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         append_line(self.dir / name, json.dumps(row, ensure_ascii=False).encode())
+
+
+_ROWS = ("metrics.jsonl", "samples.jsonl", "quarantine.jsonl", "journal.jsonl")
+"""Files that grow by a row."""
+
+
+def reverse_kls_until(folder: Path, step: int) -> dict[int, float]:
+    """What the evaluations up to a step have measured, by their steps."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return {row["step"]: row["eval_reverse_kl"] for row in rows if "eval_reverse_kl" in row and row["step"] <= step}
+
+
+def _step_of(line: bytes) -> int | None:
+    """That of a row, None where it is of none; a line that is no row is of a step that is done again."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return sys.maxsize
+    step = row.get("step") if isinstance(row, dict) else sys.maxsize
+    return step if isinstance(step, int) else None
 
 
 def _by_name(names: list[str], rewards: np.ndarray) -> dict[str, float | None]:

@@ -1,9 +1,9 @@
-"""The student on disk: after a run, however it ends, and every few steps of it.
+"""The student on disk: after a run, however it ends; what is kept every few steps is in checkpoints.py.
 
 student/                 the student of the last finished step, as a folder of safetensors with its tokenizer; its adapter merged
 student/adapter/         the adapter alone, where one is trained, as peft loads it
 student/README.md        its model card, written again when the run is complete
-checkpoints/step-N/      the same after step N; the newest `output.save_total_limit` of them
+checkpoints/step-N/      the same after step N, and what it takes to go on from there (checkpoints.py)
 .reserve/                room for one student, held until the last one is saved: a disk that fills up meanwhile costs
                          metrics, not the student
 
@@ -52,7 +52,6 @@ class SavedStudents:
         self._every = output.save_every_steps
         self._model, self._tokenizer = model, tokenizer
         self._has_begun = has_begun
-        self._checkpoints: list[Path] = []
 
     def reserve(self, num_steps: int) -> None:
         """Find out before the first step what would keep the last one's student from being saved, and keep room for it.
@@ -71,13 +70,16 @@ class SavedStudents:
                 self._model.generation_config.save_pretrained(reserve)
             self._tokenizer.save_pretrained(reserve)
             weights = sum(p.numel() * p.element_size() for p in self._model.parameters()) + _OTHER_BYTES
+            # AdamW's two moments, of every parameter that is trained.
+            moments = 2 * sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
             # The first step's student is written before that of an earlier run goes.
-            count = 1 + max(checkpoints, self._has_earlier())
-            needed, free = count * weights, shutil.disk_usage(reserve).free
+            count = 1 + max(checkpoints, self._has_earlier() and not self._has_begun)
+            needed, free = count * weights + checkpoints * moments, shutil.disk_usage(reserve).free
             if needed > free:
                 raise StartupError(
                     f"output.dir = {str(self._dir)!r} has {free >> 20} MiB left, the run saves {count} students of "
-                    f"{weights >> 20} MiB; free some, or lower output.save_total_limit or set output.save_every_steps = 0"
+                    f"{weights >> 20} MiB and {checkpoints} states of the optimizer of {moments >> 20} MiB; free some, or lower "
+                    "output.save_total_limit or set output.save_every_steps = 0"
                 )
             with (reserve / "room").open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, weights)
@@ -92,10 +94,8 @@ class SavedStudents:
         """Give up the reserved room."""
         _remove(self._dir / ".reserve")
 
-    def step_finished(self, step: int, state: Callable[[], StudentState]) -> Path | None:
-        """Keep the student of `step` in checkpoints/ if it is one's turn; returns its folder.
-
-        The first step's student takes the place of those of an earlier run in this folder.
+    def step_finished(self, state: Callable[[], StudentState]) -> None:
+        """The first step's student takes the place of those of an earlier run in this folder.
 
         Args:
             state: called where the student is written.
@@ -108,21 +108,6 @@ class SavedStudents:
             if self._has_earlier():
                 self._write(self._dir / "student", state())
                 _remove(self._dir / "checkpoints")
-        if not self._every or step % self._every:
-            return None
-        return self.keep(step, state())
-
-    def keep(self, step: int, state: StudentState) -> Path:
-        """Put a student into checkpoints/, whose oldest ones go; returns its folder.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        self._checkpoints.append(self._dir / "checkpoints" / f"step-{step}")
-        self._write(self._checkpoints[-1], state)
-        while len(self._checkpoints) > self._limit:
-            _remove(self._checkpoints.pop(0))
-        return self._dir / "checkpoints" / f"step-{step}"
 
     def save(self, state: StudentState) -> Path:
         """Put a student into student/, which is returned.
@@ -154,17 +139,25 @@ class SavedStudents:
         """Whether another run has left a student in this folder."""
         return any((self._dir / name).exists() for name in ("student", "checkpoints"))
 
+    def write_into(self, folder: Path, state: StudentState) -> None:
+        """Write a student, its tokenizer and its adapter into a folder.
+
+        Raises:
+            OSError, OutputError, Exception: of safetensors, of a model's own code.
+        """
+        # The names of tensors that are given are a checkpoint's already.
+        self._model.save_pretrained(folder, state_dict=state.tensors, save_original_format=state.tensors is None)
+        self._tokenizer.save_pretrained(folder)
+        if state.adapter is not None:
+            save_adapter(self._model, state.adapter, folder / "adapter")
+        if not any(folder.glob("*.safetensors")):
+            raise OutputError(f"{folder} cannot be written: transformers has saved no weights")
+
     def _write(self, path: Path, state: StudentState) -> None:
         beside, before = path.with_name(f".{path.name}.part"), _before(path)
         try:
             _remove(beside)
-            # The names of tensors that are given are a checkpoint's already.
-            self._model.save_pretrained(beside, state_dict=state.tensors, save_original_format=state.tensors is None)
-            self._tokenizer.save_pretrained(beside)
-            if state.adapter is not None:
-                save_adapter(self._model, state.adapter, beside / "adapter")
-            if not any(beside.glob("*.safetensors")):
-                raise OutputError(f"{path} cannot be written: transformers has saved no weights")
+            self.write_into(beside, state)
             sync_folder(beside)
             if path.exists():
                 _remove(before)

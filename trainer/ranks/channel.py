@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from services.config.addresses import is_loopback
-from services.errors import RankLostError, StartupError
+from services.errors import OutputError, RankLostError, StartupError
 from services.process.startup import socket_address
 from services.process.waiting import WAITS, Wait
 from trainer.ranks.group import Ranks, is_of_ranks
@@ -64,6 +64,7 @@ class Followers:
         self._is_over = False
         self._said: dict[int, tuple[bool, str]] = {}  # by rank: whether it is a cause, and what
         self._lost = threading.Event()
+        self._written: queue.SimpleQueue[tuple[int, str, str | None]] = queue.SimpleQueue()  # rank, folder, problem
         self._connections = _accept(ranks)
         self._pulses: list[Wait] = []
         for rank, (connection, where) in self._connections.items():
@@ -114,6 +115,25 @@ class Followers:
                 raise self.cause() from error
             raise
 
+    def wait_for_parts(self, folder: str) -> None:
+        """Wait until every other rank has said that it has written its part of a checkpoint.
+
+        Raises:
+            OutputError: one could not; names it.
+            RankLostError: one is gone.
+        """
+        waiting = set(self._connections)
+        while waiting:
+            rank, where, problem = self._written.get()
+            if self.lost is not None:
+                raise self.lost
+            if where == folder and problem is not None:
+                raise OutputError(
+                    f"rank {rank} on {self._connections[rank][1]}: {problem}; ranks on several machines need output.dir on a file "
+                    "system that they share"
+                )
+            waiting -= {rank} if where == folder else set()
+
     def end(self) -> None:
         """Let the other ranks end in order."""
         self._is_over = True
@@ -132,6 +152,8 @@ class Followers:
                 pulse.alive()
                 if "signal" in said:
                     self._on_signal(said["signal"])
+                elif "written" in said:
+                    self._written.put((rank, said["written"], said["problem"]))
                 elif "failed" in said:
                     self._note(rank, said["is_cause"], f"{name} failed: {said['failed']}")
         except (EOFError, OSError):
@@ -145,6 +167,7 @@ class Followers:
         with self._lock:
             self._said.setdefault(rank, (is_cause, text))
             is_first = len(self._said) == 1 and not self._lost.is_set()
+        self._written.put((rank, "", None))  # who waits for parts looks at who is lost
         if is_first:
             self._lost.set()
             error = self.cause()
@@ -188,6 +211,14 @@ class Leader:
     def _beat(self) -> None:
         while not self._is_over.wait(_PULSE_S):
             self._tell({"alive": True})
+
+    def tell_written(self, folder: str, problem: str | None) -> None:
+        """This rank has written its part of a checkpoint.
+
+        Args:
+            problem: why it could not.
+        """
+        self._tell({"written": folder, "problem": problem})
 
     def _tell(self, content: dict[str, Any]) -> None:
         try:

@@ -18,21 +18,22 @@ from services.process.signals import Interruption
 from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
+from trainer.checkpoint.attempt import next_attempt
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
 from trainer.learner import Learner
-from trainer.open_session import _start_rewards
+from trainer.open_session import _checkpoints, _find_checkpoint, _start_rewards
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
+from trainer.parallel import load_student_of
 from trainer.pipeline import Pipeline
 from trainer.ranks.group import Ranks
 from trainer.rewards.of_groups import GroupRewards
 from trainer.rollout_function import OwnRollouts
 from trainer.scoring import Scoring
 from trainer.session import Session
-from trainer.student import load_student
 from trainer.teacher_scores import Quarantine, Support
 from trainer.teachers import Teacher, Teachers
 from trainer.tiny.pair import build_tokenizer
@@ -110,7 +111,8 @@ def build_session(
     objects: UserObjects = NOTHING,
 ) -> Session:
     """What trainer.open_session opens, over `teacher` and the stand-ins above."""
-    tokenizer, student = build_tokenizer(), load_student(config.student)
+    tokenizer, checkpoint = build_tokenizer(), _find_checkpoint(config)
+    student = load_student_of(config, Ranks(), checkpoint and checkpoint.path)
     accelerator = Accelerator(cpu=True, log_with=list(config.output.trackers) or None, project_dir=config.output.dir)
     event_loop = stack.enter_context(EventLoopThread(interruption))
     client = TeacherClient([teacher.url], outage_s=config.teacher_client.outage_s)
@@ -118,9 +120,14 @@ def build_session(
     rollouts: Any = Rollouts()
     weights: Any = Pushes(rollouts)
     teachers = Teachers([Teacher(None, client, teacher.info)])
-    record = RunRecord(config, accelerator, tokenizer)
+    record = RunRecord(config, accelerator, tokenizer, checkpoint and next_attempt(checkpoint))
+    if checkpoint is not None:
+        record.attempt.announce(record.dir)
     num_steps = config.pipeline.steps or 1
-    students = SavedStudents(config.output, student.model, tokenizer)
+    students = SavedStudents(config.output, student.model, tokenizer, has_begun=checkpoint is not None)
+    learner = Learner(config, student, num_steps, check=interruption.check, optimizers=objects.optimizers)
+    if checkpoint is not None:
+        learner.resume(checkpoint)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
@@ -129,26 +136,29 @@ def build_session(
     rewards = None if pool is None else GroupRewards(config, pool, tokenizer, num_steps, ())
     scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0, rewards)
     stream = RowStream(PROMPTS, seed=0, shuffle=False)
+    stream.position = 0 if checkpoint is None else checkpoint.state["positions"]["prompts"]
     own = None
     if objects.rollout_function is not None:
         function, versions = objects.rollout_function, weights.versions
         own = OwnRollouts(function, objects.rollout_timeout_s, rollouts, versions, tokenizer, VOCAB, 64, [END])
-    pipeline = Pipeline(
-        config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token, own_rollouts=own
-    )
+    given = (config, stream, num_steps, rollouts, weights, scoring, quarantine, record.token)
+    pipeline = Pipeline(*given, own_rollouts=own, finished_step=learner.finished_step)
     stack.callback(event_loop.run, pipeline.close)
     return Session(
         config=config,
         num_steps=num_steps,
         interruption=interruption,
         event_loop=event_loop,
-        learner=Learner(config, student, num_steps, check=interruption.check, optimizers=objects.optimizers),
+        learner=learner,
         pipeline=pipeline,
         weights=weights,
         evaluator=Evaluator(config, event_loop, PROMPTS, tokenizer, rollouts, teachers, [END], weights.versions),
         record=record,
         students=students,
+        checkpoints=_checkpoints(config, learner, students, record),
         progress=Progress(),
+        facts={"run": record.attempt.run, "attempt": record.attempt.number, "config": config.model_dump(mode="json")},
+        resumed=checkpoint and checkpoint.state,
         callbacks=objects.callbacks,
     )
 

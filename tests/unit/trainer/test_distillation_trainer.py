@@ -111,6 +111,25 @@ def test_with_urls_it_attaches(world: World, models: dict[str, str], tmp_path: P
     assert world.started == [] and found.rollout_client.urls == ["http://a:1"] and found.pipeline.epochs is None
 
 
+def test_what_a_run_goes_on_from_is_said_as_transformers_does(
+    world: World, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[RunConfig] = []
+    monkeypatch.setattr(DistillationTrainer, "_run", lambda self, work, config, objects: given.append(config))
+    trainer = DistillationTrainer(config_in(tmp_path), **models, train_dataset=ROWS)  # type: ignore[arg-type]
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-20"
+    for asked in (None, False, True, checkpoint, f"{checkpoint}/"):
+        trainer.train(resume_from_checkpoint=asked)
+    found = [(config.output.resume, config.output.resume_step) for config in given]
+    assert found == [(False, None), (False, None), (True, None), (False, 20), (False, 20)]
+    for wrong in (tmp_path / "elsewhere" / "step-20", checkpoint / "resume", checkpoint.with_name("best")):
+        with pytest.raises(ConfigError, match="is no checkpoint of this run"):
+            trainer.train(resume_from_checkpoint=wrong)
+    trainer.config = updated(trainer.config, "output", overwrite=True)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint = 'True' and config\.output\.overwrite = True"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_models_that_are_objects_are_saved_into_the_run_s_folder_with_their_tokenizers(
     world: World, models: dict[str, str], tmp_path: Path
 ) -> None:

@@ -1,5 +1,9 @@
 """Which clients the trainer talks to its teachers with."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from services.clients import TeacherClient
@@ -7,7 +11,8 @@ from services.clients.plain_vllm import VllmTeacherClient
 from services.config import RunConfig
 from services.config.keys import Secrets
 from services.errors import ConfigError
-from trainer.open_session import _teacher_client, count_steps
+from trainer.checkpoint.folder import Checkpoint
+from trainer.open_session import _check_facts, _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
@@ -50,3 +55,39 @@ def test_a_warm_up_is_no_longer_than_the_run_that_epochs_come_to(epochs: float, 
         message = rf"optimizer\.warmup_steps = {warmup} is above the \d+ steps that pipeline\.epochs = {epochs} comes to with 40"
         with pytest.raises(ConfigError, match=message):
             count_steps(config, 40)
+
+
+FACTS: dict[str, Any] = {
+    "rows": [["d.jsonl", "a"], ["data.lm_path", "b"]],
+    "tokenizer": "t",
+    "base": None,
+    "num_steps": 9,
+    "versions": {"torch": "1"},
+}
+
+
+def check_facts(**changes: Any) -> None:
+    _check_facts(FACTS | changes, Checkpoint(Path("out/checkpoints/step-4"), 4, 1, FACTS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rows": [["e.jsonl", "x"], ["data.lm_path", "b"]]}, "e.jsonl holds other rows than d.jsonl did for out/"),
+        ({"rows": [["d.jsonl", "a"]]}, "nothing holds other rows than data.lm_path did"),
+        ({"tokenizer": "u"}, "the tokenizer of student.model is another one than it was for out/"),
+        ({"base": "x"}, "the model in student.model is another one than it was for out/"),
+        ({"num_steps": 3}, "pipeline.epochs comes to 3 steps, and out/checkpoints/step-4 has 4; raise it"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_the_rows_and_models_that_it_had(changes: dict[str, Any], named: str) -> None:
+    check_facts()
+    check_facts(rows=[["elsewhere.jsonl", "a"], ["data.lm_path", "b"]], num_steps=20)
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        check_facts(**changes)
+
+
+def test_other_versions_of_libraries_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    check_facts(versions={"torch": "2"})
+    assert "written with {'torch': '1'}, this run has {'torch': '2'}" in caplog.text

@@ -259,7 +259,7 @@ def test_the_student_of_the_last_finished_step_is_kept(
     assert not torch.equal(expected[last]["lm_head.weight"], expected[last - 1]["lm_head.weight"])
     assert not (run.output / "summary.json").exists()
     left = {path.name for path in run.output.iterdir()}
-    assert left <= {"student", "config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"}
+    assert left <= {"student", "config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl", "journal.jsonl"}
     for line in (run.output / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 
 from services.config import RunConfig
+from services.config.output_dir import find_checkpoint
 from services.errors import DistillServeError
 from services.process.signals import Interrupted, Interruption
 from services.process.startup import free_port
 from tests.ranks import leave
 from trainer.following import follow
-from trainer.leading import LeadingLearner
+from trainer.leading import LeadingLearner, load_call
 from trainer.learner import Learner
 from trainer.open_session import _lead
 from trainer.output.saving import SavedStudents
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
-from trainer.parallel import load_and_place, load_reference
+from trainer.parallel import load_reference, load_student_of
 from trainer.ranks.group import Ranks, join_ranks
 from trainer.student import Student
 from trainer.tiny.pair import build_tokenizer
@@ -37,13 +38,14 @@ class Leading:
     """What a scenario does on rank 0."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, stack: ExitStack, optimizers: OwnOptimizers) -> None:
+        checkpoint = find_checkpoint(config)
         self.interruption = Interruption()
         self.interruption.defer()
         followers = _lead(ranks, self.interruption, stack)
         assert followers is not None
         self.followers = followers
-        followers.send("load", config.model_dump_json().encode())
-        student, reference = load_and_place(config, ranks), load_reference(config, ranks)
+        followers.send("load", load_call(config, checkpoint))
+        student, reference = load_student_of(config, ranks, checkpoint), load_reference(config, ranks)
         self.students = SavedStudents(config.output, student.model, build_tokenizer(), has_begun=True)
         given = (config, student, 10, ranks, followers, self.interruption, self.students.save)
         self.learner = LeadingLearner(*given, reference, optimizers)

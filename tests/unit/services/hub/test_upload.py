@@ -49,6 +49,13 @@ def test_templates_in_folders_go_and_an_adapter_in_its_own_does_not(folder: Path
     assert not any(name.startswith("adapter") for name in names)
 
 
+def test_of_a_checkpoint_only_the_student_goes(folder: Path) -> None:
+    (folder / "resume").mkdir()
+    for name in ("state.json", "complete", "rank-0.safetensors"):
+        (folder / "resume" / name).write_text("{}")
+    assert not any("resume" in name for name in plan_upload(folder, "merged", None, "").names())
+
+
 def test_a_configuration_shows_no_folder_of_this_machine(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"_name_or_path": "/home/me/x", "text_config": {"name_or_path": "a/b/c/d"}}

@@ -86,6 +86,7 @@ def test_a_run_leaves_config_metrics_samples_and_summary(tmp_path: Path) -> None
         "steps": 3,
         "wall_s": 12.3,
         "tokens": 123,
+        "attempts": 1,
         "failed_evaluations": [],
     }
     assert list(out.rglob("events.out.tfevents.*"))

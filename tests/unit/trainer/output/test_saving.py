@@ -43,13 +43,6 @@ def test_what_is_saved_computes_what_the_trainer_does(model: Any, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_checkpoints_are_kept_by_number_and_not_by_name(model: Any, tmp_path: Path) -> None:
-    saved = students(tmp_path, model, save_every_steps=2, save_total_limit=2)
-    for step in range(1, 13):
-        saved.step_finished(step, partial(StudentState, step))
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-10", "step-12"}
-
-
 @pytest.mark.parametrize(
     "error",
     [OSError(28, "No space left on device"), safetensors.SafetensorError("I/O error"), RuntimeError("shared")],
@@ -77,7 +70,7 @@ def test_a_save_that_fails_leaves_the_student_before(
 def test_room_for_one_student_is_held_until_it_is_saved(model: Any, tmp_path: Path) -> None:
     saved = students(tmp_path, model)
     saved.reserve(10)
-    saved.step_finished(1, partial(StudentState, 1))
+    saved.step_finished(partial(StudentState, 1))
     held = sum(path.stat().st_blocks * 512 for path in (tmp_path / ".reserve").iterdir())
     saved.save(StudentState(1))
     assert not (tmp_path / ".reserve").exists()
@@ -144,7 +137,7 @@ def test_an_earlier_run_is_replaced_by_the_first_finished_step(model: Any, tmp_p
     saved = students(tmp_path, model, save_every_steps=2)
     saved.reserve(4)
     assert (tmp_path / "student").exists() and (tmp_path / "checkpoints" / "step-7").exists()
-    saved.step_finished(1, partial(StudentState, 1))
+    saved.step_finished(partial(StudentState, 1))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
     assert not (tmp_path / "checkpoints").exists()
 

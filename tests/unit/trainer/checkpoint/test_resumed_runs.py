@@ -1,0 +1,375 @@
+"""A run that ends and goes on is, bit for bit, the run that nobody disturbed; and it refuses to go on as another one."""
+
+import json
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.config.output_dir import RESUME, complete_checkpoints
+from services.errors import ConfigError, OutputError, PeerError, RankLostError, StartupError, WeightSyncError
+from services.process.signals import Interrupted
+from tests.unit.trainer.checkpoint.learners import assert_same
+from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
+from tests.unit.trainer.runs import pushes_of
+from trainer.checkpoint.journal import read_journal
+from trainer.data.stream import RowStream
+from trainer.session import Session
+
+
+def check_same_run(runs: Runs, name: str = "out") -> None:
+    """As if nobody had disturbed it: weights, optimizer, schedule, generators, and every row."""
+    assert_same(runs.ends[-1], runs.ends[0])
+    assert_same(runs.student(name), runs.student("whole"))
+    for file in ("metrics.jsonl", "samples.jsonl", "journal.jsonl"):
+        expected = [row for row in runs.rows(file, "whole") if not any(key.startswith("eval_") for key in row)]
+        found = [row for row in runs.rows(file, name) if not any(key.startswith("eval_") for key in row)]
+        assert found == expected, file
+
+
+def failing_at(step: int) -> Any:
+    return ending(step, PeerError("gone"))
+
+
+def test_steps_an_end_and_steps_are_the_steps(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(PeerError) as raised:
+        runs.go(disturb=failing_at(3))
+    path = runs.out() / "checkpoints" / "step-3"
+    assert raised.value.__notes__ == [f"the same command goes on after step 3, from {path}"]
+    assert runs.checkpoints() == [2, 3]
+    summary = runs.go()
+    assert f"going on after step 3, from {path}" in caplog.text
+    check_same_run(runs)
+    assert summary.steps == NUM_STEPS and summary.attempts == 2
+    whole = json.loads((runs.out("whole") / "summary.json").read_text())
+    assert summary.tokens == whole["tokens"] and whole["attempts"] == 1
+    assert runs.checkpoints() == runs.checkpoints("whole") == [4, 6]
+
+
+def without_a_way_out(session: Session) -> None:
+    """Only what is written every two steps is there."""
+    session._leave_checkpoint = lambda reason: session.checkpoints.wait()  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+def test_a_run_that_is_killed_goes_on_from_what_it_wrote_before(step: int, runs: Runs) -> None:
+    def disturb(session: Session) -> None:
+        failing_at(step)(session)
+        without_a_way_out(session)
+
+    with pytest.raises(PeerError):
+        runs.go(disturb=disturb)
+    session_wrote = [n for n in (2, 4) if n < step]
+    assert runs.checkpoints() == session_wrote
+    if not session_wrote:  # its student has to be replaced, for nothing can go on from it
+        with pytest.raises(ConfigError, match="holds an earlier run"):
+            runs.go()
+        return
+    runs.go()
+    check_same_run(runs)
+
+
+def test_a_run_goes_on_as_often_as_it_has_to(runs: Runs) -> None:
+    for step in (1, 2, 3, 5):
+        with pytest.raises(PeerError):
+            runs.go(disturb=failing_at(step))
+    assert runs.go().attempts == 5
+    check_same_run(runs)
+    journal = read_journal(runs.out())
+    assert [(row["attempt"], row["from_step"]) for row in journal.attempts] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 5)]
+    assert [row["attempt"] for row in journal.steps] == [1, 2, 3, 4, 4, 5]
+    journal.check(journal.attempts[0]["run"], NUM_STEPS, RowStream(range(8), seed=0, shuffle=False))
+
+
+def test_an_attempt_that_ends_before_its_first_checkpoint_has_a_number_of_its_own(runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(2))
+    numbers = []
+    for _ in range(2):
+        with pytest.raises(PeerError):
+            runs.go(disturb=lambda s: (numbers.append(s.record.attempt.number), failing_at(2)(s)))
+    assert numbers == [2, 3]
+    runs.go()
+    check_same_run(runs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_the_last_finished_step(number: int, runs: Runs) -> None:
+    """In the middle of a forward pass, which has used random numbers that the step will use again."""
+
+    def disturb(session: Session) -> None:
+        forward, learner = session.learner._forward, session.learner
+
+        def signalled(*arguments: Any, **options: Any) -> Any:
+            output = forward(*arguments, **options)
+            if learner.finished_step == 3 and torch.is_grad_enabled():
+                os.kill(os.getpid(), number)
+            return output
+
+        learner._forward = signalled  # type: ignore[method-assign]
+
+    with pytest.raises(Interrupted) as raised:
+        runs.go(disturb=disturb)
+    assert "goes on after step 3" in raised.value.__notes__[0]
+    assert runs.checkpoints()[-1] == 3
+    runs.go()
+    check_same_run(runs)
+
+
+def test_an_update_that_is_given_up_half_way_leaves_the_checkpoint_before(runs: Runs) -> None:
+    """The weights are put back, the optimizer's moments are not."""
+
+    def disturb(session: Session) -> None:
+        step, calls = session.learner.optimizer.step, iter(range(1, 100))
+
+        def failing() -> None:
+            if next(calls) == 10:  # the second update of the fifth step
+                raise PeerError("gone")
+            step()
+
+        session.learner.optimizer.step = failing  # type: ignore[method-assign, assignment]
+
+    pipeline = {"updates_per_batch": 2}
+    runs.go("two-updates", pipeline=pipeline)
+    with pytest.raises(PeerError):
+        runs.go(disturb=disturb, pipeline=pipeline)
+    assert runs.checkpoints() == [2, 4]
+    runs.go(pipeline=pipeline)
+    assert_same(runs.ends[-1], runs.ends[1])
+
+
+def test_a_lost_rank_leaves_what_was_written_before(runs: Runs) -> None:
+    with pytest.raises(RankLostError) as raised:
+        runs.go(disturb=ending(3, RankLostError("rank 1 was killed")))
+    assert runs.checkpoints() == [2] and "goes on after step 2" in raised.value.__notes__[0]
+    runs.go()
+    check_same_run(runs)
+
+
+def test_a_step_whose_rows_are_not_written_is_done_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disturb(session: Session) -> None:
+        def full(step: int, row: dict[str, float]) -> None:
+            if step == 5:
+                raise OutputError("metrics.jsonl cannot be written")
+            write(step, row)
+
+        write = session.record.step
+        session.record.step = full  # type: ignore[method-assign]
+
+    with pytest.raises(OutputError):
+        runs.go(disturb=disturb)
+    assert runs.checkpoints()[-1] == 4
+    runs.go()
+    check_same_run(runs)
+
+
+def test_without_checkpoints_nothing_goes_on(runs: Runs) -> None:
+    output = {"save_every_steps": 0}
+    with pytest.raises(PeerError) as raised:
+        runs.go(disturb=failing_at(2), output=output)
+    assert not hasattr(raised.value, "__notes__") and not (runs.out() / "checkpoints").exists()
+    with pytest.raises(ConfigError, match=r"holds an earlier run \(student\)"):
+        runs.go(output=output)
+    with pytest.raises(ConfigError, match=r"output\.resume = True: .* complete are those of steps: none"):
+        runs.go(output={**output, "resume": True})
+
+
+def test_a_run_that_goes_on_has_another_name_at_the_servers(runs: Runs) -> None:
+    names = []
+    with pytest.raises(PeerError):
+        runs.go(disturb=lambda s: (names.append(s.record.attempt.holder), failing_at(2)(s)))
+    runs.go(disturb=lambda s: names.append(s.record.attempt.holder))
+    assert names == [f"{names[0][:8]}-1", f"{names[0][:8]}-2"] and len(names[0]) == 10
+
+
+def test_the_first_push_of_a_run_that_goes_on_is_of_its_last_step(runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(3))
+    pushed: list[int] = []
+    runs.go(disturb=lambda s: setattr(pushes_of(s), "on_push", pushed.append))
+    assert pushed == [3, 4, 5, 6]
+
+
+def test_evaluations_are_made_once_and_the_first_one_is_not_made_again(runs: Runs) -> None:
+    runs.documents.clear()
+    evaluation = {"every_steps": 2}
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(3), evaluation=evaluation)
+    runs.documents.clear()
+    summary = runs.go(evaluation=evaluation)
+    steps = [row["step"] for row in runs.rows("metrics.jsonl") if "eval_reverse_kl" in row]
+    assert steps == [0, 2, 4, 6] and summary.before is not None and summary.before.policy_version == 0
+    before = json.loads((runs.out("whole") / "summary.json").read_text())["before"]
+    assert summary.before.reverse_kl == before["reverse_kl"]
+
+
+def test_an_evaluation_that_was_due_when_the_run_ended_is_made(runs: Runs) -> None:
+    runs.documents.clear()
+
+    def disturb(session: Session) -> None:
+        assert session.evaluator is not None
+        evaluate = session.evaluator.evaluate
+
+        def ended(learner: Any, policy_version: int) -> Any:
+            if policy_version == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(learner, policy_version)
+
+        session.evaluator.evaluate = ended  # type: ignore[method-assign]
+
+    with pytest.raises(Interrupted):
+        runs.go(disturb=disturb, evaluation={"every_steps": 2})
+    runs.documents.clear()
+    runs.go(evaluation={"every_steps": 2})
+    assert [row["step"] for row in runs.rows("metrics.jsonl") if "eval_reverse_kl" in row] == [0, 2, 4, 6]
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def ended(runs: Runs) -> Path:
+    """The checkpoint that a run has left."""
+    with pytest.raises(WeightSyncError):
+        runs.go(disturb=ending(3, WeightSyncError("torn")))
+    return complete_checkpoints(runs.out())[3]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(folder / ".reserve"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate was 0\.01 and is 0\.5"),
+        ({"loss": {"gamma": 0.5}}, r"loss\.gamma was 1\.0 and is 0\.5|loss\.gamma was"),
+        ({"seed": 7}, r"seed was 0 and is 7"),
+        ({"pipeline": {"prompts_per_step": 2, "steps": 6}}, r"pipeline\.prompts_per_step was 4 and is 2"),
+        ({"pipeline": {"steps": 2}}, r"pipeline\.steps = 2 is below the 3 steps"),
+        ({"student": {"model_init_kwargs": {}}}, r"student\.model_init_kwargs differs"),
+    ],
+    ids=str,
+)
+def test_a_run_with_other_options_is_refused_by_their_names(sections: Any, named: str, runs: Runs) -> None:
+    ended(runs)
+    before = snapshot(runs.out())
+    with pytest.raises(ConfigError, match=named):
+        runs.go(**sections)
+    assert snapshot(runs.out()) == before
+
+
+def test_options_that_may_differ_do(runs: Runs) -> None:
+    ended(runs)
+    summary = runs.go(
+        pipeline={"steps": 5, "tokens_per_micro_batch": 64, "max_quarantine_rate": 0.7},
+        output={"save_every_steps": 3, "save_total_limit": 5, "project": "another"},
+        evaluation={"every_steps": 5},
+        weight_sync={"stage_timeout_s": 7},
+        teacher_client={"outage_s": 0.3},
+        rollout={"port": 8123},
+    )
+    assert summary.steps == 5
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        runs.go("whole", pipeline={"steps": 8})
+    with pytest.raises(ConfigError, match=r"a complete run of pipeline\.steps = 6; raise that"):
+        runs.go("whole", output={"resume": True})
+    assert runs.go("whole", pipeline={"steps": 8}, output={"resume": True}).steps == 8
+
+
+def test_a_run_goes_on_from_the_step_that_is_asked_for(runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(5), output={"save_total_limit": 9})
+    with pytest.raises(ConfigError, match=r"output\.resume_step = 3: .* complete are those of steps: 2, 4, 5"):
+        runs.go(output={"save_total_limit": 9, "resume_step": 3})
+    runs.go(output={"save_total_limit": 9, "resume_step": 2})
+    check_same_run(runs)
+
+
+def test_a_run_that_is_to_be_replaced_is(runs: Runs) -> None:
+    ended(runs)
+    with pytest.raises(PeerError) as raised:
+        runs.go(disturb=failing_at(1), output={"overwrite": True})
+    assert raised.value.__notes__[0].startswith(
+        "the same command with --resume in the place of --output.overwrite goes on"
+    )
+    assert runs.checkpoints() == [1]
+    assert runs.go(output={"overwrite": True}).attempts == 1
+    check_same_run(runs)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "resume/rank-0.safetensors", "resume/state.json", "config.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "edited"])
+def test_a_file_that_is_not_as_it_was_written_is_refused_by_its_name(name: str, how: str, runs: Runs) -> None:
+    path = ended(runs) / name
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        edited = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes(content[:-1] if how == "truncated" else edited)
+    before = snapshot(runs.out())
+    with pytest.raises(StartupError, match=rf"{path} is not as it was written"):
+        runs.go()
+    assert snapshot(runs.out()) == before
+    if name != "resume/state.json":
+        path.write_bytes(content)
+        runs.go()
+        check_same_run(runs)
+
+
+def test_without_its_marker_a_folder_is_no_checkpoint(runs: Runs) -> None:
+    (ended(runs) / RESUME / "complete").unlink()
+    runs.go()  # from step 2
+    check_same_run(runs)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "of another run", "a step twice", "no JSON"])
+def test_a_journal_that_does_not_belong_to_the_checkpoint_is_refused(how: str, runs: Runs) -> None:
+    ended(runs)
+    path = runs.out() / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = {
+        "missing": None,
+        "cut": lines[:-1],
+        "of another run": (runs.out("whole") / "journal.jsonl").read_text().splitlines(keepends=True),
+        "a step twice": [*lines, lines[-1]],
+        "no JSON": ["{\n", *lines],
+    }[how]
+    path.unlink()
+    if changed is not None:
+        path.write_text("".join(changed))
+    before = snapshot(runs.out())
+    with pytest.raises(StartupError, match=r"journal\.jsonl"):
+        runs.go()
+    assert snapshot(runs.out()) == before
+
+
+def test_a_journal_that_ends_in_half_a_line_is_no_obstacle(runs: Runs) -> None:
+    ended(runs)
+    with (runs.out() / "journal.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "attem')
+    runs.go()
+    check_same_run(runs)
+
+
+def test_going_on_unpickles_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(runs)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something is unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    runs.go()
+    monkeypatch.undo()
+    check_same_run(runs)
