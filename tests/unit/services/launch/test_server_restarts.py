@@ -117,17 +117,18 @@ time.sleep(1); touch("go"); time.sleep(1)
     assert run.finish() == 0
 
 
-# Listens on a port as soon as that is free, for two seconds.
+# Listens on a port as soon as that is free, for six seconds.
 LISTENS = """
 import socket, sys, time
 listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+open(f"{sys.argv[2]}-soon", "w").close()
 for _ in range(30_000):
     try: listener.bind(("127.0.0.1", int(sys.argv[1]))); break
     except OSError: time.sleep(0.001)
 listener.listen()
 open(sys.argv[2], "w").close()
-time.sleep(2)
+time.sleep(6)
 """
 
 
@@ -138,7 +139,7 @@ import subprocess
 def leave():
     command = [sys.executable, "-c", {LISTENS!r}, str(port), f"{{folder}}/listens"]
     subprocess.Popen(command, start_new_session=True)
-    os._exit(9)
+    wait_for("listens-soon"); os._exit(9)
 when("leave", leave)
 """
     refuses = """
@@ -188,10 +189,12 @@ def test_a_server_that_dies_just_after_the_trainer_that_misses_it_is_the_cause_a
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_a_pause_ends_everything_in_order_at_once(number: int, config: RunConfig, tmp_path: Path) -> None:
+    """Also where the trainer saves for longer than the pause."""
     name = f"teacher-{config.teacher.port}"
-    run = Up(quick(config, restart_backoff_s=60.0), tmp_path, {"trainer": {1: SAVES}})
+    saves = SAVES.replace("touch(", "time.sleep(5); touch(")
+    run = Up(quick(config, restart_backoff_s=3.0), tmp_path, {"trainer": {1: saves}})
     run.kill(name)
-    run.wait_until_said("again (1 of 3) in 60 s")
+    run.wait_until_said("again (1 of 3) in 3 s")
     run.interrupt(number)
     assert (tmp_path / "saved").exists()
     assert len(starts(tmp_path, name)) == 1

@@ -97,17 +97,18 @@ def lose(*_): touch("signalled")
 signal.signal(signal.SIGTERM, lose)
 if rank == 1:
     wait_for("trainer-0.starts"); os.kill(os.getpid(), 9)
-time.sleep(1.0); touch("noticed"); sys.exit({RankLostError.exit_code})
+time.sleep(3.0); touch("noticed"); sys.exit({RankLostError.exit_code})
 """
 
 
 def test_all_ranks_start_again_together_when_one_of_them_is_killed(config: RunConfig, tmp_path: Path) -> None:
     ranks = updated(config, "trainer", num_processes=2)
-    run = Up(quick(ranks, restart_trainer=1), tmp_path, {"trainer": {1: CHECKPOINT + LOSES}})
+    of_second = "if not os.path.exists(f'{folder}/noticed'): touch('early')\nwait_for('enough')"
+    run = Up(quick(ranks, restart_trainer=1), tmp_path, {"trainer": {1: CHECKPOINT + LOSES, 2: of_second}})
     for rank in (0, 1):
         run.wait_until_started(f"trainer-{rank}", 2)
-    assert (tmp_path / "noticed").exists() and not (tmp_path / "signalled").exists()
     assert run.finish() == 0
+    assert not (tmp_path / "early").exists() and not (tmp_path / "signalled").exists()
     of_ranks = [starts(tmp_path, f"trainer-{rank}") for rank in (0, 1)]
     (first, second), (again, too) = [[start[2] for start in both] for both in zip(*of_ranks, strict=True)]
     assert first == second != again == too  # the port at which they find each other
