@@ -68,7 +68,8 @@ def test_killed_at_every_write_point_a_complete_one_is_loaded(
     learner: Learner, config: RunConfig, first: Path, tmp_path: Path
 ) -> None:
     expected, newest = all_state(learner), []
-    number, last = 1, count_points(lambda: write(writer(learner, copy_of(first, tmp_path / "whole"), 1), 2))
+    whole = copy_of(first, tmp_path / "whole")
+    last = count_points(lambda: write(writer(learner, whole, 1), 2))
     for number in range(1, last + 1):
         into = copy_of(first, tmp_path / "killed")
         killed_at(number, lambda into=into: write(writer(learner, into, 1), 2))  # type: ignore[misc]
@@ -82,8 +83,8 @@ def test_killed_at_every_write_point_a_complete_one_is_loaded(
 def test_a_disk_that_is_full_from_any_write_point_on_leaves_the_one_before(
     learner: Learner, config: RunConfig, first: Path, tmp_path: Path
 ) -> None:
-    ends = []
-    last = count_points(lambda: write(writer(learner, copy_of(first, tmp_path / "whole"), 1), 2))
+    ends, whole = [], copy_of(first, tmp_path / "whole")
+    last = count_points(lambda: write(writer(learner, whole, 1), 2))
     for number in range(1, last + 1):
         into = copy_of(first, tmp_path / "full")
         ends.append(full_from(number, lambda into=into: write(writer(learner, into, 1), 2), OutputError))  # type: ignore[misc]
