@@ -97,6 +97,7 @@ class Checkpoints:
         try:
             beside = folder.begin(path)
         except OSError as error:
+            folder.remove(folder.folder_beside(path))
             raise cannot_write(path, error) from error
         captured = self._learner.capture(beside)
         self._last, self._error = step, None

@@ -269,6 +269,23 @@ async def test_requests_that_wait_for_the_same_probe_share_it(server: Server, cl
     assert server.asked.count("probe") == 1 and server.asked[0] == "probe" and server.asked.count("work") == 6
 
 
+@pytest.mark.parametrize(("status", "asked"), [(429, ["work"]), (503, ["probe", "work"])])
+async def test_a_full_queue_is_no_reason_to_probe_and_a_model_that_is_being_loaded_is(
+    status: int, asked: list[str], server: Server, clock: SimpleNamespace
+) -> None:
+    refusals = [httpx.Response(status, headers={"Retry-After": "1"})]
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        is_work = request.method == "POST" and b"[50," in request.content.replace(b" ", b"")
+        return refusals.pop() if is_work and refusals else server(request)
+
+    client = TeacherClient([A], transport=httpx.MockTransport(handler), clock=lambda: clock.now)
+    await client.keep_probe(PROBE)
+    server.asked.clear()
+    await score(client)
+    assert server.asked == asked and refusals == []
+
+
 # ------------------------------------------------------------------------------------------ at the start
 
 

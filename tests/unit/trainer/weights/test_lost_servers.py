@@ -14,6 +14,7 @@ from tests.servers import rollout_info
 from tests.unit.trainer.weights.push_servers import URL, Attach, Servers
 
 FAR = "http://far"
+BOTH: dict[str, Any] = {"pipeline": {"min_rollout_servers": 2}, "rollout_client": {"urls": [URL, FAR]}}
 
 
 async def soon(condition: Callable[[], bool]) -> None:
@@ -114,7 +115,7 @@ async def test_a_lone_server_that_restarts_is_waited_for_by_the_push(attach: Att
 
 async def test_a_push_waits_for_as_many_servers_as_are_asked_for(attach: Attach) -> None:
     servers = two("breaks", "works", gone={FAR: ["is gone"]})
-    trainer = attach(servers, pipeline={"min_rollout_servers": 2})
+    trainer = attach(servers, **BOTH)
     pushing = asyncio.create_task(trainer.push(4))
     await soon(lambda: servers.group.live == [URL])
     await asyncio.sleep(0.05)
@@ -126,7 +127,7 @@ async def test_a_push_waits_for_as_many_servers_as_are_asked_for(attach: Attach)
 async def test_too_few_servers_for_too_long_are_an_outage(attach: Attach) -> None:
     servers = two("breaks", gone={FAR: ["is gone"]})
     servers.group.outage_s = 0.2
-    trainer = attach(servers, pipeline={"min_rollout_servers": 2})
+    trainer = attach(servers, **BOTH)
     message = (
         r"fewer than pipeline.min_rollout_servers = 2 rollout servers have answered for 0.2 s \(rollout_client.outage_s\): "
         r"http://far .*; start it again and run the same command again"
