@@ -86,11 +86,14 @@ def _check_urls(config: "RunConfig") -> None:
 
 
 def _check_min_rollout_servers(config: "RunConfig") -> None:
-    least, num_servers = config.pipeline.min_rollout_servers, max(1, len(config.rollout_client.urls))
+    least, urls = config.pipeline.min_rollout_servers, config.rollout_client.urls
+    num_servers, option = (
+        (len(urls), "rollout_client.urls") if urls else (config.rollout.num_servers, "rollout.num_servers")
+    )
     if least > num_servers:
         raise ValueError(
-            f"pipeline.min_rollout_servers = {least} is above the number of rollout_client.urls, {num_servers}; lower it, or name "
-            "more servers"
+            f"pipeline.min_rollout_servers = {least} is above the number of rollout servers, {num_servers} ({option}); lower the "
+            "one or raise the other"
         )
 
 

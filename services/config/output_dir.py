@@ -27,7 +27,10 @@ MAY_DIFFER: Mapping[str, frozenset[str]] = {
     "rollout_client": frozenset({"*"}),
     "rollout": frozenset({"host", "port", "cuda_devices"}),
     "teacher_client": frozenset(
-        {"urls", "startup_timeout_s", "request_timeout_s", "outage_s", "named", "accept_different"}
+        {
+            *("urls", "startup_timeout_s", "request_timeout_s", "outage_s", "named", "accept_different"),
+            *("probe_every_steps", "probe_tolerance"),
+        }
     ),
     "teacher": frozenset({"host", "port", "cuda_devices"}),
     "trainer": frozenset({"*"}),
@@ -35,7 +38,7 @@ MAY_DIFFER: Mapping[str, frozenset[str]] = {
     "data": frozenset({"path", "lm_path"}),
     "reward": frozenset({"timeout_s", "startup_timeout_s", "num_workers", "model_device", "model_batch_size"}),
     "optimizer": frozenset({"max_skipped_updates"}),
-    "pipeline": frozenset({"steps", "epochs", "tokens_per_micro_batch", "max_quarantine_rate"}),
+    "pipeline": frozenset({"steps", "epochs", "tokens_per_micro_batch", "max_quarantine_rate", "min_rollout_servers"}),
     "weight_sync": frozenset({"*"}),
     "evaluation": frozenset({"*"}),
     "output": frozenset({"*"}),

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from services.config import RunConfig
+from services.config.output_dir import COMPLETE, RESUME
 from services.process.files import write_by_rename
 
 
@@ -25,7 +26,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether the trainer has written what it can go on from: the file that it puts last into a checkpoint is there."""
-        return any(map(self.is_ours, self.path.glob("checkpoints/step-*/resume/complete")))
+        return any(map(self.is_ours, self.path.glob(f"checkpoints/step-*/{RESUME}/{COMPLETE}")))
 
     def is_saving(self) -> bool:
         """Whether the trainer is writing a student, as trainer/output/saving.py names what is not whole yet."""

@@ -12,9 +12,9 @@ REFUSED = {
     ),
     "--evaluation.max_new_tokens 90 --rollout.max_model_len 90 --sampling.max_new_tokens 9": "= 90",
     "--pipeline.min_rollout_servers 2": (
-        "pipeline.min_rollout_servers = 2 is above the number of rollout_client.urls, 1 ... lower it, or name more servers"
+        "pipeline.min_rollout_servers = 2 is above the number of rollout servers, 1 (rollout.num_servers); lower the one or raise"
     ),
-    '--pipeline.min_rollout_servers 3 --rollout_client.urls ["http://a:1","http://b:1"]': "rollout_client.urls, 2",
+    '--pipeline.min_rollout_servers 3 --rollout_client.urls ["http://a:1","http://b:1"]': "2 (rollout_client.urls)",
     "--rollout.port 8101": "rollout.port and teacher.port are both 8101 ... different ports",
     "--rollout.cuda_devices first": "rollout.cuda_devices = 'first' ... no GPU ... nvidia-smi -L",
     "--teacher.cuda_devices 0,GPU-12": "teacher.cuda_devices = '0,GPU-12' ... mixes numbers and UUIDs",
