@@ -14,7 +14,7 @@ BACKEND ?=
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-containers mutants check bench bench-trl lock clean up down logs images
+.PHONY: help setup train test test-long test-containers mutants check bench bench-trl soak lock clean up down logs images
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ bench: $(STAMP)  ## measure and write tests/benchmarks/results/*.json (ARGS="hea
 
 bench-trl: $(STAMP)  ## measure beside TRL's trainers, in environments of their own (half an hour; ARGS=time for a part)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.against_trl $(ARGS)
+
+soak: $(STAMP)  ## a run whose parts are killed 20 times at random, beside one left alone (half an hour; ARGS="--kills 4")
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.soak $(ARGS)
 
 lock: $(STAMP)  ## write deploy/locks/*.txt anew from the tested environment
 	@$(BIN)/python deploy/locks/freeze.py

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from services.process.files import write_by_rename
-from tests.integration.processes import Family
+from tests.integration.processes import PROGRAMS, pids_of_role
 from trainer.checkpoint.journal import read_journal
 from trainer.tiny.pair import build_tiny_pair
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "soak.json"
 PICTURE = ROOT / "docs" / "soak.png"
-ROLES = ("rollout", "teacher", "train")
-# Between the return of a part and the next kill, steps; a kill may also come while something is being started again.
-_CALM_STEPS = (1, 8)
+ROLES = tuple(PROGRAMS)
+# Between the return of a part and the next kill, most steps; a share of the kills comes while something is being started again.
+_CALM_STEPS = 16
 _STARTING_SHARE = 0.25
 _POLL_S = 0.1
 _STUCK_S = 600.0
@@ -49,13 +49,13 @@ class Kill:
     Attributes:
         step: the last one that was written down before it.
         at_s: seconds since the start of the run.
-        back_s: until the next step was written down.
+        back_s: until the next step was written down; None: that was not waited for before the next kill.
     """
 
     role: str
     step: int
     at_s: float
-    back_s: float
+    back_s: float | None
 
 
 class Run:
@@ -88,10 +88,6 @@ class Run:
         """The last step that is written down; 0 before the first."""
         return max((row["step"] for row in rows(self.output / "metrics.jsonl") if "num_steps" in row), default=0)
 
-    def pids(self, role: str) -> list[int]:
-        """The processes of a role that `up` has started itself."""
-        return [pid for pid in Family.of(self.process.pid).pids if _role_of(pid) == role]
-
     def wait_for_step(self, step: int) -> bool:
         """Whether it was reached before the run ended.
 
@@ -119,14 +115,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _role_of(pid: int) -> str | None:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return words[3].decode() if words[1:3] == [b"-m", b"services.cli"] and len(words) > 3 else None
-
-
 def disturb(run: Run, num_kills: int, last_step: int, chance: random.Random) -> Iterator[Kill]:
     """Kill parts of a run, each time another few steps on, as long as there are steps left."""
     roles = [ROLES[i % len(ROLES)] for i in range(num_kills)]
@@ -134,19 +122,19 @@ def disturb(run: Run, num_kills: int, last_step: int, chance: random.Random) -> 
     for number, role in enumerate(roles):
         # The steps that are left are shared among the kills that are left.
         share = max(1, (last_step - run.step()) // (num_kills - number))
-        if not run.wait_for_step(run.step() + chance.randint(1, min(_CALM_STEPS[1], share))):
+        if not run.wait_for_step(run.step() + chance.randint(1, min(_CALM_STEPS, share))):
             return
         time.sleep(chance.uniform(0.0, 1.0))  # at any moment of a step
-        pids = run.pids(role)
+        pids = pids_of_role(run.process.pid, role)
         while not pids and run.is_running():
             time.sleep(_POLL_S)
-            pids = run.pids(role)
+            pids = pids_of_role(run.process.pid, role)
         step, at_s = run.step(), run.seconds
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        if chance.random() >= _STARTING_SHARE:
+        if is_waited_for := chance.random() >= _STARTING_SHARE:
             run.wait_for_step(step + 1)
-        yield Kill(role, step, at_s, run.seconds - at_s)
+        yield Kill(role, step, at_s, run.seconds - at_s if is_waited_for else None)
 
 
 def outcome(run: Run, code: int, steps: int) -> dict[str, Any]:
@@ -197,7 +185,7 @@ def draw(found: dict[str, Any], alone: dict[str, Any], kills: list[Kill], pictur
     for role, colour in colours.items():
         steps = [kill.step for kill in kills if kill.role == role]
         axes.vlines(steps, 0, 1, transform=axes.get_xaxis_transform(), color=colour, lw=0.9, alpha=0.6)
-        axes.plot([], [], color=colour, label=f"{'trainer' if role == 'train' else role} killed ({len(steps)})")
+        axes.plot([], [], color=colour, label=f"{role} killed ({len(steps)})")
     axes.semilogy(*zip(*alone["curve"], strict=True), "o-", color="tab:gray", label="undisturbed")
     axes.semilogy(*zip(*found["curve"], strict=True), "o-", color="tab:blue", label=f"{len(kills)} kills")
     axes.set(xlabel="step", ylabel="held-out reverse KL, nats a token")

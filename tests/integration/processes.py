@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from services.config.addresses import url_of
 from services.models.vllm_environment import vllm_defaults
 from services.process.startup import free_port
 
+PROGRAMS = {"rollout": "services.rollout.process", "teacher": "services.cli\0teacher", "trainer": "services.cli\0train"}
+"""What the command line of a role's own process contains."""
 KEY = "a-key-for-tests"
 READY_TIMEOUT_S = 240.0
 
@@ -77,6 +79,20 @@ class Family:
 
     def is_gone(self) -> bool:
         return not self.left()
+
+
+def pids_of_role(up: int, role: str) -> list[int]:
+    """The processes of a role that `distillserve up` has started itself and that run; of the trainer one a rank.
+
+    Args:
+        up: its process.
+    """
+    found = []
+    for pid in Path(f"/proc/{up}/task/{up}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            if PROGRAMS[role] in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(int(pid))
+    return found
 
 
 def is_running(pid: int) -> bool:

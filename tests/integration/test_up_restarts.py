@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.endless_run import num_steps
-from tests.integration.processes import Family, command, environment, wait_until
+from tests.integration.processes import PROGRAMS, Family, command, environment, pids_of_role, wait_until
 from trainer.tiny.pair import build_tiny_pair
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
-PROGRAMS = {"rollout": "services.rollout.process", "teacher": "services.cli\0teacher", "trainer": "services.cli\0train"}
-"""What the command line of a role's own process contains."""
 STEPS = 240
 
 
@@ -59,22 +57,15 @@ def wait_until_trained(process: "subprocess.Popen[str]", output: Path, steps: in
     assert process.poll() is None, said(output)[-4000:]
 
 
-def child(process: "subprocess.Popen[str]", role: str) -> int:
-    """The process of a role, which `up` has started itself."""
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if PROGRAMS[role] in Path(f"/proc/{pid}/cmdline").read_text():
-            return int(pid)
-    raise AssertionError(f"no {role} among the children of `up`")
-
-
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("role", PROGRAMS)
 def test_a_role_that_is_killed_is_started_again_and_the_run_reaches_its_bound(
     role: str, run: "subprocess.Popen[str]", output: Path
 ) -> None:
     wait_until_trained(run, output, 50)
-    family = Family.of(child(run, role))
-    os.kill(child(run, role), signal.SIGKILL)
+    (killed,) = pids_of_role(run.pid, role)
+    family = Family.of(killed)
+    os.kill(killed, signal.SIGKILL)
     assert run.wait(1200) == 0, said(output)[-4000:]
     lines = said(output).splitlines()
     most = 1 if role == "trainer" else 3
@@ -101,8 +92,9 @@ def test_ctrl_c_while_a_killed_rollout_server_comes_back_saves_the_student_and_l
     run: "subprocess.Popen[str]", output: Path
 ) -> None:
     wait_until_trained(run, output, 3)
-    first = Family.of(child(run, "rollout"))
-    os.kill(child(run, "rollout"), signal.SIGKILL)
+    (killed,) = pids_of_role(run.pid, "rollout")
+    first = Family.of(killed)
+    os.kill(killed, signal.SIGKILL)
     wait_until(lambda: "starting again (1 of 3)" in said(output) and (output / "logs" / "rollout.2.log").exists())
     everybody = Family.of(run.pid)
     os.kill(run.pid, signal.SIGINT)
