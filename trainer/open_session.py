@@ -274,9 +274,7 @@ def _assemble(
     facts = _facts(inputs, num_steps, prompts.fingerprints())
     if checkpoint is not None:
         _check_facts(facts, checkpoint)
-        stream.position = checkpoint.state["positions"]["prompts"]
-        if texts is not None:
-            texts.position = checkpoint.state["positions"]["texts"]
+        _move_on(checkpoint, stream, texts)
     model = inputs.student.model
     students = SavedStudents(config.output, model, inputs.tokenizer, has_begun=checkpoint is not None)
     if inputs.followers is None:
@@ -388,6 +386,14 @@ def _facts(inputs: _Inputs, num_steps: int, rows: list[list[str]]) -> dict[str, 
         "config": inputs.given.model_dump(mode="json"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _move_on(checkpoint: Checkpoint, prompts: RowStream[Prompt], texts: RowStream[list[int]] | None) -> None:
+    """Let the data go on behind what the steps up to a checkpoint have used."""
+    positions = checkpoint.state["positions"]
+    prompts.position = positions["prompts"]
+    if texts is not None:
+        texts.position = positions["texts"]
 
 
 def _base_fingerprint(inputs: _Inputs) -> str | None:

@@ -23,7 +23,7 @@ from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
 from trainer.learner import Learner
-from trainer.open_session import _checkpoints, _find_checkpoint, _start_rewards
+from trainer.open_session import _checkpoints, _find_checkpoint, _move_on, _start_rewards
 from trainer.output.progress import Progress
 from trainer.output.report import RunRecord
 from trainer.output.saving import SavedStudents
@@ -136,7 +136,8 @@ def build_session(
     rewards = None if pool is None else GroupRewards(config, pool, tokenizer, num_steps, ())
     scoring = Scoring(teachers, Support("teacher_topk", 8, VOCAB), 1.0, rewards)
     stream = RowStream(PROMPTS, seed=0, shuffle=False)
-    stream.position = 0 if checkpoint is None else checkpoint.state["positions"]["prompts"]
+    if checkpoint is not None:
+        _move_on(checkpoint, stream, None)
     own = None
     if objects.rollout_function is not None:
         function, versions = objects.rollout_function, weights.versions

@@ -12,7 +12,8 @@ from services.config import RunConfig
 from services.config.keys import Secrets
 from services.errors import ConfigError
 from trainer.checkpoint.folder import Checkpoint
-from trainer.open_session import _check_facts, _teacher_client, count_steps
+from trainer.data.stream import RowStream
+from trainer.open_session import _check_facts, _move_on, _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
@@ -91,3 +92,13 @@ def test_a_run_goes_on_with_the_rows_and_models_that_it_had(changes: dict[str, A
 def test_other_versions_of_libraries_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_facts(versions={"torch": "2"})
     assert "written with {'torch': '1'}, this run has {'torch': '2'}" in caplog.text
+
+
+def test_the_data_goes_on_behind_what_was_used() -> None:
+    state = {"positions": {"prompts": 12, "texts": 5}}
+    prompts: RowStream[Any] = RowStream(range(7), seed=0, shuffle=True)
+    texts: RowStream[Any] = RowStream(range(3), seed=0, shuffle=True)
+    expected = [prompts.take(14)[12:], texts.take(7)[5:]]
+    prompts.position = texts.position = 0
+    _move_on(Checkpoint(Path("out/checkpoints/step-4"), 4, 1, state), prompts, texts)
+    assert [prompts.take(2), texts.take(2)] == expected
