@@ -3,8 +3,8 @@
 Quality: the pair of `make train`, three seeds, this project against MiniLLMTrainer of TRL 1.14.2, the last version that had it.
 Both students are measured by the same code, which is neither's: the reverse KL over the whole vocabulary, on samples drawn by
 transformers. Time: a step of a 235 M student and a 268 M teacher, 8 prompts, 48 new tokens, also against TRL 1.16's
-DistillationTrainer, in float32 and in bfloat16 with float32 master weights (which is TRL's own default, bf16=True). TRL has
-environments of its own, which see this one's torch and transformers.
+DistillationTrainer: in float32, and in bfloat16 with float32 master weights. The latter is TRL's default (bf16=True); here servers run
+in bfloat16. TRL has environments of its own, which see this one's torch and transformers.
 
 Half an hour; quality or time alone: python -m tests.benchmarks.against_trl quality
 """
@@ -50,7 +50,7 @@ LARGE: dict[str, Any] = {
 }
 LARGE |= {"warmup_steps": 0, "beta2": 0.95}
 DTYPES = ("float32", "bfloat16")
-HALF = ("--student.compute_dtype", "bfloat16", "--rollout.dtype", "bfloat16", "--teacher.dtype", "bfloat16")
+HALF = ("--rollout.dtype", "bfloat16", "--teacher.dtype", "bfloat16")  # on a CPU the trainer computes in float32 then
 ENVIRONMENTS = Path("outputs/trl")
 
 
