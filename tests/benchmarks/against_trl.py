@@ -3,7 +3,8 @@
 Quality: the pair of `make train`, three seeds, this project against MiniLLMTrainer of TRL 1.14.2, the last version that had it.
 Both students are measured by the same code, which is neither's: the reverse KL over the whole vocabulary, on samples drawn by
 transformers. Time: a step of a 235 M student and a 268 M teacher, 8 prompts, 48 new tokens, also against TRL 1.16's
-DistillationTrainer. TRL has environments of its own, which see this one's torch and transformers.
+DistillationTrainer: in float32, and in bfloat16 with float32 master weights. The latter is TRL's default (bf16=True); here servers run
+in bfloat16. TRL has environments of its own, which see this one's torch and transformers.
 
 Half an hour; quality or time alone: python -m tests.benchmarks.against_trl quality
 """
@@ -32,9 +33,24 @@ SEEDS = (0, 1, 2)
 TIMED_STEPS, TEACHER_LAYERS = 6, 18
 EVALUATION_SAMPLES = 4
 # Of deploy/runs/tiny.toml.
-TINY = {"steps": 240, "batch": 128, "max_new_tokens": 5, "learning_rate": 2e-3, "warmup_steps": 10, "beta2": 0.98}
-LARGE = {"steps": TIMED_STEPS, "batch": NUM_PROMPTS, "max_new_tokens": NEW_TOKENS, "learning_rate": 1e-5}
+TINY: dict[str, Any] = {
+    "dtype": "float32",
+    "steps": 240,
+    "batch": 128,
+    "max_new_tokens": 5,
+    "learning_rate": 2e-3,
+    "warmup_steps": 10,
+    "beta2": 0.98,
+}
+LARGE: dict[str, Any] = {
+    "steps": TIMED_STEPS,
+    "batch": NUM_PROMPTS,
+    "max_new_tokens": NEW_TOKENS,
+    "learning_rate": 1e-5,
+}
 LARGE |= {"warmup_steps": 0, "beta2": 0.95}
+DTYPES = ("float32", "bfloat16")
+HALF = ("--rollout.dtype", "bfloat16", "--teacher.dtype", "bfloat16")  # on a CPU the trainer computes in float32 then
 ENVIRONMENTS = Path("outputs/trl")
 
 
@@ -66,14 +82,14 @@ def run_trl(trl: tuple[str, str], job: dict[str, Any], folder: Path) -> list[flo
     return found
 
 
-def run_ours(job: dict[str, Any], *more: str) -> list[float]:
+def run_ours(job: dict[str, Any]) -> list[float]:
     """Seconds of each step of `distillserve up`."""
     words = ["--student.model", job["student"], "--teacher.model", job["teacher"], "--data.path", job["data"]]
     words += ["--output.dir", job["output"], "--output.save_every_steps", "0", "--seed", str(job["seed"])]
     words += ["--pipeline.steps", str(job["steps"]), "--pipeline.prompts_per_step", str(job["batch"])]
     words += ["--sampling.max_new_tokens", str(job["max_new_tokens"]), "--rollout.max_model_len", "128"]
     words += ["--optimizer.learning_rate", str(job["learning_rate"]), "--optimizer.beta2", str(job["beta2"])]
-    words += ["--optimizer.warmup_steps", str(job["warmup_steps"]), *more]
+    words += ["--optimizer.warmup_steps", str(job["warmup_steps"]), *(HALF if job["dtype"] == "bfloat16" else ())]
     command = [sys.executable, "-m", "services.cli", "up", *words]
     done = subprocess.run(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -127,13 +143,17 @@ def quality(folder: Path) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def step_times(folder: Path) -> dict[str, list[float]]:
-    """Seconds of the steps after the first, which warms up."""
+def step_times(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """By dtype and trainer, seconds of the steps after the first, which warms up."""
     student, teacher = save_student(folder / "student"), save_student(folder / "teacher", num_layers=TEACHER_LAYERS)
     data = folder / "rows.jsonl"
     texts = [f"{place:0{PROMPT_TOKENS}d}" for place in range(NUM_PROMPTS * (TIMED_STEPS + 1))]
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     job = {**LARGE, "student": student, "teacher": teacher, "data": str(data), "seed": 0, "saves": False}
+    return {dtype: _step_times_in(folder / dtype, {**job, "dtype": dtype}) for dtype in DTYPES}
+
+
+def _step_times_in(folder: Path, job: dict[str, Any]) -> dict[str, list[float]]:
     found = {"this project": run_ours({**job, "output": str(folder / "ours")})}
     for trl in (MINILLM, DISTILLATION):
         theirs = folder / trl[0]
@@ -151,13 +171,13 @@ def show_quality(found: dict[str, list[dict[str, float]]]) -> None:
     Console().print(table)
 
 
-def show_times(found: dict[str, list[float]]) -> None:
-    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    table = Table(
-        "a step", "median s", "this project's of it", title=f"235 M student, {NUM_PROMPTS} x {NEW_TOKENS} tokens"
-    )
-    for name, median in medians.items():
-        table.add_row(name, f"{median:.1f}", f"{medians['this project'] / median:.2f}x")
+def show_times(found: dict[str, dict[str, list[float]]]) -> None:
+    table = Table("a step", "dtype", "median s", "this project's of it")
+    table.title = f"235 M student, {NUM_PROMPTS} x {NEW_TOKENS} tokens"
+    for dtype, of_dtype in found.items():
+        medians = {name: statistics.median(seconds) for name, seconds in of_dtype.items()}
+        for name, median in medians.items():
+            table.add_row(name, dtype, f"{median:.1f}", f"{medians['this project'] / median:.2f}x")
     Console().print(table)
 
 

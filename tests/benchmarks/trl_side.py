@@ -55,7 +55,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         max_grad_norm=1.0,
         seed=job["seed"],
         use_cpu=True,
-        bf16=False,
+        bf16=job["dtype"] == "bfloat16",
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
