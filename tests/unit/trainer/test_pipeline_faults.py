@@ -10,6 +10,7 @@ import pytest
 
 from services.errors import OutageError
 from services.wire.rollout import RolloutCompletion, VersionSpan
+from tests.integration.processes import wait_until
 from tests.scripted_teacher import ScriptedTeacher
 from tests.unit.trainer.runs import opener, pushes_of, rollouts_of, run_config
 from trainer import train as training
@@ -69,7 +70,8 @@ def run(tiny_model_folder: Any, tmp_path: Path, teacher: ScriptedTeacher, monkey
 
 
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    path = tmp_path / "out" / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row for row in found if "num_steps" in row]
 
 
@@ -112,7 +114,16 @@ def test_within_the_bound_an_older_completion_is_trained_on(run: Any, tmp_path: 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_batches_are_made_as_far_ahead_as_the_bound_lets_them(run: Any, max_staleness: int, tmp_path: Path) -> None:
-    watched = run(lambda session: None, max_staleness, pipeline={"steps": 6, "prompts_per_step": 4})
+    def train_once_all_are_begun(session: Session) -> None:
+        step = session.learner.step
+
+        def waiting(batch: Any) -> Any:
+            wait_until(lambda: rollouts_of(session).num_calls == min(6, len(rows(tmp_path)) + 1 + max_staleness))
+            return step(batch)
+
+        session.learner.step = waiting  # type: ignore[method-assign]
+
+    watched = run(train_once_all_are_begun, max_staleness, pipeline={"steps": 6, "prompts_per_step": 4})
     assert watched.num_trained == [NUM_PROMPTS] * 6
     assert [row["staleness"] for row in rows(tmp_path)] == [min(step, max_staleness) for step in range(6)]
     assert watched.events.count("4 under 0.1@run") == max_staleness + 1

@@ -82,7 +82,11 @@ def test_what_is_no_number_stays_so() -> None:
     assert math.isnan(from_json(json.loads(json.dumps(to_json(math.nan), allow_nan=False))))
 
 
-@pytest.mark.parametrize("value", [{1}, object(), len, [b"x"], {"a": torch.zeros(1)}, ({"b": [{2}]},)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [{1}, object(), len, [b"x"], {"a": torch.zeros(1)}, ({"b": [{2}]},)],
+    ids=["set", "object", "function", "bytes in a list", "tensor", "set far inside"],
+)
 def test_what_is_not_plain_is_refused(value: object) -> None:
     with pytest.raises(NotPlainError, match=r"^a "):
         to_json(value)
