@@ -94,7 +94,7 @@ def test_a_teacher_that_is_gone_ends_the_run_and_not_the_student(
         process = started(command("train", *arguments(models, rollout_server, teacher, output)))
         wait_until_trained(process, output, 2)
         teacher.process.kill()
-        check_end(process, 4, r"^distillserve: no teacher has answered for 2 s", output, models["qwen3"])
+        check_end(process, 11, r"^distillserve: no teacher has answered for 2 s", output, models["qwen3"])
 
 
 @pytest.mark.timeout(300)
