@@ -38,7 +38,7 @@ _STUCK_S = 600.0
 
 OPTIONS = (
     *("--evaluation.every_steps", "20", "--output.save_every_steps", "5", "--output.trackers", "[]"),
-    *("--up.restart_servers", "1000", "--up.restart_trainer", "1000"),
+    *("--up.restart_servers", "1000", "--up.restart_trainer", "1000", "--up.restart_backoff_s", "0.05"),
 )
 
 
@@ -207,11 +207,14 @@ def soak(folder: Path, num_kills: int, steps: int, seed: int, chance_seed: int) 
     alone = outcome(calm, calm.end(), steps)
     print(f"undisturbed: {steps} steps in {alone['wall_s']:.0f} s", flush=True)
     run, kills = Run(pair, folder / "disturbed", steps, seed), []
-    for kill in disturb(run, num_kills, steps, random.Random(chance_seed)):
-        kills.append(kill)
-        print(
-            f"{kill.at_s:7.1f} s  step {kill.step:3d}  {kill.role} killed, back after {kill.back_s:.1f} s", flush=True
-        )
+    try:
+        for kill in disturb(run, num_kills, steps, random.Random(chance_seed)):
+            kills.append(kill)
+            back = "" if kill.back_s is None else f", a step further after {kill.back_s:.1f} s"
+            print(f"{kill.at_s:7.1f} s  step {kill.step:3d}  {kill.role} killed{back}", flush=True)
+    except BaseException:
+        run.process.terminate()
+        raise
     found = outcome(run, run.end(), steps)
     assert len(kills) == num_kills, f"the run was over after {len(kills)} of {num_kills} kills"
     check_bounds(found, alone)
