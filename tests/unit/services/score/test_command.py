@@ -251,4 +251,4 @@ def test_wrong_usage_is_one_line(arguments: tuple[str, ...], message: str, capsy
 
 def test_a_teacher_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "a", "b", "--url", "http://127.0.0.1:9", "--outage-s", "0.1")
-    assert code == 4 and "no teacher has answered for 0.1 s" in err and "http://127.0.0.1:9 cannot be reached" in err
+    assert code == 11 and "no teacher has answered for 0.1 s" in err and "http://127.0.0.1:9 cannot be reached" in err
