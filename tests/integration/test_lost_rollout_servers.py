@@ -18,7 +18,7 @@ from tests.models import save_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
-NUM_STEPS, NUM_PROMPTS = 60, 16
+NUM_STEPS, NUM_PROMPTS = 120, 16  # which take longer than a server needs to start
 LIMITS = ["--rollout.max_model_len", "128", "--sampling.max_new_tokens", "100"]
 GOES_ON_S = 5.0
 
