@@ -1,17 +1,15 @@
 """Opening and closing a run: everything is checked before the first weight is changed."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from services.clients import RolloutClient, TeacherClient
 from services.clients.plain_vllm import VllmTeacherClient
@@ -23,8 +21,7 @@ from services.errors import ConfigError
 from services.gpus.cards import check_driver
 from services.gpus.cost import report_cost
 from services.gpus.options import computed
-from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer, tokenizer_fingerprint
-from services.models.fingerprint import model_fingerprint
+from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.event_loop import EventLoopThread
 from services.process.folder_lock import lock_folder
 from services.process.signals import Interrupted, Interruption
@@ -32,6 +29,7 @@ from services.wire.rollout import RolloutInfo
 from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
 from trainer.checkpoint.attempt import next_attempt
+from trainer.checkpoint.facts import check_facts, facts_of_run
 from trainer.checkpoint.folder import Checkpoint, open_checkpoint
 from trainer.data.fingerprints import fingerprint_of_texts
 from trainer.data.prompts import Prompt, PromptRows, first_prompts
@@ -186,12 +184,10 @@ def _read_inputs(
     for line in report_cost(config, ranks.count, ranks.local_count, on_gpu=on_gpu):
         logger.info(line)
     weights = None if checkpoint is None else checkpoint.path
-    if followers is None:
-        student, reference = load_student_of(config, ranks, weights), load_reference(config, ranks)
-    else:
-        with followers.blaming():
+    with nullcontext() if followers is None else followers.blaming():
+        if followers is not None:
             followers.send("load", load_call(config, weights))
-            student, reference = load_student_of(config, ranks, weights), load_reference(config, ranks)
+        student, reference = load_student_of(config, ranks, weights), load_reference(config, ranks)
     check_windows_fit(texts, student.model.config.get_text_config())
     return _Inputs(
         *(given, config, checkpoint, ranks, followers, accelerator, tokenizer, end_token_ids),
@@ -265,26 +261,20 @@ def _assemble(
 ) -> Session:
     """The parts of the run; the rollout servers are its own from here on."""
     config, record, ranks, checkpoint = inputs.config, inputs.record, inputs.ranks, inputs.checkpoint
-    max_model_len = preflight.max_model_len(config, servers.rollouts, servers.teachers)
-    room = max_model_len - config.longest_completion()
+    room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
     prompts = inputs.prompts.fitting(room)
-    num_steps = config.pipeline.steps or count_steps(config, len(prompts))
+    num_steps = count_steps(config, len(prompts))
     order: dict[str, Any] = {"seed": config.seed, "shuffle": config.data.shuffle}
     stream, texts = prompts.stream(**order), RowStream(inputs.texts, **order) if inputs.texts else None
-    facts = _facts(inputs, num_steps, prompts.fingerprints())
+    rows = prompts.fingerprints()
+    if inputs.texts:
+        rows.append(["data.lm_path", fingerprint_of_texts(inputs.texts)])
+    facts = facts_of_run(inputs.given, record.attempt, num_steps, rows, inputs.tokenizer)
     if checkpoint is not None:
-        _check_facts(facts, checkpoint)
+        check_facts(facts, checkpoint)
         _move_on(checkpoint, stream, texts)
-    model = inputs.student.model
-    students = SavedStudents(config.output, model, inputs.tokenizer, has_begun=checkpoint is not None)
-    if inputs.followers is None:
-        given = (config, inputs.student, num_steps, ranks, interruption.check, inputs.reference)
-        learner = Learner(*given, objects.optimizers)
-    else:
-        learner = LeadingLearner(
-            *(config, inputs.student, num_steps, ranks, inputs.followers),
-            *(interruption, students.save, inputs.reference, objects.optimizers),
-        )
+    students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer, has_begun=checkpoint is not None)
+    learner = _learner(inputs, num_steps, students, interruption, objects)
     event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
     if checkpoint is not None:
         learner.resume(checkpoint)
@@ -298,46 +288,11 @@ def _assemble(
         event_loop,
         stack,
     )
-    evaluator = None
-    if inputs.held_out is not None:
-        evaluator = Evaluator(
-            config,
-            event_loop,
-            first_prompts(inputs.held_out.fitting(room), config.evaluation.num_prompts),
-            inputs.tokenizer,
-            servers.rollout_client,
-            servers.teachers,
-            inputs.end_token_ids,
-            weights.versions,
-        )
     stack.callback(students.release)
     students.reserve(num_steps)
     checkpoints = _checkpoints(config, learner, students, record)
     stack.callback(record.close)
-    quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
-    rewards = None
-    if pool is not None:
-        rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, inputs.prompts.columns or ())
-    scoring = Scoring(
-        *(servers.teachers, servers.support, config.loss.kd_temperature, rewards),
-        probe_every_steps=config.teacher_client.probe_every_steps,
-    )
-    own_rollouts = _own_rollouts(objects, inputs, servers, weights, max_model_len)
-    pipeline = Pipeline(
-        *(
-            config,
-            stream,
-            num_steps,
-            servers.rollout_client,
-            weights,
-            scoring,
-            quarantine,
-            record.token,
-        ),
-        texts=texts,
-        own_rollouts=own_rollouts,
-        finished_step=learner.finished_step,
-    )
+    pipeline = _pipeline(inputs, servers, objects, pool, weights, stream, texts, num_steps, learner.finished_step)
     stack.callback(event_loop.run, pipeline.close)
     return Session(
         config=config,
@@ -347,7 +302,7 @@ def _assemble(
         learner=learner,
         pipeline=pipeline,
         weights=weights,
-        evaluator=evaluator,
+        evaluator=_evaluator(inputs, servers, weights, event_loop, room),
         record=record,
         students=students,
         checkpoints=checkpoints,
@@ -355,6 +310,69 @@ def _assemble(
         facts=facts,
         resumed=None if checkpoint is None else checkpoint.state,
         callbacks=objects.callbacks,
+    )
+
+
+def _learner(
+    inputs: _Inputs, num_steps: int, students: SavedStudents, interruption: Interruption, objects: UserObjects
+) -> Learner:
+    """That of this rank, which the other ranks follow where there are any."""
+    config, student, ranks, reference = inputs.config, inputs.student, inputs.ranks, inputs.reference
+    if inputs.followers is None:
+        return Learner(config, student, num_steps, ranks, interruption.check, reference, objects.optimizers)
+    return LeadingLearner(
+        *(config, student, num_steps, ranks, inputs.followers),
+        *(interruption, students.save, reference, objects.optimizers),
+    )
+
+
+def _evaluator(
+    inputs: _Inputs, servers: _Servers, weights: WeightSync, event_loop: EventLoopThread, room: int
+) -> Evaluator | None:
+    """None without held-out prompts.
+
+    Args:
+        room: tokens of the longest prompt that can be completed.
+    """
+    if inputs.held_out is None:
+        return None
+    return Evaluator(
+        inputs.config,
+        event_loop,
+        first_prompts(inputs.held_out.fitting(room), inputs.config.evaluation.num_prompts),
+        inputs.tokenizer,
+        servers.rollout_client,
+        servers.teachers,
+        inputs.end_token_ids,
+        weights.versions,
+    )
+
+
+def _pipeline(
+    inputs: _Inputs,
+    servers: _Servers,
+    objects: UserObjects,
+    pool: RewardPool | None,
+    weights: WeightSync,
+    prompts: RowStream[Prompt],
+    texts: RowStream[list[int]] | None,
+    num_steps: int,
+    finished_step: int,
+) -> Pipeline:
+    config, record = inputs.config, inputs.record
+    rewards = None
+    if pool is not None:
+        rewards = GroupRewards(config, pool, inputs.tokenizer, num_steps, inputs.prompts.columns or ())
+    scoring = Scoring(
+        *(servers.teachers, servers.support, config.loss.kd_temperature, rewards),
+        probe_every_steps=config.teacher_client.probe_every_steps,
+    )
+    quarantine = Quarantine(record.dir / "quarantine.jsonl", config.pipeline.max_quarantine_rate)
+    return Pipeline(
+        *(config, prompts, num_steps, servers.rollout_client, weights, scoring, quarantine, record.token),
+        texts=texts,
+        own_rollouts=_own_rollouts(objects, inputs, servers, weights),
+        finished_step=finished_step,
     )
 
 
@@ -372,22 +390,6 @@ def _checkpoints(config: RunConfig, learner: Learner, students: SavedStudents, r
     )
 
 
-def _facts(inputs: _Inputs, num_steps: int, rows: list[list[str]]) -> dict[str, Any]:
-    """What is the same in all checkpoints of a run."""
-    attempt = inputs.record.attempt
-    texts = [["data.lm_path", fingerprint_of_texts(inputs.texts)]] if inputs.texts else []
-    return {
-        "run": attempt.run,
-        "attempt": attempt.number,
-        "num_steps": num_steps,
-        "rows": [*rows, *texts],
-        "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
-        "base": _base_fingerprint(inputs),
-        "config": inputs.given.model_dump(mode="json"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
 def _move_on(checkpoint: Checkpoint, prompts: RowStream[Prompt], texts: RowStream[list[int]] | None) -> None:
     """Let the data go on behind what the steps up to a checkpoint have used."""
     positions = checkpoint.state["positions"]
@@ -396,42 +398,7 @@ def _move_on(checkpoint: Checkpoint, prompts: RowStream[Prompt], texts: RowStrea
         texts.position = positions["texts"]
 
 
-def _base_fingerprint(inputs: _Inputs) -> str | None:
-    """Of the model in student.model, where a run that goes on still reads its weights."""
-    config, student = inputs.given, inputs.given.student
-    if not config.lora.is_on and config.loss.alpha_reference_kl == 0:
-        return None
-    name, trust = student.model or "", student.trust_remote_code
-    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    return model_fingerprint(name, model_config, tokenizer_fingerprint(inputs.tokenizer), {})
-
-
-def _check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to go on with other rows, with another tokenizer, or with fewer steps than are done."""
-    before = checkpoint.state
-    for (name, now), (old_name, was) in zip_longest(facts["rows"], before["rows"], fillvalue=("nothing", "")):
-        if now != was:
-            raise ConfigError(
-                f"{name} holds other rows than {old_name} did for {checkpoint.path}, or in another order; give the same rows, or "
-                "begin anew with --output.overwrite true"
-            )
-    for name, what in (("tokenizer", "the tokenizer of student.model"), ("base", "the model in student.model")):
-        if facts[name] != before[name]:
-            raise ConfigError(
-                f"{what} is another one than it was for {checkpoint.path}; give the same, or begin anew with "
-                "--output.overwrite true"
-            )
-    if facts["num_steps"] < checkpoint.step:
-        raise ConfigError(
-            f"pipeline.epochs comes to {facts['num_steps']} steps, and {checkpoint.path} has {checkpoint.step}; raise it"
-        )
-    if facts["versions"] != before["versions"]:
-        logger.warning("the checkpoint was written with %s, this run has %s", before["versions"], facts["versions"])
-
-
-def _own_rollouts(
-    objects: UserObjects, inputs: _Inputs, servers: _Servers, weights: WeightSync, max_model_len: int
-) -> OwnRollouts | None:
+def _own_rollouts(objects: UserObjects, inputs: _Inputs, servers: _Servers, weights: WeightSync) -> OwnRollouts | None:
     """The user's rollout function, where there is one."""
     if objects.rollout_function is None:
         return None
@@ -442,7 +409,7 @@ def _own_rollouts(
         versions=weights.versions,
         tokenizer=inputs.tokenizer,
         vocab_size=inputs.student.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=preflight.max_model_len(inputs.config, servers.rollouts, servers.teachers),
         end_token_ids=inputs.end_token_ids,
     )
 

@@ -74,9 +74,12 @@ async def generate_groups(
             on_group(groups[place])
 
     ids = [prompt.token_ids for prompt in prompts]
-    waiting = {"waits_for_weights": True} if waits_for_weights else {}
     with waiting_for("completions of the rollout servers", "completions") as wait:
-        await client.generate(ids, sampling, samples_per_prompt, student_top_k, on_completion=arrive, **waiting)
+        await client.generate(
+            *(ids, sampling, samples_per_prompt, student_top_k),
+            on_completion=arrive,
+            waits_for_weights=waits_for_weights,
+        )
     return [groups[place] for place in range(len(prompts))]
 
 

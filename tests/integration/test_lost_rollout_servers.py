@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,18 @@ def start(student: str, fleet: Fleet, teacher: Server, output: Path, *more: str)
     return started(command("train", *words, *more))
 
 
+@contextmanager
+def run_with(
+    student: str, teacher: Server, output: Path, count: int, *more: str
+) -> Iterator[tuple[Fleet, "subprocess.Popen[str]"]]:
+    """A run with so many rollout servers, all ended at the end."""
+    with ExitStack() as stack:
+        fleet = Fleet(student, output.parent, count, stack)
+        process = start(student, fleet, teacher, output, *more)
+        stack.callback(process.kill)
+        yield fleet, process
+
+
 def rows(output: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in found if "num_steps" in row]
@@ -97,10 +109,7 @@ def test_of_two_servers_one_may_be_killed_in_mid_step_and_come_back(
     student: str, teacher: Server, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with ExitStack() as stack:
-        fleet = Fleet(student, tmp_path, 2, stack)
-        process = start(student, fleet, teacher, output)
-        stack.callback(process.kill)
+    with run_with(student, teacher, output, 2) as (fleet, process):
         mid_step(process, output, 5)
         usual_s = max(row["step_s"] for row in rows(output)[1:])
         kill(fleet.servers[1].process)
@@ -121,10 +130,7 @@ def test_a_lone_server_may_be_killed_at_any_moment_and_is_sent_the_weights_when_
     moment_s: float, student: str, teacher: Server, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with ExitStack() as stack:
-        fleet = Fleet(student, tmp_path, 1, stack)
-        process = start(student, fleet, teacher, output)
-        stack.callback(process.kill)
+    with run_with(student, teacher, output, 1) as (fleet, process):
         for steps in (5, 20):
             wait_until_trained(process, output, steps)
             time.sleep(moment_s)
@@ -137,10 +143,7 @@ def test_a_lone_server_may_be_killed_at_any_moment_and_is_sent_the_weights_when_
 @pytest.mark.timeout(900)
 def test_both_of_two_servers_may_be_killed_at_once(student: str, teacher: Server, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with ExitStack() as stack:
-        fleet = Fleet(student, tmp_path, 2, stack)
-        process = start(student, fleet, teacher, output)
-        stack.callback(process.kill)
+    with run_with(student, teacher, output, 2) as (fleet, process):
         mid_step(process, output, 5)
         for running in fleet.servers:
             kill(running.process)
@@ -155,17 +158,15 @@ def test_a_server_that_is_stopped_is_left_and_taken_back_when_it_goes_on(
 ) -> None:
     """The whole session of the server is stopped: a push that is under way waits for its stage."""
     output = tmp_path / "out"
-    with ExitStack() as stack:
-        fleet = Fleet(student, tmp_path, 2, stack)
-        process = start(student, fleet, teacher, output, "--weight_sync.stage_timeout_s", "20")
-        stack.callback(process.kill)
+    with run_with(student, teacher, output, 2, "--weight_sync.stage_timeout_s", "20") as (fleet, process):
         mid_step(process, output, 5)
         stopped = fleet.servers[1].process
         stopped.send_signal(signal.SIGSTOP)
-        stack.callback(stopped.send_signal, signal.SIGCONT)
-        before = num_steps(output)
-        wait_until(lambda: num_steps(output) > before + 3, 120.0)
-        stopped.send_signal(signal.SIGCONT)
+        try:
+            before = num_steps(output)
+            wait_until(lambda: num_steps(output) > before + 3, 120.0)
+        finally:
+            stopped.send_signal(signal.SIGCONT)
         check_complete(process, output)
         assert 1 in [row["num_rollout_servers"] for row in rows(output)]
 
@@ -175,10 +176,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_own_exit_code_and_what_t
     student: str, teacher: Server, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with ExitStack() as stack:
-        fleet = Fleet(student, tmp_path, 1, stack)
-        process = start(student, fleet, teacher, output, "--rollout_client.outage_s", "10")
-        stack.callback(process.kill)
+    with run_with(student, teacher, output, 1, "--rollout_client.outage_s", "10") as (fleet, process):
         mid_step(process, output, 3)
         kill(fleet.servers[0].process)
         _, said = process.communicate(timeout=120)

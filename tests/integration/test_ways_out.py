@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from services.config.output_dir import complete_checkpoints
 from tests.integration.endless_run import arguments, num_steps, started, wait_until_trained
 from tests.integration.processes import Server, command, server
+from tests.small_disk import small_disk_at
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.checkpoint.journal import read_journal
 
@@ -56,13 +57,8 @@ def test_sigterm_ends_a_run_in_order_also_as_the_first_process_of_a_container(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """24 MiB, of which the test may take the rest."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk_at(tmp_path / "disk", mib=24) as folder:
+        yield folder
 
 
 @pytest.mark.timeout(300)

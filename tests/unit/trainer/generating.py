@@ -52,7 +52,7 @@ class Generator:
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in self._ends), len(ids))]
 
     async def generate(
-        self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any = None
+        self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any = None, **__: Any
     ) -> list[RolloutCompletion]:
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):

@@ -28,7 +28,7 @@ class Client:
     def __init__(self, *completions: RolloutCompletion) -> None:
         self.completions, self.asked = list(completions), None
 
-    async def generate(self, *asked: Any, on_completion: Any) -> list[RolloutCompletion]:
+    async def generate(self, *asked: Any, on_completion: Any, **_: Any) -> list[RolloutCompletion]:
         self.asked = asked
         for completion in self.completions:
             on_completion(completion)
@@ -90,7 +90,7 @@ async def test_a_group_is_handed_on_when_its_last_sample_has_arrived() -> None:
     seen: list[tuple[int, int]] = []
     generate_one = client.generate
 
-    async def watched(*asked: Any, on_completion: Any) -> list[RolloutCompletion]:
+    async def watched(*asked: Any, on_completion: Any, **_: Any) -> list[RolloutCompletion]:
         def arrive(found: RolloutCompletion) -> None:
             seen.append((found.prompt_index, found.sample_index))
             on_completion(found)

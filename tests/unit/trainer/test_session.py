@@ -11,9 +11,10 @@ from services.clients.plain_vllm import VllmTeacherClient
 from services.config import RunConfig
 from services.config.keys import Secrets
 from services.errors import ConfigError
+from trainer.checkpoint.facts import check_facts
 from trainer.checkpoint.folder import Checkpoint
 from trainer.data.stream import RowStream
-from trainer.open_session import _check_facts, _move_on, _teacher_client, count_steps
+from trainer.open_session import _move_on, _teacher_client, count_steps
 
 
 async def test_the_protocol_decides_the_client() -> None:
@@ -67,8 +68,8 @@ FACTS: dict[str, Any] = {
 }
 
 
-def check_facts(**changes: Any) -> None:
-    _check_facts(FACTS | changes, Checkpoint(Path("out/checkpoints/step-4"), 4, 1, FACTS))
+def check(**changes: Any) -> None:
+    check_facts(FACTS | changes, Checkpoint(Path("out/checkpoints/step-4"), 4, 1, FACTS))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +84,14 @@ def check_facts(**changes: Any) -> None:
     ids=str,
 )
 def test_a_run_goes_on_with_the_rows_and_models_that_it_had(changes: dict[str, Any], named: str) -> None:
-    check_facts()
-    check_facts(rows=[["elsewhere.jsonl", "a"], ["data.lm_path", "b"]], num_steps=20)
+    check()
+    check(rows=[["elsewhere.jsonl", "a"], ["data.lm_path", "b"]], num_steps=20)
     with pytest.raises(ConfigError, match=re.escape(named)):
-        check_facts(**changes)
+        check(**changes)
 
 
 def test_other_versions_of_libraries_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    check_facts(versions={"torch": "2"})
+    check(versions={"torch": "2"})
     assert "written with {'torch': '1'}, this run has {'torch': '2'}" in caplog.text
 
 

@@ -1,9 +1,9 @@
 """Killed, or out of room, at every point at which a checkpoint is written: one that is complete is always there and loads."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from services.config import OutputConfig, RunConfig
 from services.config.output_dir import complete_checkpoints
 from services.errors import ConfigError, OutputError, PeerError
+from tests.small_disk import small_disk_at
 from tests.unit.trainer.checkpoint.learners import all_state, assert_same, learner_of
 from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
 from tests.unit.trainer.checkpoint.write_points import DONE, REFUSED, count_points, full_from, killed_at
@@ -104,14 +105,12 @@ def copy_of(folder: Path, into: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]).returncode:
-        pytest.skip("this container may not mount a disk")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(small_disk_at(tmp_path / "disk", mib=4))
+        except subprocess.CalledProcessError:
+            pytest.skip("this container may not mount a disk")
+        yield folder
 
 
 def test_a_real_disk_that_is_full_leaves_the_one_before(learner: Learner, config: RunConfig, small_disk: Path) -> None:

@@ -268,7 +268,9 @@ class Says:
     def __init__(self, greedy: list[list[int]], version: str = "7.1@mine") -> None:
         self.greedy, self.version, self.reasons = greedy, version, dict[int, str]()
 
-    async def generate(self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any) -> None:
+    async def generate(
+        self, prompts: list[list[int]], sampling: RolloutSampling, *_: Any, on_completion: Any, **__: Any
+    ) -> None:
         for index, prompt in enumerate(prompts):
             ids = self.greedy[prompt[0] - 1] if sampling.temperature == 0 else [50, 256]
             tokens, logprobs = np.array(ids, np.int32), np.full(len(ids), -1.0, np.float32)
@@ -317,7 +319,7 @@ async def test_the_first_of_several_reasons_is_told(folder: str) -> None:
     rollouts.reasons = {0: "abort", 1: "abort", 2: "abort"}
     generate = rollouts.generate
 
-    async def one_without_tokens(*asked: Any, on_completion: Any) -> None:
+    async def one_without_tokens(*asked: Any, on_completion: Any, **_: Any) -> None:
         def arrive(c: RolloutCompletion) -> None:
             on_completion(c if c.prompt_index != 1 else replace(c, token_ids=c.token_ids[:0], finish_reason="stop"))
 
