@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from services.errors import ERROR_PREFIX, RankLostError
 from services.models.causal_lm import load_tokenizer
 from services.process.signals import ENDING, handling
 from services.wire.batch import decode_batch
+from trainer.checkpoint.block import Block
 from trainer.checkpoint.folder import Checkpoint, write_part
 from trainer.learner import Learner
 from trainer.output.saving import SavedStudents
@@ -93,6 +94,8 @@ class _Follower:
                 self._learner = Learner(*arguments, self._reference, self._optimizers)
             elif name == "capture":
                 self._capture(Path(document.decode()))
+            elif name == "rehearse":
+                self._write_part(Path(document.decode()), {}, {})
             else:
                 assert self._learner is not None, "learn comes first"
                 _CALLS[name](self._learner, document)
@@ -105,16 +108,16 @@ class _Follower:
         """Copy this rank's part of a checkpoint, and write it while the next calls are done."""
         assert self._learner is not None, "learn comes first"
         state = self._learner.capture(folder).state
+        arguments = (folder, state.tensors, state.blocks)
+        threading.Thread(target=self._write_part, args=arguments, name="checkpoint", daemon=True).start()
 
-        def write() -> None:
-            problem = None
-            try:
-                write_part(folder, self._ranks.index, state.tensors, state.blocks)
-            except Exception as error:
-                problem = str(error)
-            self.leader.tell_written(str(folder), problem)
-
-        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+    def _write_part(self, folder: Path, tensors: Mapping[str, Any], blocks: Mapping[str, Block]) -> None:
+        problem = None
+        try:
+            write_part(folder, self._ranks.index, tensors, blocks)
+        except Exception as error:
+            problem = str(error)
+        self.leader.tell_written(str(folder), problem)
 
     def _hear_of_end(self) -> None:
         """In another thread: this process must not wait in a collective that never ends."""

@@ -102,6 +102,10 @@ class LeadingLearner(Learner):
     def wait_for_parts(self, folder: Path) -> None:
         self._followers.wait_for_parts(str(folder))
 
+    def rehearse_parts(self, folder: Path) -> None:
+        with self._called("rehearse", str(folder).encode()):
+            self.wait_for_parts(folder)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         with self._called("resume", json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.num_ranks]).encode()):
             super().resume(checkpoint)

@@ -427,6 +427,14 @@ class Learner:
             RankLostError: a rank is gone.
         """
 
+    def rehearse_parts(self, folder: Path) -> None:
+        """Have every other rank write an empty part of a checkpoint into a folder.
+
+        Raises:
+            OutputError: one cannot, because it does not see the folder, for example; names the rank.
+            RankLostError: a rank is gone.
+        """
+
     def check_capture(self) -> None:
         """Find out early whether `capture` can work; the optimizer's state is there after its first step.
 

@@ -269,13 +269,16 @@ def _assemble(
     rows = prompts.fingerprints()
     if inputs.texts:
         rows.append(["data.lm_path", fingerprint_of_texts(inputs.texts)])
-    facts = facts_of_run(inputs.given, record.attempt, num_steps, rows, inputs.tokenizer)
+    event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
+    facts = facts_of_run(
+        *(inputs.given, record.attempt, num_steps, rows),
+        *(inputs.tokenizer, servers.teachers.probe_answers()),
+    )
     if checkpoint is not None:
         check_facts(facts, checkpoint)
         _move_on(checkpoint, stream, texts)
     students = SavedStudents(config.output, inputs.student.model, inputs.tokenizer, has_begun=checkpoint is not None)
     learner = _learner(inputs, num_steps, students, interruption, objects)
-    event_loop.run(preflight.keep_probes, config, servers.teachers, prompts.first(PROBE_SEQUENCES))
     if checkpoint is not None:
         learner.resume(checkpoint)
         record.attempt.announce(record.dir)

@@ -119,6 +119,8 @@ class Session:
         with self.progress.doing("sending the student's weights for the first time"):
             self.push(self._first)
         self._tell("on_push", policy_version=self._first)
+        with self.interruption.raising():
+            self.checkpoints.rehearse()
         self.checkpoints.begin()
         self.record.begin()
         self.step_began = self.record.wall_s

@@ -12,6 +12,7 @@ from typing import Any
 
 from services.clients import TeacherClient
 from services.clients.teacher_answers import TokenIdsAndPromptLength
+from services.clients.teacher_probe import ProbeAnswer
 from services.config import RunConfig
 from services.config.addresses import checked_urls
 from services.errors import ConfigError, DistillServeError
@@ -45,6 +46,11 @@ class Teachers:
 
     def __iter__(self) -> Iterator[Teacher]:
         return iter(self._by_name.values())
+
+    def probe_answers(self) -> dict[str, ProbeAnswer]:
+        """What each has answered to its probe, by its option."""
+        section = "teacher_client"
+        return {f"{section}.named.{t.name}" if t.name else section: t.client.probe_answer for t in self}
 
     def distrust(self) -> None:
         """Each is asked its probe before it scores again."""

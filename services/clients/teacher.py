@@ -21,7 +21,7 @@ from services.clients.teacher_answers import (
     mismatches,
     replica_problem,
 )
-from services.clients.teacher_probe import TeacherProbe, changed_model, is_uniform
+from services.clients.teacher_probe import ProbeAnswer, TeacherProbe, changed_model, is_uniform
 from services.clients.teacher_requests import cut_sequences, fair_share
 from services.errors import InputError, PeerError, ProblemError
 from services.process.waiting import waiting_for
@@ -324,6 +324,12 @@ class TeacherClient(ServerClient):
         for url in self.urls:
             await self._outlasting(self._alone[url], probe.begin)
         self._probe = probe
+
+    @property
+    def probe_answer(self) -> ProbeAnswer:
+        """What the teacher has answered to the probe that is kept."""
+        assert self._probe is not None, "keep_probe comes first"
+        return self._probe.answer
 
     def distrust(self) -> None:
         """Ask the probe, where one is kept, before anything else is asked."""

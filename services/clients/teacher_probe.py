@@ -10,6 +10,8 @@ silence, when its rows look like those of no weights, and every few steps.
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import math
 import time
@@ -50,6 +52,41 @@ class _Known:
 
     scores: TeacherScores
     tolerance: float
+
+
+@dataclass(frozen=True)
+class ProbeAnswer:
+    """What a teacher is known by, from one attempt of a run to the next.
+
+    Attributes:
+        question: hash of the probe's token ids.
+        logprobs: of the tokens that it asks for, nats.
+        tolerance: mean difference of logprobs that is no change, nats.
+        tells_model: whether the first digits of the fingerprint say which model it is; a plain vLLM server's do not.
+    """
+
+    model: str
+    fingerprint: str
+    tells_model: bool
+    question: str
+    logprobs: list[float]
+    tolerance: float
+
+    def changed(self, now: "ProbeAnswer") -> str | None:
+        """How the teacher that answers now differs from the one that answered this, as what follows its name; None: it does
+        not. Answers to different questions are not compared."""
+        one, other = (answer.fingerprint[:MODEL_DIGITS] for answer in (self, now))
+        if self.tells_model and now.tells_model and one != other:
+            return f"is another model: {now.model} ({now.fingerprint}), was {self.model} ({self.fingerprint})"
+        if self.question != now.question:
+            return None
+        found, most = float(np.abs(np.subtract(self.logprobs, now.logprobs)).mean()), max(self.tolerance, now.tolerance)
+        if found <= most:
+            return None
+        return (
+            f"scores the same tokens differently: by {found:.2g} nats on average, more than {most:.2g} "
+            "(teacher_client.probe_tolerance)"
+        )
 
 
 class TeacherProbe:
@@ -117,6 +154,16 @@ class TeacherProbe:
                 )
         self._known[url] = _Known(together, tolerance)
         self._heard[url] = self._clock()
+
+    @property
+    def answer(self) -> ProbeAnswer:
+        """That of the first replica, at the start."""
+        url, info = next(iter(self._infos.items()))
+        known = self._known[url]
+        question = hashlib.sha256(json.dumps(self._sequences).encode()).hexdigest()[:16]
+        logprobs = np.maximum(known.scores.token_logprobs.astype(np.float64), _LOWEST).tolist()
+        tells_model = info.server == "distillserve"
+        return ProbeAnswer(info.model, info.fingerprint, tells_model, question, logprobs, known.tolerance)
 
     def _tolerance(self, dtype: str, noise: float) -> float:
         if self._given_tolerance is not None:

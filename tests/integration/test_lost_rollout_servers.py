@@ -59,11 +59,16 @@ def start(student: str, fleet: Fleet, teacher: Server, output: Path, *more: str)
         "--pipeline.prompts_per_step": str(NUM_PROMPTS),
         "--sampling.max_new_tokens": "100",
         "--sampling.temperature": "1",
+        "--output.samples_every_steps": "1",
+        "--output.samples_per_record": str(NUM_PROMPTS),
+        **dict(zip(more[::2], more[1::2], strict=True)),
     }
     for option, value in given.items():
-        words[words.index(option) + 1] = value
-    words += ["--output.samples_every_steps", "1", "--output.samples_per_record", str(NUM_PROMPTS)]
-    return started(command("train", *words, *more))
+        if option in words:
+            words[words.index(option) + 1] = value
+        else:
+            words += [option, value]
+    return started(command("train", *words))
 
 
 @contextmanager
@@ -150,6 +155,30 @@ def test_both_of_two_servers_may_be_killed_at_once(student: str, teacher: Server
         fleet.restart(0)
         fleet.restart(1)
         check_complete(process, output)
+
+
+@pytest.mark.timeout(900)
+def test_an_evaluation_in_which_its_server_is_killed_is_made_again_under_the_same_weights(
+    student: str, teacher: Server, tmp_path: Path
+) -> None:
+    output, held_out, every = tmp_path / "out", tmp_path / "held-out.jsonl", 40
+    held_out.write_text("".join(json.dumps({"prompt": f"{i}*{i}=", "answer": str(i * i)}) + "\n" for i in range(400)))
+    options = {"--data.eval_path": held_out, "--evaluation.num_prompts": 400, "--evaluation.every_steps": every}
+    with run_with(student, teacher, output, 1, *(str(word) for pair in options.items() for word in pair)) as found:
+        fleet, process = found
+        wait_until_trained(process, output, every)
+        time.sleep(1.0)
+        kill(fleet.servers[0].process)
+        assert num_steps(output) == every
+        fleet.restart(0)
+        said = check_complete(process, output)
+    assert said.count(f"the evaluation after step {every} is made again: ") == 1, said
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row for row in lines if "eval_reverse_kl" in row]
+    assert [(row["step"], row["eval_policy_version"]) for row in evaluated] == [
+        (step, step) for step in range(0, NUM_STEPS + 1, every)
+    ]
+    assert json.loads((output / "summary.json").read_text())["failed_evaluations"] == []
 
 
 @pytest.mark.timeout(900)

@@ -82,15 +82,32 @@ def test_a_disk_that_fills_up_costs_the_run_but_not_the_student(
 
 
 @pytest.mark.timeout(300)
-def test_a_teacher_that_is_gone_ends_the_run_and_not_the_student(
+def test_a_teacher_that_is_gone_ends_the_run_which_goes_on_with_the_same_teacher_only(
     rollout_server: Server, models: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with server("teacher", tmp_path / "teacher.log", "--teacher.model", models["llama"]) as teacher:
-        process = started(command("train", *arguments(models, rollout_server, teacher, output)))
+    with server("teacher", tmp_path / "teacher-1.log", "--teacher.model", models["llama"]) as teacher:
+        words = arguments(models, rollout_server, teacher, output)
+        words[words.index("--output.save_every_steps") + 1] = "1000"
+        process = started(command("train", *words))
         wait_until_trained(process, output, 2)
         teacher.process.kill()
-        check_end(process, 11, r"^distillserve: no teacher has answered for 2 s", output, models["qwen3"])
+        said = check_end(process, 11, "^the same command goes on after step", output, models["qwen3"])
+        assert "no teacher has answered for 2 s (teacher_client.outage_s)" in said
+    ((step, checkpoint),) = complete_checkpoints(output).items()
+    assert step == num_steps(output)
+    port = teacher.address[1]
+    with server("teacher", tmp_path / "teacher-2.log", "--teacher.model", models["qwen3"], port=port):
+        _, said = started(command("train", *words)).communicate(timeout=120)
+        assert (
+            f"the teacher of teacher_client is not the one of {checkpoint}: it is another model: "
+            in said.splitlines()[-1]
+        )
+    with server("teacher", tmp_path / "teacher-3.log", "--teacher.model", models["llama"], port=port):
+        process = started(command("train", *words))
+        wait_until_trained(process, output, step + 2)
+        process.terminate()
+        check_end(process, 143, "^the same command goes on after step", output, models["qwen3"])
 
 
 @pytest.mark.timeout(300)

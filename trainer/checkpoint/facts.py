@@ -1,7 +1,8 @@
-"""What is the same in all checkpoints of a run, and is compared before it goes on: rows, tokenizer, base model, options."""
+"""What is the same in all checkpoints of a run, and is compared before it goes on: rows, tokenizer, models, options."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from services.clients.teacher_probe import ProbeAnswer
 from services.config import RunConfig
 from services.errors import ConfigError
 from services.models.causal_lm import tokenizer_fingerprint
@@ -20,13 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 def facts_of_run(
-    config: RunConfig, attempt: Attempt, num_steps: int, rows: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    attempt: Attempt,
+    num_steps: int,
+    rows: Sequence[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    teachers: Mapping[str, ProbeAnswer],
 ) -> dict[str, Any]:
     """The facts of a run, as state.json has them.
 
     Args:
         config: as it was given.
         rows: option and fingerprint of each source of rows.
+        teachers: what each has answered to its probe, by its option.
     """
     fingerprint = tokenizer_fingerprint(tokenizer)
     return {
@@ -36,6 +44,7 @@ def facts_of_run(
         "rows": list(rows),
         "tokenizer": fingerprint,
         "base": _base_fingerprint(config, fingerprint),
+        "teachers": {option: asdict(answer) for option, answer in teachers.items()},
         "config": config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -51,7 +60,7 @@ def _base_fingerprint(config: RunConfig, tokenizer: str) -> str | None:
 
 
 def check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to go on with other rows, with another tokenizer, or with fewer steps than are done.
+    """Refuse to go on with other rows, with another tokenizer or model, or with fewer steps than are done.
 
     Raises:
         ConfigError: names what differs.
@@ -67,6 +76,14 @@ def check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         if facts[name] != before[name]:
             raise ConfigError(
                 f"{what} is another one than it was for {checkpoint.path}; give the same, or begin anew with "
+                "--output.overwrite true"
+            )
+    for option, answer in facts["teachers"].items():
+        was = before["teachers"].get(option)
+        how = None if was is None else ProbeAnswer(**was).changed(ProbeAnswer(**answer))
+        if how is not None:
+            raise ConfigError(
+                f"the teacher of {option} is not the one of {checkpoint.path}: it {how}; give the same, or begin anew with "
                 "--output.overwrite true"
             )
     if facts["num_steps"] < checkpoint.step:

@@ -11,7 +11,7 @@ killed or a disk is full. Reading compares every byte with its checksum, and unp
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,20 @@ def write_part(folder: Path, rank: int, tensors: Mapping[str, Any], blocks: Mapp
         raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
+def check_parts(path: Path, ranks: Iterable[int]) -> None:
+    """Refuse a checkpoint that is being written where the file of a rank is not there.
+
+    Raises:
+        OutputError: names the rank.
+    """
+    for rank in ranks:
+        if not rank_file(folder_beside(path), rank).is_file():
+            raise OutputError(
+                f"{path} cannot be written: the file of rank {rank} is not there; put output.dir on a file system that the machines of "
+                "all ranks share, or set output.save_every_steps = 0"
+            )
+
+
 def complete(path: Path, num_ranks: int, state: Mapping[str, Any]) -> None:
     """Give a folder in which student and ranks' files are the name of a checkpoint.
 
@@ -76,12 +90,7 @@ def complete(path: Path, num_ranks: int, state: Mapping[str, Any]) -> None:
         OutputError: a rank's file is not there.
     """
     beside = folder_beside(path)
-    for rank in range(num_ranks):
-        if not rank_file(beside, rank).is_file():
-            raise OutputError(
-                f"{path} cannot be written: the file of rank {rank} is not there; put output.dir on a file system that the machines of "
-                "all ranks share, or set output.save_every_steps = 0"
-            )
+    check_parts(path, range(num_ranks))
     sync_tree(beside)
     files = {name: [file.stat().st_size, checksum(file)] for name, file in _files(beside).items()}
     document = json.dumps(

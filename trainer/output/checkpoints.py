@@ -61,6 +61,24 @@ class Checkpoints:
         """The newest one that is complete."""
         return self._path(self._steps[-1]) if self._steps else None
 
+    def rehearse(self) -> None:
+        """Find out before the first step whether the other ranks write where this one looks.
+
+        Raises:
+            OutputError: the folder cannot be written, or they do not share it.
+            RankLostError: a rank is gone.
+        """
+        if not self.are_made or self._learner.ranks.count == 1:
+            return
+        path = self._path(0)
+        try:
+            self._learner.rehearse_parts(folder.begin(path))
+            folder.check_parts(path, range(1, self._learner.ranks.count))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        finally:
+            folder.remove(folder.folder_beside(path))
+
     def begin(self) -> None:
         """Remove what was not completed, and checkpoints of steps that are to be done again. Those of an earlier run, which this one
         does not go on from, are students only from now on, until a newer student takes their place."""

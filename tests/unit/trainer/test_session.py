@@ -59,13 +59,26 @@ def test_a_warm_up_is_no_longer_than_the_run_that_epochs_come_to(epochs: float, 
             count_steps(config, 40)
 
 
+TEACHER = {
+    "model": "m",
+    "fingerprint": "0123456789aa",
+    "tells_model": True,
+    "logprobs": [-1.0, -2.0],
+    "tolerance": 0.01,
+}
 FACTS: dict[str, Any] = {
     "rows": [["d.jsonl", "a"], ["data.lm_path", "b"]],
     "tokenizer": "t",
     "base": None,
     "num_steps": 9,
     "versions": {"torch": "1"},
+    "teachers": {"teacher_client": TEACHER, "teacher_client.named.maths": TEACHER | {"tells_model": False}},
 }
+
+
+def teachers(option: str, **changes: Any) -> dict[str, Any]:
+    """One teacher is another one."""
+    return {"teachers": FACTS["teachers"] | {option: FACTS["teachers"][option] | changes}}
 
 
 def check(**changes: Any) -> None:
@@ -79,6 +92,18 @@ def check(**changes: Any) -> None:
         ({"rows": [["d.jsonl", "a"]]}, "nothing holds other rows than data.lm_path did"),
         ({"tokenizer": "u"}, "the tokenizer of student.model is another one than it was for out/"),
         ({"base": "x"}, "the model in student.model is another one than it was for out/"),
+        (
+            teachers("teacher_client", model="n", fingerprint="9123456789aa"),
+            "the teacher of teacher_client is not the one of out/checkpoints/step-4: it is another model: n (9123456789aa), was m (0123456789aa)",
+        ),
+        (
+            teachers("teacher_client", logprobs=[-1.0, -2.03]),
+            "it scores the same tokens differently: by 0.015 nats on average, more than 0.01",
+        ),
+        (
+            teachers("teacher_client.named.maths", logprobs=[-1.2, -2.0]),
+            "the teacher of teacher_client.named.maths is not the one of out/",
+        ),
         ({"num_steps": 3}, "pipeline.epochs comes to 3 steps, and out/checkpoints/step-4 has 4; raise it"),
     ],
     ids=str,
@@ -86,6 +111,12 @@ def check(**changes: Any) -> None:
 def test_a_run_goes_on_with_the_rows_and_models_that_it_had(changes: dict[str, Any], named: str) -> None:
     check()
     check(rows=[["elsewhere.jsonl", "a"], ["data.lm_path", "b"]], num_steps=20)
+    check(**teachers("teacher_client", fingerprint="0123456789bb", logprobs=[-1.0, -2.01]))  # computed in another way
+    check(
+        **teachers("teacher_client", logprobs=[-1.0, -2.03], tolerance=0.1)
+    )  # teacher_client.probe_tolerance was raised
+    check(**teachers("teacher_client.named.maths", model="n", fingerprint="f"))  # a plain vLLM server's path
+    check(teachers={})
     with pytest.raises(ConfigError, match=re.escape(named)):
         check(**changes)
 

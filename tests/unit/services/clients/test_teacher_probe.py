@@ -458,3 +458,25 @@ async def test_a_plain_vllm_server_is_probed_as_well(
     change(server)
     with pytest.raises(ChangedTeacherError, match=message):
         await score(client)
+
+
+async def test_an_answer_says_how_another_one_differs(clock: SimpleNamespace) -> None:
+    def answer_of(spoil: Spoil = same, **info: Any) -> Any:
+        return probed(clock, Server(clock, spoil=spoil, info=INFO.model_copy(update=info)))
+
+    answers = []
+    for client in [
+        await answer_of(),
+        await answer_of(rounding),
+        await answer_of(other_weights),
+        await answer_of(fingerprint="g"),
+        await answer_of(other_weights, server="vllm", fingerprint="g"),
+    ]:
+        answers.append(client.probe_answer)
+        await client.close()
+    first = answers[0]
+    assert len(first.logprobs) == sum(len(ids) - length for ids, length in PROBE)
+    changed = [str(first.changed(other)).split(":")[0] for other in answers]
+    differently = "scores the same tokens differently"
+    assert changed == ["None", "None", differently, "is another model", differently]
+    assert first.changed(replace(answers[2], question="another one")) is None

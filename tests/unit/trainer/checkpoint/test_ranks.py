@@ -1,6 +1,7 @@
 """A checkpoint of two ranks goes on in one, and of one in two, whatever a rank holds of the student."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,45 @@ def test_a_part_that_cannot_be_written_is_told_by_the_name_of_its_rank(tmp_path:
     assert leader["error"].startswith("OutputError: rank 1 on ") and "No space left on device" in leader["error"]
     assert "need output.dir on a file system that they share" in leader["error"]
     assert complete_checkpoints(tmp_path / "two") == {}
+
+
+def rehearse(leading: Leading, into: Path) -> list[str]:
+    """What is left in the folder."""
+    learner, output = leading.learner, leading.learner.config.output
+    Checkpoints(output, learner, leading.students, lambda: None).rehearse()
+    return [path.name for path in (Path(output.dir) / "checkpoints").iterdir()]
+
+
+def write_elsewhere() -> None:
+    """In this process output.dir is a folder of its own, as it is on another machine."""
+    write = folder.write_rank_file
+    folder.write_rank_file = lambda path, *given: write(path.with_name("elsewhere"), *given)
+
+
+def look_elsewhere() -> None:
+    """In this process there is no output.dir."""
+    write = folder.write_rank_file
+    folder.write_rank_file = lambda path, *given: write(Path("/nowhere") / path.name, *given)
+
+
+def test_ranks_that_share_the_folder_leave_nothing_in_it(tmp_path: Path) -> None:
+    leader, _ = run_pair(config_of(tmp_path, "two"), tmp_path, rehearse)
+    assert leader == {"result": []}
+
+
+@pytest.mark.parametrize(
+    ("somewhere", "message"),
+    [
+        (
+            write_elsewhere,
+            "checkpoints/step-0 cannot be written: the file of rank 1 is not there; put output.dir on a file",
+        ),
+        (look_elsewhere, "need output.dir on a file system that they share"),
+    ],
+)
+def test_ranks_that_do_not_share_the_folder_are_told_so_before_the_first_step(
+    somewhere: Callable[[], None], message: str, tmp_path: Path
+) -> None:
+    leader, _ = run_pair(config_of(tmp_path, "two"), tmp_path, rehearse, somewhere)
+    assert leader["error"].startswith("OutputError: ") and message in leader["error"], leader
+    assert list((tmp_path / "two" / "checkpoints").iterdir()) == []

@@ -11,13 +11,22 @@ import pytest
 import torch
 
 from services.config.output_dir import RESUME, complete_checkpoints
-from services.errors import ConfigError, OutputError, PeerError, RankLostError, StartupError, WeightSyncError
+from services.errors import (
+    ConfigError,
+    OutageError,
+    OutputError,
+    PeerError,
+    RankLostError,
+    StartupError,
+    WeightSyncError,
+)
 from services.process.signals import Interrupted
 from tests.unit.trainer.checkpoint.learners import assert_same
 from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
 from tests.unit.trainer.runs import pushes_of
 from trainer.checkpoint.journal import read_journal
 from trainer.data.stream import RowStream
+from trainer.pipeline import Pipeline
 from trainer.session import Session
 
 
@@ -93,6 +102,33 @@ def test_an_attempt_that_ends_before_its_first_checkpoint_has_a_number_of_its_ow
         with pytest.raises(PeerError):
             runs.go(disturb=lambda s: (numbers.append(s.record.attempt.number), failing_at(2)(s)))
     assert numbers == [2, 3]
+    runs.go()
+    check_same_run(runs)
+
+
+def test_a_teacher_that_is_away_for_too_long_costs_the_time_and_nothing_else(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the fifth step the teacher closes every connection."""
+
+    def disturb(session: Session) -> None:
+        given = session.pipeline.next
+
+        async def asking() -> bytes:
+            if session.learner.finished_step < 4:
+                return await given()
+            monkeypatch.setattr(runs.teacher, "refuse", lambda body: (0, {}))
+            return await Pipeline.next(session.pipeline)
+
+        session.pipeline.next = asking  # type: ignore[method-assign]
+
+    with pytest.raises(OutageError, match=r"no teacher has answered for 0.2 s \(teacher_client.outage_s\)") as raised:
+        runs.go(disturb=disturb)
+    assert raised.value.exit_code == 11
+    assert raised.value.__notes__ == [
+        f"the same command goes on after step 4, from {runs.out() / 'checkpoints' / 'step-4'}"
+    ]
+    monkeypatch.undo()
     runs.go()
     check_same_run(runs)
 
