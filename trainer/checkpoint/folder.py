@@ -25,7 +25,7 @@ from services.process.files import checksum, sync_names, sync_tree
 from trainer.checkpoint.block import Block
 from trainer.checkpoint.rank_file import RankFiles, write_rank_file
 
-FORMAT = 1
+FORMAT = 2
 """Of state.json: raised with every change that an earlier version could not read."""
 
 

@@ -63,6 +63,7 @@ TEACHER = {
     "model": "m",
     "fingerprint": "0123456789aa",
     "tells_model": True,
+    "question": "q",
     "logprobs": [-1.0, -2.0],
     "tolerance": 0.01,
 }
@@ -94,7 +95,7 @@ def check(**changes: Any) -> None:
         ({"base": "x"}, "the model in student.model is another one than it was for out/"),
         (
             teachers("teacher_client", model="n", fingerprint="9123456789aa"),
-            "the teacher of teacher_client is not the one of out/checkpoints/step-4: it is another model: n (9123456789aa), was m (0123456789aa)",
+            "of teacher_client is not the one of out/checkpoints/step-4: it is another model: n (9123456789aa), was m (0123456789aa)",
         ),
         (
             teachers("teacher_client", logprobs=[-1.0, -2.03]),
@@ -116,6 +117,7 @@ def test_a_run_goes_on_with_the_rows_and_models_that_it_had(changes: dict[str, A
         **teachers("teacher_client", logprobs=[-1.0, -2.03], tolerance=0.1)
     )  # teacher_client.probe_tolerance was raised
     check(**teachers("teacher_client.named.maths", model="n", fingerprint="f"))  # a plain vLLM server's path
+    check(**teachers("teacher_client", question="of other rows", logprobs=[-3.0]))
     check(teachers={})
     with pytest.raises(ConfigError, match=re.escape(named)):
         check(**changes)
