@@ -1,7 +1,7 @@
 """`make soak`: a whole run of the tiny pair whose parts are killed at random moments, beside the same run left alone.
 
     starts     distillserve up, with evaluations in between and a checkpoint every few steps
-    kills      the rollout server, the teacher or a trainer (kill -9), each chosen at random, some steps after the last kill
+    kills      a rollout server, the teacher or a rank of the trainer (kill -9), each chosen at random, some steps after the last
     compares   with the undisturbed run: as many steps, the bound on the held-out prompts, a journal without a lost or doubled
                group, no sample of another version than its step's
 
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ class Kill:
 class Run:
     """A run of `up` from outside: what it has written, and its processes."""
 
-    def __init__(self, pair: Path, output: Path, steps: int, seed: int) -> None:
+    def __init__(self, pair: Path, output: Path, steps: int, seed: int, options: Sequence[str]) -> None:
         self.output, self._began = output, time.monotonic()
         words = [
             *("up", str(ROOT / "deploy" / "runs" / "tiny.toml"), "--seed", str(seed), "--pipeline.steps", str(steps)),
             *("--student.model", str(pair / "student"), "--teacher.model", str(pair / "teacher")),
             *("--data.path", str(pair / "train.jsonl"), "--data.eval_path", str(pair / "eval.jsonl")),
-            *("--output.dir", str(output), *OPTIONS),
+            *("--output.dir", str(output), *OPTIONS, *options),
         ]
         self._log = output.with_suffix(".log").open("wb")
         self.process = subprocess.Popen(
@@ -130,8 +130,8 @@ def disturb(run: Run, num_kills: int, last_step: int, chance: random.Random) -> 
             time.sleep(_POLL_S)
             pids = pids_of_role(run.process.pid, role)
         step, at_s = run.step(), run.seconds
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        if pids:
+            os.kill(chance.choice(pids), signal.SIGKILL)
         if is_waited_for := chance.random() >= _STARTING_SHARE:
             run.wait_for_step(step + 1)
         yield Kill(role, step, at_s, run.seconds - at_s if is_waited_for else None)
@@ -195,18 +195,23 @@ def draw(found: dict[str, Any], alone: dict[str, Any], kills: list[Kill], pictur
     figure.savefig(picture, dpi=110)
 
 
-def soak(folder: Path, num_kills: int, steps: int, seed: int, chance_seed: int) -> dict[str, Any]:
+def soak(
+    folder: Path, num_kills: int, steps: int, seed: int, chance_seed: int, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """Both runs, in a folder of their own; returns what is written down of them.
+
+    Args:
+        options: further ones of `up`.
 
     Raises:
         AssertionError: the disturbed run has lost something, or has missed a bound.
     """
     pair = folder / "pair"
     build_tiny_pair(pair, seed=seed)
-    calm = Run(pair, folder / "undisturbed", steps, seed)
+    calm = Run(pair, folder / "undisturbed", steps, seed, options)
     alone = outcome(calm, calm.end(), steps)
     print(f"undisturbed: {steps} steps in {alone['wall_s']:.0f} s", flush=True)
-    run, kills = Run(pair, folder / "disturbed", steps, seed), []
+    run, kills = Run(pair, folder / "disturbed", steps, seed, options), []
     try:
         for kill in disturb(run, num_kills, steps, random.Random(chance_seed)):
             kills.append(kill)
@@ -222,16 +227,20 @@ def soak(folder: Path, num_kills: int, steps: int, seed: int, chance_seed: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Further options are those of `distillserve up`: --rollout.num_servers 2 --trainer.num_processes 2",
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0, help="of the pair and the run")
     parser.add_argument("--chance", type=int, default=0, help="seed of who is killed when")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "soak", help="of the runs; must not exist")
     parser.add_argument("--write", action="store_true", help="write soak.json and the picture of the docs")
-    given = parser.parse_args()
+    given, options = parser.parse_known_args()
     given.folder.mkdir(parents=True)
-    result = soak(given.folder, given.kills, given.steps, given.seed, given.chance)
+    result = soak(given.folder, given.kills, given.steps, given.seed, given.chance, options)
     if given.write:
         write_by_rename(RESULT, (json.dumps(result, indent=2) + "\n").encode())
         kills = [Kill(**kill) for kill in result["kills"]]
