@@ -92,6 +92,7 @@ class Learner:
         self._reference = reference
         self.config, self.student, self.ranks, self._check = config, student, ranks or Ranks(), check
         self._share: dict[str, Any] = {"rank": self.ranks.index, "num_ranks": self.ranks.count}
+        self._num_steps = num_steps
         self.optimizer, self.schedule = optimizers.build(student, student.model, config.optimizer, num_steps)
         self.finished_step = 0
         self._copy: HostCopy | None = None
@@ -415,7 +416,8 @@ class Learner:
             ConfigError: the user's optimizer or schedule has a state that cannot be kept.
         """
         generators, skipped_in_a_row = self._after_step
-        state = learner_state.capture(self.student, self.optimizer, self.schedule, self.ranks, generators)
+        parts = (self.student, self.optimizer, self.schedule, self.ranks)
+        state = learner_state.capture(*parts, generators, self._num_steps)
         state.values["skipped_in_a_row"] = skipped_in_a_row
         return Captured(self._gathered(copies=True), state)
 
@@ -450,7 +452,8 @@ class Learner:
             StartupError: it is of another student or optimizer.
         """
         files, values, step = checkpoint.rank_files(), checkpoint.state["learner"], checkpoint.step
-        learner_state.restore(self.student, self.optimizer, self.schedule, self.ranks, files, values)
+        parts = (self.student, self.optimizer, self.schedule, self.ranks)
+        learner_state.restore(*parts, files, values, self._num_steps)
         learner_state.restore_generators(self.ranks, files, checkpoint.num_ranks, self.config.seed, step)
         self._skipped_in_a_row = values["skipped_in_a_row"]
         self.finished_step = step

@@ -7,6 +7,7 @@ for waiting times alone, and the order of the data is of its seed.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from services.errors import ConfigError, StartupError
 from trainer.checkpoint.block import Block
@@ -50,11 +51,13 @@ def capture(
     schedule: LRScheduler,
     ranks: Ranks,
     generators: dict[str, Tensor],
+    num_steps: int,
 ) -> RankState:
     """A copy of all of it; a step may follow at once.
 
     Args:
         generators: of `generators`, after the last finished step.
+        num_steps: of the run.
 
     Raises:
         ConfigError: of the optimizer or the schedule a checkpoint cannot hold everything; says what.
@@ -67,7 +70,8 @@ def capture(
             blocks[name] = block_of(held)
     for name, state in generators.items():
         tensors[name], blocks[name] = state, Block.all_of(tuple(state.shape))
-    return RankState(tensors, blocks, describe(student, optimizer, schedule))
+    values = describe(student, optimizer, schedule) | {"num_steps": num_steps}
+    return RankState(tensors, blocks, values)
 
 
 def describe(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
@@ -80,8 +84,9 @@ def describe(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) ->
     groups: list[dict[str, Any]] = []
     state: dict[str, dict[str, Any]] = {}
     for index, group in enumerate(optimizer.param_groups):
+        what = f"param_groups[{index}]"
         options = {
-            key: _plain(f"param_groups[{index}][{key!r}]", value, optimizer)
+            _key(what, key, optimizer): _plain(f"{what}[{key!r}]", value, optimizer)
             for key, value in group.items()
             if key != "params"
         }
@@ -90,8 +95,10 @@ def describe(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) ->
         if id(parameter) not in named:
             raise ConfigError(f"the optimizer {_named(optimizer)} has state of no parameter, {parameter!r}; {_FIX}")
         name = named[id(parameter)]
+        what = f"state[{name!r}]"
         state[name] = {
-            key: _described(f"state[{name!r}][{key!r}]", value, parameter, optimizer) for key, value in values.items()
+            _key(what, key, optimizer): _described(f"{what}[{key!r}]", value, parameter, optimizer)
+            for key, value in values.items()
         }
     if extra := set(optimizer.state_dict()) - {"state", "param_groups"}:
         raise ConfigError(f"the optimizer {_named(optimizer)} has a state of its own, {sorted(extra)}; {_FIX}")
@@ -110,13 +117,19 @@ def restore(
     ranks: Ranks,
     files: RankFiles,
     values: dict[str, Any],
+    num_steps: int,
 ) -> None:
     """Inverse of `capture`, on any number of ranks.
+
+    Args:
+        schedule: as it begins.
+        num_steps: of the run that goes on. With another number than before, the schedule is let through the steps that are done.
 
     Raises:
         StartupError: it is of another student or optimizer; names the first difference.
     """
     parameters = dict(student.named_parameters())
+    first_rates = [group["lr"] for group in optimizer.param_groups]
     _restore_groups(optimizer, parameters, values)
     optimizer.state.clear()
     for name, entries in values["state"].items():
@@ -127,11 +140,15 @@ def restore(
             else:
                 restored[key] = _read(files, f"optimizer/{name}/{key}", parameters[name], entry)
         optimizer.state[parameters[name]] = restored
-    schedule.load_state_dict(from_json(values["schedule"]))
-    if type(schedule) is LambdaLR:  # a run that was made longer has another rate for the same step
-        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    before = from_json(values["schedule"])
+    if num_steps == values["num_steps"]:
+        schedule.load_state_dict(before)
+        return
+    for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
+        group["lr"] = rate
+    with warnings.catch_warnings(action="ignore"):  # the optimizer's own steps are not made again
+        for _ in range(before["last_epoch"]):
+            schedule.step()
 
 
 def restore_generators(ranks: Ranks, files: RankFiles, num_ranks: int, seed: int, step: int) -> None:
@@ -208,6 +225,15 @@ def _restore_groups(optimizer: Optimizer, parameters: dict[str, nn.Parameter], v
         )
     for group, saved in zip(ours, values["groups"], strict=True):
         group.update({key: from_json(value) for key, value in saved.items() if key != "params"})
+
+
+def _key(what: str, key: Any, optimizer: Optimizer) -> str:
+    if not isinstance(key, str):
+        raise ConfigError(
+            f"the optimizer {_named(optimizer)} cannot be resumed: its {what} has the key {key!r}, and a checkpoint holds texts as "
+            f"keys; {_FIX}"
+        )
+    return key
 
 
 def _plain(what: str, value: Any, owner: Optimizer | LRScheduler) -> Any:

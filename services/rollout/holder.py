@@ -4,6 +4,7 @@ Two trainers that push to one server train on each other's policy, and nothing i
 route and every completion for training names its run, and one that does not hold the server is refused.
 """
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from services.errors import RequestError
 from services.wire.weights import NOT_HELD
 
 CONFLICT = 409
+# Run, number of the attempt, and which process it is.
+_ATTEMPT = re.compile(r"(.+)-([0-9]+)_[0-9a-z]+")
 
 
 @dataclass
@@ -106,6 +109,6 @@ class Holder:
 
 
 def _is_later_attempt(run: str, holder: str) -> bool:
-    """Whether a name, e.g. "3f9c2a1b-2", is of a later attempt of the same run than another, "3f9c2a1b-1"."""
-    (ours, _, attempt), (theirs, _, earlier) = run.rpartition("-"), holder.rpartition("-")
-    return ours == theirs != "" and attempt.isdecimal() and earlier.isdecimal() and int(attempt) > int(earlier)
+    """Whether a name, e.g. "3f9c2a1b-2_c0de", is of a later attempt of the same run than another, "3f9c2a1b-1_beef"."""
+    ours, theirs = _ATTEMPT.fullmatch(run), _ATTEMPT.fullmatch(holder)
+    return ours is not None and theirs is not None and ours[1] == theirs[1] and int(ours[2]) > int(theirs[2])

@@ -5,13 +5,17 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.process.files import append_line, write_by_rename
+from services.process.files import append_line, sync_file, write_by_rename
 from trainer.checkpoint.folder import Checkpoint
 from trainer.checkpoint.journal import NAME, attempt_row, read_journal
 
 
 def _new_run() -> str:
     return uuid.uuid4().hex[:8]
+
+
+def _new_process() -> str:
+    return uuid.uuid4().hex[:4]
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,19 @@ class Attempt:
         number: 1, 2, ...
         finished_step: after which it goes on; 0: the run begins.
         wall_s: that earlier attempts have worked up to that step.
+        process: which of the processes that believe to be this attempt, for a folder may have been copied.
     """
 
     run: str = field(default_factory=_new_run)
     number: int = 1
     finished_step: int = 0
     wall_s: float = 0.0
+    process: str = field(default_factory=_new_process)
 
     @property
     def holder(self) -> str:
         """What rollout servers know it as: tokens that were sampled for another attempt are none of its own."""
-        return f"{self.run}-{self.number}"
+        return f"{self.run}-{self.number}_{self.process}"
 
     @property
     def row(self) -> bytes:
@@ -52,6 +58,7 @@ class Attempt:
         if not written.endswith(b"\n") and written:  # a power cut: what is not a line yet must not become half of one
             write_by_rename(path, written[: written.rfind(b"\n") + 1])
         append_line(path, self.row)
+        sync_file(path)
 
 
 def next_attempt(checkpoint: Checkpoint) -> Attempt:

@@ -70,13 +70,14 @@ def test_nobody_holds_a_server_that_was_released_or_has_just_started(held: Holde
 @pytest.mark.parametrize(
     ("holder", "run", "is_given"),
     [
-        ("3f9c2a1b-1", "3f9c2a1b-2", True),
-        ("3f9c2a1b-9", "3f9c2a1b-10", True),
-        ("3f9c2a1b-2", "3f9c2a1b-1", False),
-        ("3f9c2a1b-1", "3f9c2a1c-2", False),
-        ("3f9c2a1b", "3f9c2a1b-2", False),
-        ("3f9c2a1b-x", "3f9c2a1b-2", False),
-        ("-1", "-2", False),
+        ("3f9c2a1b-1_beef", "3f9c2a1b-2_c0de", True),
+        ("3f9c2a1b-9_beef", "3f9c2a1b-10_beef", True),
+        ("3f9c2a1b-2_beef", "3f9c2a1b-1_c0de", False),
+        ("3f9c2a1b-2_beef", "3f9c2a1b-2_c0de", False),  # of a copy of its folder
+        ("3f9c2a1b-1_beef", "3f9c2a1c-2_beef", False),
+        ("3f9c2a1b", "3f9c2a1b-2_c0de", False),
+        ("3f9c2a1b-x_beef", "3f9c2a1b-2_c0de", False),
+        ("-1_beef", "-2_c0de", False),
     ],
 )
 def test_a_later_attempt_of_the_holders_run_need_not_wait(holder: str, run: str, is_given: bool) -> None:

@@ -17,10 +17,15 @@ from trainer.tiny.pair import build_tokenizer
 NUM_STEPS = 10
 
 
-def learner_of(config: RunConfig, optimizers: OwnOptimizers = DEFAULT, checkpoint: Checkpoint | None = None) -> Learner:
+def learner_of(
+    config: RunConfig,
+    optimizers: OwnOptimizers = DEFAULT,
+    checkpoint: Checkpoint | None = None,
+    num_steps: int = NUM_STEPS,
+) -> Learner:
     """A new one, or one that goes on."""
     student = load_student_of(config, Ranks(), None if checkpoint is None else checkpoint.path)
-    learner = Learner(config, student, NUM_STEPS, optimizers=optimizers)
+    learner = Learner(config, student, num_steps, optimizers=optimizers)
     if checkpoint is not None:
         learner.resume(checkpoint)
     return learner

@@ -6,13 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
 
 from services.config import RunConfig
 from services.errors import ConfigError, StartupError
 from tests.unit.trainer.checkpoint.learners import all_state, assert_same, learner_of, written
 from tests.unit.trainer.samples import BATCH, batch_of, sample
+from trainer.learner import Learner
 from trainer.own_optimizers import DEFAULT, OwnOptimizers
 
 BATCHES = [BATCH, batch_of([sample(20, 3, 4), sample(21, 2, 6)], [[5, 6, 7]]), batch_of([]), BATCH]
@@ -125,6 +128,52 @@ def test_of_a_learner_with_an_adapter(sections: dict[str, Any], tiny_model_folde
     assert_same(*going_on(config_of(tiny_model_folder("llama"), **given), DEFAULT, tmp_path / "step-2"))
 
 
+def cosine(optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
+    return CosineAnnealingLR(optimizer, T_max=num_steps)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
+    return OneCycleLR(optimizer, max_lr=1e-2, total_steps=num_steps + 1)
+
+
+def two_parts(optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
+    parts = [LinearLR(optimizer, 0.1, total_iters=2), LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def of_no_length(optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
+    return MultiStepLR(optimizer, [1, 3, 5], gamma=0.5)
+
+
+@pytest.mark.parametrize("schedule", [None, cosine, one_cycle, two_parts, of_no_length])
+def test_a_run_that_is_made_longer_has_the_rates_of_the_longer_one(
+    schedule: Any, tiny_model_folder: Any, tmp_path: Path
+) -> None:
+    config, optimizers = config_of(tiny_model_folder("llama")), OwnOptimizers(None, schedule)
+    if schedule is not None:
+        config = RunConfig(student={"model": tiny_model_folder("llama")})
+
+    def rates(learner: Learner, steps: int) -> list[list[float]]:
+        groups, found = learner.optimizer.param_groups, []
+        for _ in range(steps):
+            learner.step(BATCH)
+            found.append([number for group in groups for number in (group["lr"], *group["betas"])])
+        return found
+
+    short = learner_of(config, optimizers, num_steps=4)
+    rates(short, 3)
+    checkpoint = written(short.capture(tmp_path), config, short.student.model, tmp_path / "step-3")
+    expected = rates(learner_of(config, optimizers, num_steps=8), 8)[3:]
+    np.testing.assert_allclose(rates(learner_of(config, optimizers, checkpoint, num_steps=8), 5), expected, rtol=1e-12)
+    assert (rates(short, 1)[0] == expected[0]) == (schedule is of_no_length)
+
+
+class WithNumbers(Own):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        next(iter(self.state.values()))[0] = torch.zeros(2)
+
+
 class Holding(Own):
     held: Any = None
 
@@ -148,6 +197,15 @@ def test_a_state_that_is_no_tensor_and_no_plain_value_is_refused_by_name(
             ConfigError, match=rf"Holding cannot be resumed: its state\[.*\]\['held'\] is or holds {named}.*"
         ):
             call()
+
+
+def test_a_state_under_a_number_is_refused_by_name(tiny_model_folder: Any) -> None:
+    learner = learner_of(RunConfig(student={"model": tiny_model_folder("llama")}), OwnOptimizers(WithNumbers))
+    learner.step(BATCH)
+    with pytest.raises(
+        ConfigError, match=r"WithNumbers cannot be resumed: its state\['.*'\] has the key 0, and a checkpoint"
+    ):
+        learner.check_capture()
 
 
 def test_the_state_of_another_optimizer_or_student_is_refused(tiny_model_folder: Any, tmp_path: Path) -> None:

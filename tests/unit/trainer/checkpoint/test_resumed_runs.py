@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,21 @@ def test_a_run_that_goes_on_has_another_name_at_the_servers(runs: Runs) -> None:
         runs.go(disturb=lambda s: (names.append(s.record.attempt.holder), failing_at(2)(s)))
     runs.go(disturb=lambda s: names.append(s.record.attempt.holder))
     assert names == [f"{names[0][:8]}-1", f"{names[0][:8]}-2"] and len(names[0]) == 10
+
+
+def test_a_copy_of_a_run_is_another_run_at_the_servers(runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(3))
+    shutil.copytree(runs.out(), runs.out("copy"))
+    holders = []
+    for name in ("out", "copy"):
+        attempt = next_attempt(open_checkpoint(runs.out(name) / "checkpoints" / "step-3"))
+        attempt.announce(runs.out(name))
+        holders.append(attempt.holder)
+    server = Holder()
+    server.hold(holders[0], "a", 60.0)
+    with pytest.raises(RequestError, match="is held by the run"):
+        server.hold(holders[1], "b", 60.0)
 
 
 def test_the_first_push_of_a_run_that_goes_on_is_of_its_last_step(runs: Runs) -> None:
