@@ -172,6 +172,7 @@ def check_same_options(config: RunConfig, state: Mapping[str, Any], checkpoint: 
         ConfigError: names every option that differs, and its values.
     """
     defaults, now = json.loads(RunConfig().model_dump_json()), json.loads(config.model_dump_json())
+    folder_before = (state["config"].get("output") or {}).get("dir", defaults["output"]["dir"])
     differing = []
     for section, options in now.items():
         before = state["config"].get(section, defaults[section])
@@ -180,7 +181,8 @@ def check_same_options(config: RunConfig, state: Mapping[str, Any], checkpoint: 
             continue
         for name, value in options.items():
             was = before.get(name, defaults[section][name]) if isinstance(before, dict) else None
-            if was != value and not _may_differ(section, name):
+            is_same = was == value or _in_folder(was, folder_before) == _in_folder(value, config.output.dir)
+            if not is_same and not _may_differ(section, name):
                 key = f"{section}.{name}"
                 differing.append(
                     f"{key} differs" if _is_private(name, was, value) else f"{key} was {was!r} and is {value!r}"
@@ -192,6 +194,17 @@ def check_same_options(config: RunConfig, state: Mapping[str, Any], checkpoint: 
 def _may_differ(section: str, name: str) -> bool:
     names = MAY_DIFFER.get(section, frozenset())
     return "*" in names or name in names or not takes("train", section, name)
+
+
+def _in_folder(value: Any, folder: str) -> Any:
+    """A value whose paths in the run's folder are told from there: the folder may have been moved."""
+    if isinstance(value, dict):
+        return {_in_folder(key, folder): _in_folder(part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_in_folder(part, folder) for part in value]
+    if isinstance(value, str) and Path(value).is_relative_to(folder):
+        return Path("output.dir"), Path(value).relative_to(folder)
+    return value
 
 
 def _is_private(name: str, *values: Any) -> bool:

@@ -138,3 +138,27 @@ def test_resume_is_short_for_the_option(command: str, capsys: pytest.CaptureFixt
 def test_the_best_of_no_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*COMPLETE, "--output.keep_best", "true", "--output.save_every_steps", "0", "--dry-run"]
     assert "output.save_every_steps = 0 makes none; set it above 0" in refused(capsys, "up", *words)
+
+
+def paths_in(folder: str) -> dict[str, Any]:
+    student = {"model": f"{folder}/models/student"}
+    reward = {"functions": [f"{folder}/models/reward-0", "rewards.py:f"]}
+    data = {"eval_path": f"{folder}/data/eval_dataset.jsonl", "more_paths": {f"{folder}/data/more": 2.0}}
+    return {"student": student, "reward": reward, "data": data, "pipeline": {"steps": 9, "samples_per_prompt": 2}}
+
+
+def test_paths_in_the_folder_of_a_run_move_with_it(tmp_path: Path) -> None:
+    write(tmp_path, 2, RunConfig(**paths_in("before/out"), output={"dir": "before/out"}))
+    assert find_checkpoint(config_of(tmp_path, **paths_in(str(tmp_path)))) == tmp_path / "checkpoints" / "step-2"
+    with pytest.raises(ConfigError, match=r"student\.model was 'before/out/models/student' and is 'out/mod") as raised:
+        find_checkpoint(config_of(tmp_path, **paths_in("out")))  # which is not this folder
+    for option in ("data.eval_path", "data.more_paths", "reward.functions"):
+        assert option in str(raised.value)
+
+
+def test_a_name_that_is_no_path_is_the_same_in_every_folder(tmp_path: Path) -> None:
+    given = {"student": {"model": "Qwen/Qwen3-0.6B"}, "pipeline": {"steps": 9}}
+    write(tmp_path, 2, RunConfig(**given, output={"dir": "."}))
+    assert find_checkpoint(config_of(tmp_path, **given)) is not None
+    with pytest.raises(ConfigError, match=r"student\.model was 'Qwen/Qwen3-0\.6B' and is 'Qwen/Qwen3-1\.7B'"):
+        find_checkpoint(config_of(tmp_path, **given | {"student": {"model": "Qwen/Qwen3-1.7B"}}))
