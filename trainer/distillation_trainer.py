@@ -34,6 +34,7 @@ from services.launch.script_screen import ScriptScreen
 from services.launch.started_servers import started_servers, variables
 from services.process.files import cannot_write
 from services.process.folder_lock import lock_folder
+from services.process.folders_before import FoldersBefore
 from services.process.signals import Interrupted
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.run_callbacks import checked_callbacks
@@ -280,6 +281,9 @@ class DistillationTrainer:
             lock = stack.enter_context(lock_folder(folder, "output.dir", "a Python program"))
             stack.enter_context(variables(lock.environment()))
             check_output_dir(config, is_whole=False)
+            before = FoldersBefore(folder / "data", folder / "models")
+            stack.callback(before.put_back)  # a start that is refused changes nothing
+            objects = replace(objects, begun=before.forget, is_stream=self._is_stream(config))
             config = self._with_objects(config)
             screen = stack.enter_context(ScriptScreen(folder / "metrics.jsonl"))
             if self.attaches:
@@ -334,6 +338,15 @@ class DistillationTrainer:
             raise ConfigError("; ".join(explain(*one) for one in describe_validation_error(error))) from error
         config.require(role)
         return config
+
+    def _is_stream(self, config: RunConfig) -> bool:
+        """Whether the training rows are the beginning of a stream, as long as the run. Where some of them are held out, they are a
+        file like others: of a longer one others would be."""
+        return (
+            config.pipeline.steps is not None
+            and config.data.held_out is None
+            and _is_stream(self._rows["train_dataset"])
+        )
 
     def _role(self) -> Role:
         """The command that does the same.
@@ -425,5 +438,8 @@ def _file_of(name: str, rows: Rows, folder: Path, limit: int | None) -> str:
         return str(rows)
     if isinstance(rows, Dataset):
         return write_dataset(rows, folder / name)
-    is_stream = not hasattr(rows, "__len__")
-    return write_rows(name, rows, folder / f"{name}.jsonl", limit if is_stream else None)
+    return write_rows(name, rows, folder / f"{name}.jsonl", limit if _is_stream(rows) else None)
+
+
+def _is_stream(rows: Rows | None) -> bool:
+    return not (rows is None or isinstance(rows, str | Path) or hasattr(rows, "__len__"))

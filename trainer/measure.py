@@ -27,6 +27,7 @@ def measure(config: RunConfig, objects: UserObjects = NOTHING) -> Evaluation | N
             return None
         with open_session(config, interruption, ranks, objects) as run:
             run.push(0)
+            objects.begun()
             evaluation = run.evaluate(step=0)
             if evaluation is None:
                 raise EvaluationError(f"the student was not measured: {run.failed_evaluations[-1].reason}")

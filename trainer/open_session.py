@@ -262,7 +262,7 @@ def _assemble(
     """The parts of the run; the rollout servers are its own from here on."""
     config, record, ranks, checkpoint = inputs.config, inputs.record, inputs.ranks, inputs.checkpoint
     room = preflight.max_model_len(config, servers.rollouts, servers.teachers) - config.longest_completion()
-    prompts = inputs.prompts.fitting(room)
+    prompts = inputs.prompts.fitting(room, is_stream=objects.is_stream)
     num_steps = count_steps(config, len(prompts))
     order: dict[str, Any] = {"seed": config.seed, "shuffle": config.data.shuffle}
     stream, texts = prompts.stream(**order), RowStream(inputs.texts, **order) if inputs.texts else None

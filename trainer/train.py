@@ -8,6 +8,8 @@ The pipeline works in an event loop of its own, in a second thread; only this on
 how far the two may be apart: with max_staleness 0 they take turns, and an asynchronous run would be the same with more slots.
 """
 
+from collections.abc import Callable
+
 from services.config import RunConfig
 from services.process.signals import interruptible
 from trainer.following import follow
@@ -41,12 +43,13 @@ def train(config: RunConfig, objects: UserObjects = NOTHING) -> Summary | None:
             follow(ranks, objects.optimizers)
             return None
         with open_session(config, interruption, ranks, objects) as run, run.telling_its_end():
-            return _train(run)
+            return _train(run, objects.begun)
 
 
-def _train(run: Session) -> Summary:
+def _train(run: Session, begun: Callable[[], None]) -> Summary:
     with run.saving_the_student():
         run.begin()
+        begun()
         before = run.evaluate_before()
         for step in run.steps():
             batch = run.feed.next()

@@ -18,14 +18,18 @@ class UserObjects:
     Attributes:
         optimizers: the one thing that ranks other than the first use; the same on all of them.
         rollout_timeout_s: how long one call of the rollout function may take.
+        is_stream: data.path is the beginning of a stream, of which a longer run has more: it is used in its own order.
         watch: told of what another thread can end the run with.
+        begun: told when the run has passed every check, and its files have replaced those of an earlier one.
     """
 
     callbacks: Sequence[Callback] = ()
     optimizers: OwnOptimizers = field(default_factory=OwnOptimizers)
     rollout_function: RolloutFunction | None = None
     rollout_timeout_s: float = 600.0
+    is_stream: bool = False
     watch: Callable[[Interruption], None] = lambda interruption: None
+    begun: Callable[[], None] = lambda: None
 
     def check(self, config: RunConfig) -> None:
         """Refuse what does not go together.

@@ -10,6 +10,9 @@ import blake3
 from trainer.data.prompts import LatePrompts, StreamedPrompts
 from trainer.data.rows import Prompt
 
+A_STREAM = "a stream"
+"""In the place of the fingerprint of rows of which a longer run has more."""
+
 _DIGEST_BYTES = 16
 
 
@@ -17,7 +20,7 @@ def fingerprint_of_prompts(prompts: Sequence[Prompt | None] | StreamedPrompts) -
     """Of tokenised prompts: of all that is in them. Of rows that are tokenised later: of their questions and their
     places. Of an IterableDataset, which nobody has read yet: a word that says so."""
     if isinstance(prompts, StreamedPrompts):
-        return "a stream"
+        return A_STREAM
     if isinstance(prompts, LatePrompts):
         return prompts.fingerprint()
     return _digest(_spelled(prompt) for prompt in prompts)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from services.config import DataConfig
 from services.errors import ConfigError, DataError
 from trainer.data.checked_rows import CheckedRows
-from trainer.data.fingerprints import fingerprint_of_prompts
+from trainer.data.fingerprints import A_STREAM, fingerprint_of_prompts
 from trainer.data.prompts import (
     Prompt,
     PromptRows,
@@ -33,16 +33,20 @@ class TrainingPrompts:
     Attributes:
         weights: how often the rows of each source are used, against each other.
         names: of the sources, for messages.
+        is_stream: the first source is the beginning of a stream: its rows have their own order, and a longer run has more.
     """
 
     parts: list[Sequence[Prompt | None] | StreamedPrompts]
     weights: list[float]
     names: list[str]
+    is_stream: bool = False
 
     def fingerprints(self) -> list[list[str]]:
         """Of each source its name and which rows it has, see trainer/data/fingerprints.py."""
-        parts = zip(self.names, self.parts, strict=True)
-        return [[name, fingerprint_of_prompts(part)] for name, part in parts]
+        found = [fingerprint_of_prompts(part) for part in self.parts]
+        if self.is_stream:
+            found[0] = A_STREAM
+        return [list(pair) for pair in zip(self.names, found, strict=True)]
 
     def __len__(self) -> int:
         """Rows of an epoch: those of all sources, once.
@@ -65,8 +69,8 @@ class TrainingPrompts:
         streams: list[RowStream[Prompt]] = [
             IteratedStream(part.from_position)
             if isinstance(part, StreamedPrompts)
-            else RowStream(part, seed=seed, shuffle=shuffle)
-            for part in self.parts
+            else RowStream(part, seed=seed, shuffle=shuffle and not (self.is_stream and index == 0))
+            for index, part in enumerate(self.parts)
         ]
         return streams[0] if len(streams) == 1 else MixedStream(streams, self.weights)
 
@@ -93,10 +97,14 @@ class TrainingRows:
             found |= part.columns
         return found
 
-    def fitting(self, max_prompt_tokens: int) -> TrainingPrompts:
-        """As PromptRows.fitting, of every source."""
+    def fitting(self, max_prompt_tokens: int, *, is_stream: bool = False) -> TrainingPrompts:
+        """As PromptRows.fitting, of every source.
+
+        Args:
+            is_stream: as of TrainingPrompts.
+        """
         fitting = [part.fitting(max_prompt_tokens) for part in self.parts]
-        return TrainingPrompts(fitting, self.weights, [part.path for part in self.parts])
+        return TrainingPrompts(fitting, self.weights, [part.path for part in self.parts], is_stream)
 
 
 def read_rows(

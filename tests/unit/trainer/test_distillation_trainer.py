@@ -67,6 +67,7 @@ class World:
 
     def train(self, config: RunConfig, objects: UserObjects) -> Summary:
         self.trained.append((config, objects))
+        objects.begun()
         self.act()
         return SUMMARY
 
@@ -163,6 +164,26 @@ def test_of_a_stream_as_many_rows_are_taken_as_the_run_uses(
     ((found, _),) = world.trained
     assert len(Path(found.data.path or "").read_text().splitlines()) == 12
     assert len(Path(found.data.eval_path or "").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections", "is_stream"),
+    [
+        (ROWS, {}, False),
+        (datasets.Dataset.from_list(ROWS), {}, False),
+        (iter(ROWS), {}, True),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), {}, True),
+        (iter(ROWS), {"data": {"held_out": 1}}, False),
+        (iter(ROWS), {"pipeline": {"steps": None, "epochs": 2}}, False),
+    ],
+)
+def test_rows_of_which_a_longer_run_has_more_are_told_from_others(
+    rows: Any, sections: Any, is_stream: bool, world: World, models: dict[str, str], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, **{"pipeline": {"steps": 3}, **_MODELS(models), **sections})
+    DistillationTrainer(config, train_dataset=rows).train()
+    ((_, objects),) = world.trained
+    assert objects.is_stream == is_stream
 
 
 def _MODELS(models: dict[str, str]) -> dict[str, Any]:

@@ -3,14 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from services.config import RunConfig
-from services.errors import DataError
+from services.errors import ConfigError, DataError
 from tests.models import save_model
-from trainer.open_session import _read_rows
+from trainer.attach import preflight
+from trainer.open_session import _assemble, _read_rows
 from trainer.tiny.pair import build_tokenizer
+from trainer.user_objects import UserObjects
 
 
 @pytest.mark.parametrize("option", ["path", "eval_path", "lm_path"])
@@ -52,6 +56,26 @@ def test_answers_are_bounded_by_the_longest_completion_of_the_evaluation(
         DataError, match=r"rows\.jsonl, row 1: the answer and its end are 101 tokens, more than the 100"
     ):
         _read_rows(short, build_tokenizer(), [256])
+
+
+def test_rows_of_a_stream_are_said_to_be_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def fitting(room: int, *, is_stream: bool) -> list[None]:
+        asked.append(is_stream)
+        return []
+
+    monkeypatch.setattr(preflight, "max_model_len", lambda *_: 99)
+    config = RunConfig(pipeline={"epochs": 1}, optimizer={"warmup_steps": 9})  # longer than the run: it ends here
+    inputs: Any = SimpleNamespace(
+        config=config, record=None, ranks=None, checkpoint=None, prompts=SimpleNamespace(fitting=fitting)
+    )
+    servers: Any = SimpleNamespace(rollouts=[], teachers=None)
+    rest: Any = (None, None, None, None, None)
+    for is_stream in (False, True):
+        with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps = 9 is above the 1 steps"):
+            _assemble(inputs, servers, UserObjects(is_stream=is_stream), *rest)
+    assert asked == [False, True]
 
 
 def config_of(student: dict[str, str], data: dict[str, str]) -> RunConfig:

@@ -5,11 +5,13 @@ import os
 import pickle
 import shutil
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from services.config.output_dir import RESUME, complete_checkpoints
 from services.errors import (
@@ -25,12 +27,15 @@ from services.errors import (
 from services.process.signals import Interrupted
 from services.rollout.holder import Holder
 from tests.unit.trainer.checkpoint.learners import assert_same
-from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
-from tests.unit.trainer.runs import pushes_of
+from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending, nothing
+from tests.unit.trainer.runs import opener, pushes_of, run_config
+from trainer import DistillationTrainer
+from trainer import train as training
 from trainer.checkpoint.attempt import next_attempt
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.checkpoint.journal import read_journal
 from trainer.data.stream import RowStream
+from trainer.output.report import Summary
 from trainer.pipeline import Pipeline
 from trainer.session import Session
 
@@ -430,3 +435,80 @@ def test_going_on_unpickles_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch)
     runs.go()
     monkeypatch.undo()
     check_same_run(runs)
+
+
+# ------------------------------------------------------------------------------------------------------- from Python
+
+ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(8)]
+
+
+def go_from_python(
+    runs: Runs,
+    name: str = "out",
+    disturb: Callable[[Session], None] = nothing,
+    given: Mapping[str, Any] | None = None,
+    **sections: dict[str, Any],
+) -> Summary | None:
+    """One attempt with a student and rows that are objects.
+
+    Args:
+        given: other objects.
+    """
+    objects = {"student": AutoModelForCausalLM.from_pretrained(runs.folder), "train_dataset": ROWS} | dict(given or {})
+    base: dict[str, Any] = {"pipeline": {"steps": NUM_STEPS}, "output": {"save_every_steps": 2}}
+    base |= {"rollout_client": {"urls": ["http://a:1"]}, "teacher_client": {"urls": [runs.teacher.url]}}
+    merged = {key: base.get(key, {}) | sections.get(key, {}) for key in base.keys() | sections.keys()}
+    config = run_config(runs.folder, runs.out(name), **merged)
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model": None})})
+    runs.monkeypatch.setattr(training, "open_session", opener(runs.teacher, disturb))
+    return DistillationTrainer(config, **objects).train()
+
+
+def doubled(folder: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+def objects_in(folder: Path) -> dict[str, bytes]:
+    """All files but logs, and the journal, in which every attempt has a line."""
+    return {name: read for name, read in snapshot(folder).items() if not name.startswith(("logs/", "journal"))}
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({}, "gone"),  # after the options were compared
+        ({"output": {"overwrite": True}}, "gone"),
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate was 0\.01 and is 0\.5"),
+    ],
+    ids=str,
+)
+def test_a_start_that_is_refused_leaves_the_objects_of_the_run(sections: Any, named: str, runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        go_from_python(runs, disturb=failing_at(3))
+    before = objects_in(runs.out())
+    assert {"data/train_dataset.jsonl", "models/student/model.safetensors"} < set(before)
+    others = {"student": doubled(runs.folder), "train_dataset": ROWS[:3]}
+    if named != "gone":  # what is new is gone as well
+        others["eval_dataset"] = ROWS
+
+    def refuse(session: Session) -> None:
+        assert objects_in(runs.out())["data/train_dataset.jsonl"].count(b"\n") == 3
+        raise ConfigError("gone")
+
+    with pytest.raises(ConfigError, match=named):
+        go_from_python(runs, disturb=refuse, given=others, **sections)
+    assert objects_in(runs.out()) == before
+    go_from_python(runs, given={"train_dataset": ROWS[:3]})  # whose rows the stand-ins do not compare
+    assert objects_in(runs.out())["data/train_dataset.jsonl"].count(b"\n") == 3
+
+
+def test_a_run_whose_folder_was_moved_goes_on(runs: Runs) -> None:
+    with pytest.raises(PeerError):
+        go_from_python(runs, disturb=failing_at(3), given={"eval_dataset": ROWS})
+    runs.out().rename(runs.out("moved"))
+    summary = go_from_python(runs, "moved", given={"eval_dataset": ROWS})
+    assert summary is not None and summary.attempts == 2

@@ -213,6 +213,23 @@ def test_an_iterable_is_read_as_it_comes_epoch_after_epoch() -> None:
         len(prompts)
 
 
+def test_the_beginning_of_a_stream_goes_on_as_a_longer_one_would() -> None:
+    """Of a longer run the file is longer."""
+    short, long = (
+        read_rows(
+            DataConfig(), TOKENIZER, seed=0, train_dataset=Dataset.from_list([{"prompt": n} for n in names(count)])
+        )[0]
+        for count in (24, 32)
+    )
+    before, after = (rows.fitting(99, is_stream=True) for rows in (short, long))
+    assert before.fingerprints() == after.fingerprints() and short.fitting(99).fingerprints() != before.fingerprints()
+    stream, longer = (rows.stream(seed=0, shuffle=True) for rows in (before, after))
+    used = texts(stream.take(12))
+    longer.position = stream.position
+    assert used + texts(longer.take(20)) == names(32)
+    assert texts(short.fitting(99).stream(seed=0, shuffle=True).take(12)) != used
+
+
 def test_an_iterable_is_shuffled_anew_in_every_epoch_and_resumes_in_its_order() -> None:
     data = iterable(*({"prompt": name} for name in names(30))).shuffle(seed=1, buffer_size=30)
     prompts = read_rows(DataConfig(), TOKENIZER, seed=0, train_dataset=data)[0].fitting(99)
