@@ -21,6 +21,7 @@ from services.errors import ConfigError
 from services.gpus.cards import check_driver
 from services.gpus.cost import report_cost
 from services.gpus.options import computed
+from services.hub.run_folder import is_number
 from services.models.causal_lm import eos_token_ids_on_disk, load_tokenizer
 from services.process.event_loop import EventLoopThread
 from services.process.folder_lock import lock_folder
@@ -30,7 +31,8 @@ from trainer.attach import preflight
 from trainer.attach.option_warnings import warn_of_options
 from trainer.checkpoint.attempt import next_attempt
 from trainer.checkpoint.facts import check_facts, facts_of_run
-from trainer.checkpoint.folder import Checkpoint, open_checkpoint
+from trainer.checkpoint.folder import Checkpoint, check_state, open_checkpoint
+from trainer.checkpoint.journal import read_journal
 from trainer.data.fingerprints import fingerprint_of_texts
 from trainer.data.prompts import Prompt, PromptRows, first_prompts
 from trainer.data.stream import RowStream
@@ -53,6 +55,7 @@ from trainer.rewards.of_groups import GroupRewards, check_arguments
 from trainer.rewards.pool import RewardPool
 from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import OwnRollouts
+from trainer.run_state import RunState
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import Student
@@ -201,6 +204,10 @@ def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = open_checkpoint(path)
+    check_state(RunState, path)
+    read_journal(path.parents[1]).check(
+        checkpoint.state["run"], checkpoint.step, positions=checkpoint.state["positions"]
+    )
     logger.warning("going on after step %d, from %s", checkpoint.step, path)
     return checkpoint
 
@@ -382,14 +389,13 @@ def _pipeline(
 def _checkpoints(config: RunConfig, learner: Learner, students: SavedStudents, record: RunRecord) -> Checkpoints:
     last, there = learner.finished_step, complete_checkpoints(record.dir)
     measured = reverse_kls_until(record.dir, last) if last else {}
-    best = min(((kl, step) for step, kl in measured.items() if step in there), default=None)
     return Checkpoints(
         config.output,
         learner,
         students,
         record.sync,
         finished_step=last,
-        best=None if best is None else (best[1], best[0]),
+        reverse_kls={step: kl for step, kl in measured.items() if step in there and is_number(kl)},
     )
 
 

@@ -67,6 +67,7 @@ class Session:
         self._positions: dict[str, int] = {"prompts": 0, "texts": 0}
         self._recorded = self._first = self.learner.finished_step
         self._checkpoint_s: float | None = None
+        self._has_begun = False
         if self.resumed is not None:
             self.num_tokens, self._positions = self.resumed["num_tokens"], dict(self.resumed["positions"])
             before = from_json(self.resumed["before"])
@@ -121,8 +122,10 @@ class Session:
         self._tell("on_push", policy_version=self._first)
         with self.interruption.raising():
             self.checkpoints.rehearse()
+        self.record.open_trackers()
         self.checkpoints.begin()
         self.record.begin()
+        self._has_begun = True
         self.step_began = self.record.wall_s
 
     def push(self, version: int) -> dict[str, float]:
@@ -186,7 +189,7 @@ class Session:
 
     @contextmanager
     def saving_the_student(self) -> Iterator[None]:
-        """However the block ends, the student of the last finished step is on disk afterwards.
+        """However the block ends after the run has begun, the student of the last finished step is on disk afterwards.
 
         Raises:
             OutputError: it cannot be written; where the block failed as well, its own error.
@@ -194,7 +197,7 @@ class Session:
         try:
             yield
         except BaseException as reason:
-            if step := self.learner.finished_step:
+            if self._has_begun and (step := self.learner.finished_step):
                 if isinstance(reason, RankLostError):
                     self.interruption.end()  # of the same, which another thread has heard of as well
                 elif isinstance(reason, Interrupted):
@@ -209,11 +212,15 @@ class Session:
         if (folder := self._save()) is not None:
             self._tell("on_save", student_folder=folder)
         if self.checkpoints.are_made and self.learner.finished_step:
-            try:
-                self._checkpoint()
-                self._wait_for_checkpoint()
-            except OutputError as error:  # all steps are done, and the student is saved
-                logger.warning("%s", error)
+            self._last_checkpoint()
+
+    def _last_checkpoint(self) -> None:
+        """All steps are done, and the student is saved: a failure is a warning."""
+        try:
+            self._checkpoint()
+            self._wait_for_checkpoint()
+        except OutputError as error:
+            logger.warning("%s", error)
 
     def _leave_checkpoint(self, reason: BaseException) -> None:
         """Before the run ends for a reason: a checkpoint of its last step, where there can be one, and how to go on."""
@@ -231,7 +238,7 @@ class Session:
             logger.warning("there is no checkpoint of step %d: %s", step, error)
         if (newest := checkpoints.newest) is not None:
             output, words = self.config.output, "the same command"
-            if output.overwrite or output.resume_step is not None:
+            if self._has_begun and (output.overwrite or output.resume_step is not None):
                 instead = "--output.overwrite" if output.overwrite else "--output.resume_step"
                 words += f" with --resume in the place of {instead}"
             reason.add_note(f"{words} goes on after step {newest.name.removeprefix('step-')}, from {newest}")
@@ -256,9 +263,16 @@ class Session:
         is_due = control.take("evaluate") or (every > 0 and step % every == 0)
         return is_due and step < self.num_steps and not control.is_stopping
 
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self, step: int, *, is_last: bool = False) -> Evaluation | None:
         """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
-        warning: a measurement must not cost what was trained."""
+        warning: a measurement must not cost what was trained.
+
+        Args:
+            is_last: all steps are done.
+
+        Raises:
+            OutputError: a row, or the checkpoint of the best student so far, cannot be written; the latter not of the last one.
+        """
         if self.evaluator is None:
             return None
         try:
@@ -276,7 +290,7 @@ class Session:
         self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
         self._tell("on_evaluate", step=step, evaluation=evaluation)
         if self.checkpoints.evaluated(step, evaluation.reverse_kl):
-            self._checkpoint()
+            self._last_checkpoint() if is_last else self._checkpoint()
         return evaluation
 
     def _measure(self, evaluator: Evaluator, step: int) -> Evaluation:

@@ -57,5 +57,5 @@ def _train(run: Session, begun: Callable[[], None]) -> Summary:
             run.finish_step(step, batch, metrics)
             if run.is_evaluated(step):
                 run.evaluate(step)
-    after = run.evaluate(step=run.learner.finished_step)
+    after = run.evaluate(run.learner.finished_step, is_last=True)
     return run.finish(before, after)

@@ -64,7 +64,7 @@ def check_output_dir(config: RunConfig, *, is_whole: bool = True) -> Path:
         StartupError: the state of a checkpoint cannot be read.
     """
     output, path = config.output, Path(config.output.dir)
-    found = [name for name in ("summary.json", *_REPLACED) if (path / name).exists()]
+    found = (["summary.json"] if (path / "summary.json").exists() else []) + students_in(path)
     goes_on = find_checkpoint(config, is_whole=is_whole) is not None
     if found and not output.overwrite and not goes_on:
         raise ConfigError(
@@ -83,6 +83,15 @@ def check_output_dir(config: RunConfig, *, is_whole: bool = True) -> Path:
                 f"{key} = {model!r} lies in output.dir = {str(path)!r}, where this run replaces it; choose another output.dir"
             )
     return path
+
+
+def students_in(output_dir: Path) -> list[str]:
+    """The folders of a run's folder that hold students; one that was killed while it wrote the first checkpoint has left none."""
+    return [
+        name
+        for name in _REPLACED
+        if (output_dir / name).exists() and (name != "checkpoints" or any((output_dir / name).glob("step-*")))
+    ]
 
 
 def complete_checkpoints(output_dir: Path) -> dict[int, Path]:

@@ -73,7 +73,7 @@ def read_records(run: Path, step: int | None = None) -> RunRecords:
     for row in read_rows(run / "metrics.jsonl"):
         if isinstance(row.get("num_steps"), int):
             last, num_steps = row["step"], row["num_steps"]
-        values = {name[5:]: value for name, value in row.items() if name.startswith("eval_") and _is_number(value)}
+        values = {name[5:]: value for name, value in row.items() if name.startswith("eval_") and is_number(value)}
         if "reverse_kl" in values:
             evaluations.append(Measured(row["step"], values))
     trained = step or last
@@ -154,5 +154,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value that was read is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -60,7 +60,7 @@ def _base_fingerprint(config: RunConfig, tokenizer: str) -> str | None:
 
 
 def check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to go on with other rows, with another tokenizer or model, or with fewer steps than are done.
+    """Refuse to go on with other rows, with another tokenizer or model, or without a step that is left to do.
 
     Raises:
         ConfigError: names what differs.
@@ -86,6 +86,12 @@ def check_facts(facts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 f"the teacher of {option} is not the one of {checkpoint.path}: it {how}; give the same, or begin anew with "
                 "--output.overwrite true"
             )
+    output_dir = checkpoint.path.parents[1]
+    if facts["num_steps"] == checkpoint.step and (output_dir / "summary.json").exists():
+        raise ConfigError(
+            f"output.dir = {str(output_dir)!r} holds a complete run of the {checkpoint.step} steps that pipeline.epochs comes to; "
+            "raise that to train on, or begin anew with --output.overwrite true"
+        )
     if facts["num_steps"] < checkpoint.step:
         raise ConfigError(
             f"pipeline.epochs comes to {facts['num_steps']} steps, and {checkpoint.path} has {checkpoint.step}; raise it"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 
 from services.config.output_dir import COMPLETE, RESUME, STATE, read_state, unusable
@@ -27,6 +28,12 @@ from trainer.checkpoint.rank_file import RankFiles, write_rank_file
 
 FORMAT = 2
 """Of state.json: raised with every change that an earlier version could not read."""
+
+
+class _Written(BaseModel):
+    step: PositiveInt
+    num_ranks: PositiveInt
+    files: dict[str, tuple[NonNegativeInt, str]]
 
 
 def folder_beside(path: Path) -> Path:
@@ -131,6 +138,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     state = read_state(path)
     where = path / RESUME / STATE
+    check_state(_Written, path)
     if state.get("format") != FORMAT:
         raise unusable(where, f"its format is {state.get('format')!r}, and this version reads {FORMAT}")
     if f"step-{state['step']}" != path.name:
@@ -152,8 +160,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state["step"], state["num_ranks"], state)
 
 
+def check_state(kind: type[BaseModel], path: Path) -> None:
+    """Refuse a checkpoint of whose plain values one is missing or not of its kind.
+
+    Raises:
+        StartupError: names the value.
+    """
+    where = path / RESUME / STATE
+    try:
+        kind.model_validate_json(where.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise unusable(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
 def remove(path: Path) -> None:
-    """Remove a checkpoint, or what is left of one: from then on it is none, whatever comes in between."""
+    """Remove a checkpoint, or what is left of one: from then on it is none, whatever comes in between. Of a link the link.
+
+    Raises:
+        OSError: it is still one.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     make_incomplete(path)
     shutil.rmtree(path, ignore_errors=True)
 

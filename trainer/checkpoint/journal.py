@@ -74,46 +74,69 @@ class Journal:
     attempts: list[Mapping[str, Any]]
     steps: list[Mapping[str, Any]]
 
-    def check(self, run: str, last_step: int, prompts: RowStream[Any] | None = None) -> None:
+    def check(
+        self,
+        run: str,
+        last_step: int,
+        prompts: RowStream[Any] | None = None,
+        *,
+        positions: Mapping[str, int] | None = None,
+    ) -> None:
         """Find out whether every prompt up to a step was used, or dropped for a reason, exactly once and in order.
 
         Args:
             run: id of the run.
             last_step: rows of later steps are not looked at.
             prompts: the stream, which says of a position without a group whether its row is left out.
+            positions: where the last step has ended.
 
         Raises:
             StartupError: names the first step with which something is wrong.
         """
         if not any(row.get("run") == run for row in self.attempts):
-            raise StartupError(f"{self.path} is of another run than {run}")
+            raise self._unusable(f"it is of another run than {run}")
         steps = [row for row in self.steps if row["step"] <= last_step]
         numbers = [row["step"] for row in steps]
         if numbers != list(range(1, last_step + 1)):
             missing = sorted(set(range(1, last_step + 1)) - set(numbers))
             twice = sorted(number for number, count in Counter(numbers).items() if count > 1)
-            raise StartupError(f"{self.path}: steps {missing} are missing, {twice} are there twice")
-        end, end_of_texts = 0, 0
+            raise self._unusable(f"steps {missing} are missing, {twice} are there twice")
+        ends = {"prompts": 0, "texts": 0}
         for row in steps:
-            step = row["step"]
-            if "prompts" not in row:
-                raise StartupError(f"{self.path}: step {step} does not say which prompts it has used")
-            start, after = row["prompts"]
-            places = [group[0] for group in row["groups"]] + [group[0] for group in row["dropped"]]
-            if start != end or after < start or row["texts"][0] != end_of_texts:
-                raise StartupError(
-                    f"{self.path}: step {step} goes on from prompt {start}, the one before ended at {end}"
+            try:
+                ends = self._check_step(row, ends, prompts)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise self._unusable(f"step {row['step']} is no row of a step ({error!r})") from error
+        if positions is not None and ends != positions:
+            raise self._unusable(f"step {last_step} ends at {ends}, the checkpoint of it at {positions}")
+
+    def _check_step(
+        self, row: Mapping[str, Any], ends: dict[str, int], prompts: RowStream[Any] | None
+    ) -> dict[str, int]:
+        """Where the step ends, of which the row is, and before which the data was at `ends`."""
+        step = row["step"]
+        if "prompts" not in row:
+            raise self._unusable(f"step {step} does not say which prompts it has used")
+        (start, after), (start_of_texts, after_texts) = row["prompts"], row["texts"]
+        places = [group[0] for group in row["groups"]] + [group[0] for group in row["dropped"]]
+        if start != ends["prompts"] or after < start or start_of_texts != ends["texts"]:
+            raise self._unusable(f"step {step} goes on from prompt {start}, the one before ended at {ends['prompts']}")
+        if len(set(places)) != len(places) or not all(start <= place < after for place in places):
+            raise self._unusable(f"step {step} has used a prompt twice, or one of another step")
+        if prompts is not None:
+            rows = {place for place in range(start, after) if prompts.at(place) is not None}
+            if rows != set(places):
+                raise self._unusable(
+                    f"step {step} has lost the prompts {sorted(rows - set(places))}, or used {sorted(set(places) - rows)}, "
+                    "which are left out"
                 )
-            if len(set(places)) != len(places) or not all(start <= place < after for place in places):
-                raise StartupError(f"{self.path}: step {step} has used a prompt twice, or one of another step")
-            if prompts is not None:
-                rows = {place for place in range(start, after) if prompts.at(place) is not None}
-                if rows != set(places):
-                    raise StartupError(
-                        f"{self.path}: step {step} has lost the prompts {sorted(rows - set(places))}, or used "
-                        f"{sorted(set(places) - rows)}, which are left out"
-                    )
-            end, end_of_texts = after, row["texts"][1]
+        return {"prompts": after, "texts": after_texts}
+
+    def _unusable(self, reason: str) -> StartupError:
+        return StartupError(
+            f"{self.path} is not as it was written: {reason}; go on from a checkpoint before that with --output.resume_step, or "
+            "begin anew with --output.overwrite true"
+        )
 
 
 def read_journal(folder: Path) -> Journal:
@@ -129,9 +152,10 @@ def read_journal(folder: Path) -> Journal:
         lines = path.read_bytes().split(b"\n")[:-1]  # what is behind the last line break is not whole
         for number, line in enumerate(lines, 1):
             row = parse_json(line)
-            if isinstance(row, dict) and "step" in row:
+            numbered = {name for name, value in row.items() if type(value) is int} if isinstance(row, dict) else set()
+            if "step" in numbered:
                 steps.append(row)
-            elif isinstance(row, dict) and "from_step" in row:
+            elif {"attempt", "from_step"} <= numbered:
                 attempts.append(row)
             else:
                 raise StartupError(

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from services.config import OutputConfig
@@ -30,7 +31,7 @@ class Checkpoints:
     Args:
         sync_rows: waits until the rows of the steps so far are on the disk.
         finished_step: after which the run goes on.
-        best: step with the best evaluation so far, and its reverse KL.
+        reverse_kls: what evaluations of those that are there have measured, by their steps.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Checkpoints:
         sync_rows: Callable[[], None],
         *,
         finished_step: int = 0,
-        best: tuple[int, float] | None = None,
+        reverse_kls: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         self._folder, self._every = Path(output.dir) / "checkpoints", output.save_every_steps
         self._limit, self._keeps_best = output.save_total_limit, output.keep_best
-        self._learner, self._students, self._sync_rows, self._best = learner, students, sync_rows, best
+        self._learner, self._students, self._sync_rows = learner, students, sync_rows
+        self._reverse_kls = dict(reverse_kls)
         self._last = finished_step  # the newest one that is there, or is being written
         self._steps = [step for step in complete_checkpoints(Path(output.dir)) if 0 < step <= finished_step]
         self._thread: threading.Thread | None = None
@@ -81,14 +83,21 @@ class Checkpoints:
 
     def begin(self) -> None:
         """Remove what was not completed, and checkpoints of steps that are to be done again. Those of an earlier run, which this one
-        does not go on from, are students only from now on, until a newer student takes their place."""
-        for path in self._folder.glob(".step-*.part"):
-            folder.remove(path)
-        for step, path in complete_checkpoints(self._folder.parent).items():
-            if self._last and step > self._last:
+        does not go on from, are students only from now on, until a newer student takes their place.
+
+        Raises:
+            OutputError: one cannot be removed.
+        """
+        try:
+            for path in self._folder.glob(".step-*.part"):
                 folder.remove(path)
-            elif not self._last:
-                folder.make_incomplete(path)
+            for step, path in complete_checkpoints(self._folder.parent).items():
+                if self._last and step > self._last:
+                    folder.remove(path)
+                elif not self._last:
+                    folder.make_incomplete(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def is_due(self, step: int) -> bool:
         """Whether a step is one of every so many."""
@@ -146,10 +155,10 @@ class Checkpoints:
 
     def evaluated(self, step: int, reverse_kl: float) -> bool:
         """The student of a step was measured; returns whether its checkpoint is to be made, for it is the best so far."""
-        lowest = math.inf if self._best is None else self._best[1]
+        lowest = min(self._reverse_kls.values(), default=math.inf)
         if not self._keeps_best or step == 0 or not reverse_kl < lowest:
             return False
-        self._best = step, reverse_kl
+        self._reverse_kls[step] = reverse_kl
         logger.info("step %d is the best so far, with a held-out reverse KL of %.4f", step, reverse_kl)
         return True
 
@@ -175,12 +184,17 @@ class Checkpoints:
                 folder.remove(beside)
 
     def _prune(self) -> None:
-        """Remove the oldest ones, after a newer one is complete."""
-        best = self._best[0] if self._keeps_best and self._best is not None else None
+        """Remove the oldest ones, after a newer one is complete. One that cannot be removed stays, and is not tried again."""
+        measured = [step for step in self._steps if step in self._reverse_kls] if self._keeps_best else []
+        best = min(measured, key=self._reverse_kls.__getitem__, default=None)
         for step in self._steps[: -self._limit]:
-            if step != best:
+            if step == best:
+                continue
+            self._steps.remove(step)
+            try:
                 folder.remove(self._path(step))
-                self._steps.remove(step)
+            except OSError as error:
+                logger.warning("%s stays, it cannot be removed: %s", self._path(step), error.strerror)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step}"

@@ -15,7 +15,8 @@ import logging
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,18 @@ class RunRecord:
         self.reverse_kls: dict[int, float] = {}
         """Of held-out prompts, by the step after which they were measured; also by earlier attempts."""
 
+    def open_trackers(self) -> None:
+        """The last check, before anything is replaced: a tracker may want a key or a network.
+
+        Raises:
+            StartupError: output.dir cannot be written.
+        """
+        options = _flat(self._config.model_dump(mode="json"))
+        with self._starting():
+            self.dir.mkdir(parents=True, exist_ok=True)
+            hear_of_tensorboard_once()
+            self._accelerator.init_trackers(self._config.output.project, config=options, **self._going_on())
+
     def begin(self) -> None:
         """Put the files of this run in the place of those of an earlier one, or behind what earlier attempts have written up to
         the step after which this one goes on; every check has passed.
@@ -139,12 +152,7 @@ class RunRecord:
         Raises:
             StartupError: output.dir cannot be written.
         """
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            options = _flat(self._config.model_dump(mode="json"))
-            # Before anything is replaced: one may want a key or a network.
-            hear_of_tensorboard_once()
-            self._accelerator.init_trackers(self._config.output.project, config=options, **self._going_on())
+        with self._starting():
             (self.dir / "summary.json").unlink(missing_ok=True)
             if self.attempt.finished_step:
                 self._cut_back()
@@ -153,6 +161,11 @@ class RunRecord:
                     (self.dir / stale).unlink(missing_ok=True)
                 self.attempt.announce(self.dir)
             write_by_rename(self.dir / "config.json", (self._config.model_dump_json(indent=2) + "\n").encode())
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, OutputError) as error:
             raise StartupError(f"output.dir = {str(self.dir)!r} cannot be written: {error}") from error
 

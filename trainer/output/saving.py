@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from services.config import OutputConfig
+from services.config.output_dir import complete_checkpoints, students_in
 from services.errors import DistillServeError, OutputError, StartupError
 from services.hub.card import model_card
 from services.hub.run_folder import read_records
@@ -49,7 +50,7 @@ class SavedStudents:
         has_begun: bool = False,
     ) -> None:
         self._dir, self._limit = Path(output.dir), output.save_total_limit
-        self._every = output.save_every_steps
+        self._every, self._keeps_best = output.save_every_steps, output.keep_best
         self._model, self._tokenizer = model, tokenizer
         self._has_begun = has_begun
 
@@ -60,7 +61,10 @@ class SavedStudents:
             StartupError: the student's configuration cannot be saved, or there is no room.
         """
         reserve = self._dir / ".reserve"
-        checkpoints = min(self._limit + 1, num_steps // self._every) if self._every else 0
+        # The last few, the one that is being written, and the best one.
+        checkpoints = min(self._limit + 1, num_steps // self._every) + self._keeps_best if self._every else 0
+        if self._has_begun:  # those that are there give their room to newer ones
+            checkpoints = max(0, checkpoints - len(complete_checkpoints(self._dir)))
         try:
             self.release()  # what a killed run held
             _put_back(self._dir / "student")
@@ -73,7 +77,7 @@ class SavedStudents:
             # AdamW's two moments, of every parameter that is trained.
             moments = 2 * sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
             # The first step's student is written before that of an earlier run goes.
-            count = 1 + max(checkpoints, self._has_earlier() and not self._has_begun)
+            count = 1 + max(checkpoints, not self._has_begun and bool(students_in(self._dir)))
             needed, free = count * weights + checkpoints * moments, shutil.disk_usage(reserve).free
             if needed > free:
                 raise StartupError(
@@ -105,7 +109,7 @@ class SavedStudents:
         """
         if not self._has_begun:
             self._has_begun = True
-            if self._has_earlier():
+            if students_in(self._dir):
                 self._write(self._dir / "student", state())
                 _remove(self._dir / "checkpoints")
 
@@ -134,10 +138,6 @@ class SavedStudents:
             write_by_rename(self._dir / "student" / "README.md", card.encode())
         except (DistillServeError, OSError, ValueError) as error:
             logger.warning("the student has no model card: %s", error)
-
-    def _has_earlier(self) -> bool:
-        """Whether another run has left a student in this folder."""
-        return any((self._dir / name).exists() for name in ("student", "checkpoints"))
 
     def write_into(self, folder: Path, state: StudentState) -> None:
         """Write a student, its tokenizer and its adapter into a folder.

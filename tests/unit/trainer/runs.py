@@ -19,6 +19,7 @@ from services.wire.policy_label import PolicyLabel
 from services.wire.rollout import RolloutCompletion, RolloutSampling, VersionSpan
 from tests.scripted_teacher import ScriptedTeacher
 from trainer.checkpoint.attempt import next_attempt
+from trainer.checkpoint.facts import check_facts, facts_of_run
 from trainer.data.prompts import Prompt
 from trainer.data.stream import RowStream
 from trainer.evaluation.evaluate import Evaluator
@@ -121,13 +122,15 @@ def build_session(
     weights: Any = Pushes(rollouts)
     teachers = Teachers([Teacher(None, client, teacher.info)])
     record = RunRecord(config, accelerator, tokenizer, checkpoint and next_attempt(checkpoint))
-    if checkpoint is not None:
-        record.attempt.announce(record.dir)
     num_steps = config.pipeline.steps or 1
+    facts = facts_of_run(config, record.attempt, num_steps, [["data.path", "PROMPTS"]], tokenizer, {})
+    if checkpoint is not None:
+        check_facts(facts, checkpoint)
     students = SavedStudents(config.output, student.model, tokenizer, has_begun=checkpoint is not None)
     learner = Learner(config, student, num_steps, check=interruption.check, optimizers=objects.optimizers)
     if checkpoint is not None:
         learner.resume(checkpoint)
+        record.attempt.announce(record.dir)
     stack.callback(students.release)
     students.reserve(num_steps)
     stack.callback(record.close)
@@ -158,7 +161,7 @@ def build_session(
         students=students,
         checkpoints=_checkpoints(config, learner, students, record),
         progress=Progress(),
-        facts={"run": record.attempt.run, "attempt": record.attempt.number, "config": config.model_dump(mode="json")},
+        facts=facts,
         resumed=checkpoint and checkpoint.state,
         callbacks=objects.callbacks,
     )

@@ -8,7 +8,13 @@ import blake3
 import pytest
 
 from services.config import RunConfig
-from services.config.output_dir import MAY_DIFFER, check_output_dir, complete_checkpoints, find_checkpoint
+from services.config.output_dir import (
+    MAY_DIFFER,
+    check_output_dir,
+    complete_checkpoints,
+    find_checkpoint,
+    students_in,
+)
 from services.errors import ConfigError, StartupError
 from tests.unit.services.config.commands import COMPLETE, refused, resolved
 
@@ -40,6 +46,14 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(tmp_path: Path) -> No
     longer = config_of(tmp_path, pipeline={"steps": 20})
     assert find_checkpoint(longer) == tmp_path / "checkpoints" / "step-10"
     assert check_output_dir(longer) == tmp_path
+
+
+def test_a_run_that_was_killed_in_its_first_checkpoint_has_left_nothing_to_replace(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step-2.part" / "resume").mkdir(parents=True)
+    assert check_output_dir(config_of(tmp_path)) == tmp_path and students_in(tmp_path) == []
+    write(tmp_path, 2, is_complete=False)
+    with pytest.raises(ConfigError, match=r"holds an earlier run \(checkpoints\)"):
+        check_output_dir(config_of(tmp_path))
 
 
 def test_which_one_can_be_chosen(tmp_path: Path) -> None:

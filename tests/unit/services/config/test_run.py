@@ -50,10 +50,12 @@ def test_auto_takes_nccl_only_between_different_gpus(student: str | None, rollou
     assert config.weight_sync_backend() == expected
 
 
-@pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints", ".student.before"])
+@pytest.mark.parametrize("left", ["summary.json", "student", "checkpoints/step-2", ".student.before"])
 def test_what_a_run_has_learned_is_not_overwritten(left: str, tmp_path: Path) -> None:
-    (tmp_path / left).mkdir()
-    with pytest.raises(ConfigError, match=rf"holds an earlier run \({left}\).*output\.overwrite"):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=rf"holds an earlier run \({left.removesuffix('/step-2')}\).*output\.overwrite"
+    ):
         check_output_dir(RunConfig(output={"dir": str(tmp_path)}))
     assert check_output_dir(RunConfig(output={"dir": str(tmp_path), "overwrite": True})) == tmp_path
 

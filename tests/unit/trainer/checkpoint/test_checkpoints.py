@@ -115,6 +115,53 @@ def test_the_best_one_is_kept_beside_the_last_ones(learner: Learner, tmp_path: P
         assert set(complete_checkpoints(tmp_path)) == kept
 
 
+def test_the_best_one_is_kept_until_a_better_one_is_complete(learner: Learner, tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(learner, tmp_path, save_every_steps=1, save_total_limit=1, keep_best=True)
+    made(checkpoints, learner, 1)
+    checkpoints.evaluated(1, 0.5)
+    made(checkpoints, learner, 1)
+    assert checkpoints.evaluated(3, 0.3)
+    checkpoints._prune()  # as by the one before, which was still being written
+    assert set(complete_checkpoints(tmp_path)) == {1, 2}
+    made(checkpoints, learner, 1)
+    assert set(complete_checkpoints(tmp_path)) == {3}
+
+
+def refusing_to_let_go(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Of the checkpoint of a step, as with `chmod -R a-w`."""
+    unlink = Path.unlink
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        if self.parts[-3:-1] == (step, "resume") and self.exists():
+            raise PermissionError(13, "Permission denied", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_warning(
+    learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = checkpoints_of(learner, tmp_path, save_every_steps=1, save_total_limit=1)
+    refusing_to_let_go(monkeypatch, "step-1")
+    made(checkpoints, learner, 3)
+    assert list(complete_checkpoints(tmp_path)) == [1, 3]
+    (warning,) = (record.getMessage() for record in caplog.records if "stays" in record.getMessage())
+    assert warning == f"{tmp_path / 'checkpoints' / 'step-1'} stays, it cannot be removed: Permission denied"
+
+
+@pytest.mark.parametrize("finished_step", [0, 1])
+def test_one_that_has_to_go_and_cannot_ends_the_run_in_one_line(
+    finished_step: int, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(checkpoints_of(learner, tmp_path, save_every_steps=1), learner, 2)
+    refusing_to_let_go(monkeypatch, "step-2")
+    config = OutputConfig(dir=str(tmp_path))
+    students = SavedStudents(config, learner.student.model, build_tokenizer())
+    with pytest.raises(OutputError, match=r"step-2 cannot be written: Permission denied"):
+        Checkpoints(config, learner, students, lambda: None, finished_step=finished_step).begin()
+
+
 def test_the_best_one_is_to_be_made_where_none_was_due(learner: Learner, tmp_path: Path) -> None:
     checkpoints = checkpoints_of(learner, tmp_path, keep_best=True)
     measured = [checkpoints.evaluated(step, kl) for step, kl in enumerate((9.0, 0.5, 0.6, 0.5, float("nan"), 0.4))]

@@ -12,7 +12,7 @@ from services.config import RunConfig
 from services.errors import StartupError
 from tests.unit.trainer.checkpoint.learners import learner_of, written
 from tests.unit.trainer.samples import BATCH
-from trainer.checkpoint.folder import open_checkpoint
+from trainer.checkpoint.folder import open_checkpoint, remove
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,13 @@ def test_a_file_that_nobody_wrote_is_refused(checkpoint: Path) -> None:
     (checkpoint / "adapter_config.json").touch()
     with pytest.raises(StartupError, match=r"adapter_config\.json is not as it was written: nobody wrote it there"):
         open_checkpoint(checkpoint)
+
+
+def test_of_a_link_to_a_checkpoint_the_link_is_removed(checkpoint: Path) -> None:
+    link = checkpoint.with_name("step-2")
+    link.symlink_to(checkpoint)
+    remove(link)
+    assert not link.is_symlink() and open_checkpoint(checkpoint).step == 1
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(checkpoint: Path) -> None:

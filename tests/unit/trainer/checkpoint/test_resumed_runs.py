@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import blake3
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -31,6 +32,7 @@ from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending, 
 from tests.unit.trainer.runs import opener, pushes_of, run_config
 from trainer import DistillationTrainer
 from trainer import train as training
+from trainer.checkpoint import folder
 from trainer.checkpoint.attempt import next_attempt
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.checkpoint.journal import read_journal
@@ -290,6 +292,91 @@ def test_an_evaluation_that_was_due_when_the_run_ended_is_made(runs: Runs) -> No
     assert [row["step"] for row in runs.rows("metrics.jsonl") if "eval_reverse_kl" in row] == [0, 2, 4, 6]
 
 
+@pytest.mark.parametrize("part", ["begin", "complete"])
+def test_a_best_student_that_cannot_be_kept_after_the_last_step_is_a_warning(
+    part: str, runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs.documents.clear()
+    real = getattr(folder, part)
+
+    def disturb(session: Session) -> None:
+        is_saved = False
+
+        def full(path: Path, *others: Any) -> Any:
+            if is_saved:
+                raise OSError(28, "No space left on device")
+            return real(path, *others)
+
+        def last() -> None:  # the checkpoint of the last step is that of the best one
+            nonlocal is_saved
+            is_saved = True
+
+        session._save = lambda save=session._save: (save(), last())[0]  # type: ignore[method-assign, misc]
+        runs.monkeypatch.setattr(folder, part, full)
+
+    assert runs.go(disturb=disturb, output={"keep_best": True, "save_every_steps": 4}).steps == NUM_STEPS
+    assert (runs.out() / "summary.json").exists() and runs.checkpoints() == [4]
+    warnings = [record.getMessage() for record in caplog.records if "step-6 cannot be written" in record.getMessage()]
+    assert len(warnings) == 2 and "No space left on device" in warnings[0]
+
+
+def test_a_link_in_the_place_of_a_step_that_is_done_again_goes(runs: Runs) -> None:
+    output = {"save_total_limit": 9}
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(5), output=output)
+    step = runs.out() / "checkpoints" / "step-4"
+    elsewhere = step.rename(runs.tmp_path / "bigger-disk")
+    step.symlink_to(elsewhere)
+    runs.go(output={**output, "resume_step": 2})
+    check_same_run(runs)
+    assert (elsewhere / RESUME / "complete").exists() and not step.is_symlink()
+
+
+@pytest.mark.parametrize("written", ["NaN", '"a"', "null"])
+def test_what_is_no_number_in_the_metrics_is_not_the_best(written: str, runs: Runs) -> None:
+    runs.documents.clear()
+    sections: dict[str, Any] = {"evaluation": {"every_steps": 1}, "output": {"keep_best": True, "save_total_limit": 9}}
+    with pytest.raises(PeerError):
+        runs.go(disturb=failing_at(4), **sections)
+    path = runs.out() / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    (best,) = [row for row in rows if row["step"] == 3 and "eval_reverse_kl" in row]
+    best["eval_reverse_kl"] = "@"
+    path.write_text("".join(json.dumps(row).replace('"@"', written) + "\n" for row in rows))
+    runs.documents.clear()
+    measured: dict[int, float] = {}
+    runs.go(disturb=lambda session: measured.update(session.checkpoints._reverse_kls), **sections)
+    assert set(measured) == {1, 2} and (runs.out() / "summary.json").exists()
+
+
+# ---------------------------------------------------------------------------------------- ends before it has begun
+
+
+def test_a_run_that_ends_before_it_has_begun_leaves_the_student_of_the_one_before(runs: Runs) -> None:
+    before = snapshot(runs.out("whole"))
+    with pytest.raises(WeightSyncError) as raised:
+        runs.go("whole", disturb=ending(4, WeightSyncError("torn")), output={"resume_step": 4})
+    path = runs.out("whole") / "checkpoints" / "step-4"
+    assert raised.value.__notes__ == [f"the same command goes on after step 4, from {path}"]
+    now = snapshot(runs.out("whole"))
+    assert now.pop("journal.jsonl").startswith(before.pop("journal.jsonl")) and now == before
+
+
+@pytest.mark.parametrize("output", [{"overwrite": True}, {"resume_step": 4}], ids=str)
+def test_trackers_that_refuse_do_so_before_anything_is_replaced(output: Any, runs: Runs) -> None:
+    def disturb(session: Session) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError("wandb wants a key")
+
+        session.record._accelerator.init_trackers = refuse  # type: ignore[method-assign]
+
+    before = snapshot(runs.out("whole"))
+    with pytest.raises(StartupError, match="wandb wants a key"):
+        runs.go("whole", disturb=disturb, output=output)
+    now = snapshot(runs.out("whole"))
+    assert now.pop("journal.jsonl").startswith(before.pop("journal.jsonl")) and now == before
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -344,6 +431,16 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(runs: Runs) -> No
     with pytest.raises(ConfigError, match=r"a complete run of pipeline\.steps = 6; raise that"):
         runs.go("whole", output={"resume": True})
     assert runs.go("whole", pipeline={"steps": 8}, output={"resume": True}).steps == 8
+
+
+def test_a_finished_run_of_so_many_epochs_does_not_go_on(runs: Runs) -> None:
+    runs.documents.clear()
+    pipeline = {"steps": None, "epochs": 0.5}
+    assert runs.go(pipeline=pipeline).steps == 1
+    before = snapshot(runs.out())
+    with pytest.raises(ConfigError, match=r"a complete run of the 1 steps that pipeline\.epochs comes to; raise that"):
+        runs.go(pipeline=pipeline, output={"resume": True})
+    assert snapshot(runs.out()) == before
 
 
 def test_a_run_goes_on_from_the_step_that_is_asked_for(runs: Runs) -> None:
@@ -413,6 +510,74 @@ def test_a_journal_that_does_not_belong_to_the_checkpoint_is_refused(how: str, r
     with pytest.raises(StartupError, match=r"journal\.jsonl"):
         runs.go()
     assert snapshot(runs.out()) == before
+
+
+STATES: dict[str, Any] = {
+    "step": lambda state: state.pop("step"),
+    "num_ranks": lambda state: state.update(num_ranks=0),
+    "files": lambda state: state.update(files=[]),
+    "run": lambda state: state.update(run=3),
+    "attempt": lambda state: state.update(attempt="2"),
+    "wall_s": lambda state: state.update(wall_s="x"),
+    "num_tokens": lambda state: state.pop("num_tokens"),
+    "positions": lambda state: state.pop("positions"),
+    "positions.prompts": lambda state: state["positions"].update(prompts=-3),
+    "before": lambda state: state.update(before={"dict": [["a", 1]]}),
+    "failed_evaluations": lambda state: state.update(failed_evaluations=[{"step": 1}]),
+    "teachers": lambda state: state.update(teachers={"teacher.model": {}}),
+    "learner.optimizer": lambda state: state.update(learner={}),
+}
+
+
+def edit_state(checkpoint: Path, edit: Any) -> None:
+    """With the checksum that belongs to it."""
+    path = checkpoint / RESUME / "state.json"
+    state = json.loads(path.read_text())
+    edit(state)
+    content = json.dumps(state).encode()
+    path.write_bytes(content)
+    path.with_name("complete").write_text(blake3.blake3(content).hexdigest())
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_value_that_is_edited_with_its_checksum_is_refused_by_its_name(name: str, runs: Runs) -> None:
+    path = ended(runs)
+    edit_state(path, STATES[name])
+    before = snapshot(runs.out())
+    named = rf"{path / RESUME / 'state.json'} is not as it was written: {name}[.\w]*: .*; remove {path} to go on"
+    with pytest.raises(StartupError, match=named):
+        runs.go()
+    assert snapshot(runs.out()) == before
+
+
+JOURNALS: dict[str, tuple[Any, str]] = {
+    "a text": (lambda row: row.update(step="3"), "line 4 is no row of a journal"),
+    "no groups": (lambda row: row.pop("groups"), "step 3 is no row of a step"),
+    "no texts": (lambda row: row.pop("texts"), "step 3 is no row of a step"),
+    "a number": (lambda row: row.update(prompts=3), "step 3 is no row of a step"),
+    "no numbers": (lambda row: row.update(prompts=[]), "step 3 is no row of a step"),
+    "another end": (lambda row: row.update(prompts=[8, 13]), "step 3 ends at .*13.* the checkpoint of it at .*12"),
+}
+
+
+@pytest.mark.parametrize("how", JOURNALS)
+def test_a_row_of_the_journal_that_is_edited_is_refused_by_its_step(how: str, runs: Runs) -> None:
+    ended(runs)
+    edit, named = JOURNALS[how]
+    path = runs.out() / "journal.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    edit(rows[-1])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = snapshot(runs.out())
+    with pytest.raises(StartupError, match=rf"journal\.jsonl.* {named}.*; .*begin anew with --output.overwrite true"):
+        runs.go()
+    assert snapshot(runs.out()) == before
+
+
+def test_data_that_would_go_on_elsewhere_than_the_journal_ends_is_refused(runs: Runs) -> None:
+    edit_state(ended(runs), lambda state: state["positions"].update(prompts=999))
+    with pytest.raises(StartupError, match=r"journal\.jsonl .*: step 3 ends at .*12.* the checkpoint of it at .*999"):
+        runs.go()
 
 
 def test_a_journal_that_ends_in_half_a_line_is_no_obstacle(runs: Runs) -> None:

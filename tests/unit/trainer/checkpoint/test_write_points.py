@@ -1,6 +1,8 @@
 """Killed, or out of room, at every point at which a checkpoint is written: one that is complete is always there and loads."""
 
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,8 +17,9 @@ from services.errors import ConfigError, OutputError, PeerError
 from tests.small_disk import small_disk_at
 from tests.unit.trainer.checkpoint.learners import all_state, assert_same, learner_of
 from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
-from tests.unit.trainer.checkpoint.write_points import DONE, REFUSED, count_points, full_from, killed_at
+from tests.unit.trainer.checkpoint.write_points import DONE, REFUSED, count_points, full_from, in_child, killed_at
 from tests.unit.trainer.samples import BATCH
+from trainer.checkpoint import folder
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.learner import Learner
 from trainer.output.checkpoints import Checkpoints
@@ -97,9 +100,9 @@ def test_a_disk_that_is_full_from_any_write_point_on_leaves_the_one_before(
     assert set(ends) <= {DONE, REFUSED} and ends[0] == REFUSED and ends == sorted(ends, reverse=True)
 
 
-def copy_of(folder: Path, into: Path) -> Path:
+def copy_of(path: Path, into: Path) -> Path:
     shutil.rmtree(into, ignore_errors=True)
-    shutil.copytree(folder, into)
+    shutil.copytree(path, into)
     return into
 
 
@@ -107,10 +110,10 @@ def copy_of(folder: Path, into: Path) -> Path:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(small_disk_at(tmp_path / "disk", mib=4))
+            disk = stack.enter_context(small_disk_at(tmp_path / "disk", mib=4))
         except subprocess.CalledProcessError:
             pytest.skip("this container may not mount a disk")
-        yield folder
+        yield disk
 
 
 def test_a_real_disk_that_is_full_leaves_the_one_before(learner: Learner, config: RunConfig, small_disk: Path) -> None:
@@ -136,7 +139,7 @@ def check_goes_on(runs: Runs, name: str) -> None:
         if complete_checkpoints(runs.out(name)):
             assert runs.go(name).attempts > 1
         else:
-            runs.go(name, output={"overwrite": True})
+            runs.go(name, output={"overwrite": (runs.out(name) / "student").exists()})
         assert_same(runs.ends[-1], runs.ends[0])
     assert_same(runs.student(name), runs.student("whole"))
     assert runs.rows("journal.jsonl", name) == runs.rows("journal.jsonl", "whole")
@@ -163,6 +166,19 @@ def go(runs: Runs, name: str) -> None:
 
 def test_a_run_that_is_killed_while_it_writes_goes_on(runs: Runs) -> None:
     kill_and_go_on(runs, 6)
+
+
+def test_a_run_that_is_killed_while_it_writes_its_first_checkpoint_begins_again(runs: Runs) -> None:
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        runs.monkeypatch.setattr(folder, "complete", kill)
+        runs.go()
+
+    assert in_child(killed, KeyboardInterrupt, lambda event, number: None)[0] == -signal.SIGKILL
+    assert [path.name for path in (runs.out() / "checkpoints").iterdir()] == [".step-2.part"]
+    check_goes_on(runs, "out")
 
 
 @pytest.mark.long

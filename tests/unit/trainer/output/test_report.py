@@ -43,6 +43,7 @@ def record(folder: Path, **output: object) -> RunRecord:
 
 def begun(folder: Path, **output: object) -> RunRecord:
     run = record(folder, **output)
+    run.open_trackers()
     run.begin()
     return run
 
@@ -57,7 +58,7 @@ def test_trackers_are_told_the_project_and_the_options(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         run._accelerator, "init_trackers", lambda project, config: told.update(project=project, seed=config["seed"])
     )
-    run.begin()
+    run.open_trackers()
     assert told == {"project": "my project", "seed": 0}
 
 

@@ -25,8 +25,9 @@ def model(tiny_model_folder: Any) -> Any:
     return load_student(RunConfig(student={"model": tiny_model_folder("qwen3")}).student).model
 
 
-def students(folder: Path, model: Any, **output: Any) -> SavedStudents:
-    return SavedStudents(OutputConfig(dir=str(folder), **output), model, build_tokenizer())
+def students(folder: Path, model: Any, *, has_begun: bool = False, **output: Any) -> SavedStudents:
+    config = OutputConfig(dir=str(folder), **output)
+    return SavedStudents(config, model, build_tokenizer(), has_begun=has_begun)
 
 
 @torch.no_grad()
@@ -98,6 +99,31 @@ def test_room_is_counted_for_the_student_of_an_earlier_run_until_it_goes(
         students(tmp_path / "used", model, save_every_steps=0).reserve(5)
 
 
+def test_room_is_counted_once_for_the_checkpoints_of_a_run_that_goes_on(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = {"save_every_steps": 10, "save_total_limit": 2}
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("", (), {"free": 1 << 20}))
+    for step, num_students in ((0, 4), (10, 3), (20, 2), (30, 1), (40, 1)):
+        if step:
+            (tmp_path / "checkpoints" / f"step-{step}" / "resume").mkdir(parents=True)
+            (tmp_path / "checkpoints" / f"step-{step}" / "resume" / "complete").touch()
+        with pytest.raises(StartupError, match=rf"the run saves {num_students} students .* {num_students - 1} states"):
+            students(tmp_path, model, has_begun=True, **output).reserve(100)
+        with pytest.raises(StartupError, match=r"the run saves 4 students .* 3 states"):  # of another run
+            students(tmp_path, model, **output).reserve(100)
+
+
+def test_room_is_counted_for_the_best_checkpoint_as_well(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("", (), {"free": 1 << 20}))
+    for num_steps, num_students in ((100, 5), (20, 4)):
+        with pytest.raises(StartupError, match=f"the run saves {num_students} students"):
+            output = {"save_every_steps": 10, "save_total_limit": 2, "keep_best": True}
+            students(tmp_path, model, **output).reserve(num_steps)
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_whoever_is_ended_between_the_two_renames_has_a_student(
     is_killed: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +166,12 @@ def test_an_earlier_run_is_replaced_by_the_first_finished_step(model: Any, tmp_p
     saved.step_finished(partial(StudentState, 1))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(model))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_first_step_is_not_saved_where_no_earlier_run_is(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step-1.part").mkdir(parents=True)
+    students(tmp_path, model, save_every_steps=1).step_finished(partial(StudentState, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_what_a_killed_save_left_behind_is_no_obstacle(model: Any, tmp_path: Path) -> None:
