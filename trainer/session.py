@@ -67,6 +67,7 @@ class Session:
         self._positions: dict[str, int] = {"prompts": 0, "texts": 0}
         self._recorded = self._first = self.learner.finished_step
         self._checkpoint_s: float | None = None
+        self._are_servers_waiting = False
         if self.resumed is not None:
             self.num_tokens, self._positions = self.resumed["num_tokens"], dict(self.resumed["positions"])
             before = from_json(self.resumed["before"])
@@ -133,7 +134,10 @@ class Session:
         """
         canary = self.event_loop.run(self.weights.canary)
         snapshot = self.learner.snapshot(version, self.weights.rollout_dtype, canary)
-        return self.event_loop.run(self.pipeline.publish, snapshot)
+        self._are_servers_waiting = True  # for the push that is whole: until then they sample nothing
+        costs = self.event_loop.run(self.pipeline.publish, snapshot)
+        self._are_servers_waiting = False
+        return costs
 
     def finish_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """The student holds the step: save it where it is due, push it, write it down.
@@ -252,18 +256,28 @@ class Session:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student is measured after a step that is not the last one."""
-        every, control = self.config.evaluation.every_steps, self._events.control
-        is_due = control.take("evaluate") or (every > 0 and step % every == 0)
-        return is_due and step < self.num_steps and not control.is_stopping
+        every = self.config.evaluation.every_steps
+        is_due = self._events.control.take("evaluate") or (every > 0 and step % every == 0)
+        return is_due and self._goes_on(step)
+
+    def _goes_on(self, step: int) -> bool:
+        """Whether there is a step after this one."""
+        return step < self.num_steps and not self._events.control.is_stopping
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
-        warning: a measurement must not cost what was trained."""
+        warning: a measurement must not cost what was trained.
+
+        Raises:
+            DistillServeError: of a push that failed in it, where the next step needs the servers.
+        """
         if self.evaluator is None:
             return None
         try:
             evaluation = self._measure(self.evaluator, step)
         except Exception as error:
+            if self._are_servers_waiting and self._goes_on(step):
+                raise
             is_known = isinstance(error, DistillServeError)
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
             text = "the evaluation after step %d failed, training is not affected: %s"
