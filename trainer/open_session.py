@@ -320,6 +320,7 @@ def _assemble(
         facts=facts,
         resumed=None if checkpoint is None else checkpoint.state,
         callbacks=objects.callbacks,
+        begun=objects.begun,
     )
 
 

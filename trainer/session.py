@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ class Session:
     Attributes:
         facts: what every checkpoint says of the run.
         resumed: what the checkpoint says after which it goes on; None: it begins.
+        begun: told when its files have taken the place of those of an earlier one.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class Session:
     facts: Mapping[str, Any] = field(default_factory=dict)
     resumed: Mapping[str, Any] | None = None
     callbacks: Sequence[Callback] = ()
+    begun: Callable[[], None] = lambda: None
     failed_evaluations: list[FailedEvaluation] = field(default_factory=list)
     num_tokens: int = 0
     step_began: float = 0.0
@@ -67,7 +69,7 @@ class Session:
         self._positions: dict[str, int] = {"prompts": 0, "texts": 0}
         self._recorded = self._first = self.learner.finished_step
         self._checkpoint_s: float | None = None
-        self._has_begun = False
+        self._has_begun = self._are_servers_waiting = False
         if self.resumed is not None:
             self.num_tokens, self._positions = self.resumed["num_tokens"], dict(self.resumed["positions"])
             before = from_json(self.resumed["before"])
@@ -126,6 +128,7 @@ class Session:
         self.checkpoints.begin()
         self.record.begin()
         self._has_begun = True
+        self.begun()
         self.step_began = self.record.wall_s
 
     def push(self, version: int) -> dict[str, float]:
@@ -136,7 +139,10 @@ class Session:
         """
         canary = self.event_loop.run(self.weights.canary)
         snapshot = self.learner.snapshot(version, self.weights.rollout_dtype, canary)
-        return self.event_loop.run(self.pipeline.publish, snapshot)
+        self._are_servers_waiting = True  # for the push that is whole: until then they sample nothing
+        costs = self.event_loop.run(self.pipeline.publish, snapshot)
+        self._are_servers_waiting = False
+        return costs
 
     def finish_step(self, step: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """The student holds the step: save it where it is due, push it, write it down.
@@ -259,25 +265,29 @@ class Session:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student is measured after a step that is not the last one."""
-        every, control = self.config.evaluation.every_steps, self._events.control
-        is_due = control.take("evaluate") or (every > 0 and step % every == 0)
-        return is_due and step < self.num_steps and not control.is_stopping
+        every = self.config.evaluation.every_steps
+        is_due = self._events.control.take("evaluate") or (every > 0 and step % every == 0)
+        return is_due and self._goes_on(step)
 
-    def evaluate(self, step: int, *, is_last: bool = False) -> Evaluation | None:
+    def _goes_on(self, step: int) -> bool:
+        """Whether there is a step after this one."""
+        return step < self.num_steps and not self._events.control.is_stopping
+
+    def evaluate(self, step: int) -> Evaluation | None:
         """Measure the student on the held-out prompts; None when there are none, or when it cannot be done, which is a
         warning: a measurement must not cost what was trained.
 
-        Args:
-            is_last: all steps are done.
-
         Raises:
-            OutputError: a row, or the checkpoint of the best student so far, cannot be written; the latter not of the last one.
+            OutputError: a row, or the checkpoint of the best student so far, cannot be written; the latter not after the last step.
+            DistillServeError: of a push that failed in it, where the next step needs the servers.
         """
         if self.evaluator is None:
             return None
         try:
             evaluation = self._measure(self.evaluator, step)
         except Exception as error:
+            if self._are_servers_waiting and self._goes_on(step):
+                raise
             is_known = isinstance(error, DistillServeError)
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
             text = "the evaluation after step %d failed, training is not affected: %s"
@@ -290,7 +300,7 @@ class Session:
         self.progress.evaluated(step, evaluation.exact_match, evaluation.reverse_kl)
         self._tell("on_evaluate", step=step, evaluation=evaluation)
         if self.checkpoints.evaluated(step, evaluation.reverse_kl):
-            self._last_checkpoint() if is_last else self._checkpoint()
+            self._checkpoint() if self._goes_on(step) else self._last_checkpoint()
         return evaluation
 
     def _measure(self, evaluator: Evaluator, step: int) -> Evaluation:

@@ -8,8 +8,6 @@ The pipeline works in an event loop of its own, in a second thread; only this on
 how far the two may be apart: with max_staleness 0 they take turns, and an asynchronous run would be the same with more slots.
 """
 
-from collections.abc import Callable
-
 from services.config import RunConfig
 from services.process.signals import interruptible
 from trainer.following import follow
@@ -43,13 +41,12 @@ def train(config: RunConfig, objects: UserObjects = NOTHING) -> Summary | None:
             follow(ranks, objects.optimizers)
             return None
         with open_session(config, interruption, ranks, objects) as run, run.telling_its_end():
-            return _train(run, objects.begun)
+            return _train(run)
 
 
-def _train(run: Session, begun: Callable[[], None]) -> Summary:
+def _train(run: Session) -> Summary:
     with run.saving_the_student():
         run.begin()
-        begun()
         before = run.evaluate_before()
         for step in run.steps():
             batch = run.feed.next()
@@ -57,5 +54,5 @@ def _train(run: Session, begun: Callable[[], None]) -> Summary:
             run.finish_step(step, batch, metrics)
             if run.is_evaluated(step):
                 run.evaluate(step)
-    after = run.evaluate(run.learner.finished_step, is_last=True)
+    after = run.evaluate(step=run.learner.finished_step)
     return run.finish(before, after)

@@ -7,6 +7,7 @@ a failure    marks the server as away (rollout_group.py), and what is missing of
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,8 @@ _SILENCE_S = 2.5 * HEARTBEAT_S
 """After which a server counts as gone, where others can do its work."""
 _BROKEN_S = 2.0
 """How long errors of a server that answers (5xx) may last, where others can do its work."""
+_NOT_THE_SERVER = frozenset((401, 403, 404, 405, *range(300, 400)))
+"""Answers to whoever asks, whatever for: of a server with another key, or of another program at its address."""
 
 _OnCompletion = Callable[[RolloutCompletion], None]
 
@@ -58,14 +61,17 @@ class _UnusableError(PeerError):
 class _WhileOthersCan:
     """A server that fails is left; one that is only busy is waited for (services/clients/outage.py, `GiveUp`)."""
 
-    outage_s: float
+    url: str
+    group: RolloutGroup
 
     def left_s(self, outage: Outage) -> float:
         error = None if outage.newest is None else outage.newest.error
         if not isinstance(error, ProblemError):
             return 0.0
-        is_busy = error.retry_after_s is not None or error.status in (408, 429)
-        return (self.outage_s if is_busy else _BROKEN_S) - outage.lasted_s
+        if error.retry_after_s is None and error.status not in (408, 429):
+            return _BROKEN_S - outage.lasted_s
+        can_others = any(url != self.url for url in self.group.live)
+        return min(self.group.outage_s, _SILENCE_S if can_others else math.inf) - outage.lasted_s
 
     def error(self, outage: Outage) -> PeerError:
         assert outage.newest is not None  # a request is given up after a failure
@@ -197,7 +203,7 @@ class RolloutClient(ServerClient):
                 raise error
             if isinstance(error, _ServerLeftError):
                 rest = share.missing(call.received)
-                options: dict[str, Any] = {"needs_weights": error.needs_weights}
+                options: dict[str, Any] = {"needs_weights": error.needs_weights, "asked_at": share.asked_at}
                 self.group.leave(share.url, str(error), **options, num_missing=sum(map(len, rest)))
             elif self.group.labels is not None and not isinstance(error, ProblemError):
                 rest = await self._after_a_bad_answer(share, call, error)
@@ -230,12 +236,15 @@ class RolloutClient(ServerClient):
         started = self._clock()
         while share.left:
             request = share.current = share.left.pop()
+            share.asked_at = self._clock()
             try:
                 await self._ask(share, request, call)
                 parts = request.without(call.received)
             except ProblemError as error:
                 if self._is_not_held(error):
                     raise _ServerLeftError("was started again: it is not held", needs_weights=True) from error
+                if self.group.labels is not None and error.status in _NOT_THE_SERVER:
+                    raise _ServerLeftError(f"is not what it was: {error}", needs_weights=True) from error
                 parts = request.halves() if error.status == _TOO_LARGE else []
                 if not parts:
                     raise
@@ -271,7 +280,7 @@ class RolloutClient(ServerClient):
         if self.group.is_elsewhere_work:
             alone = Replicas([url], failures_to_eject=1 << 30, longest_rest_s=self._outage_s, clock=self._clock)
             outage = Outage(alone, self._TIMEOUT_OPTION, self._clock)
-            await outage.ask(read, _WhileOthersCan(self._outage_s))
+            await outage.ask(read, _WhileOthersCan(url, self.group))
         else:
             await self._outlasting(self._alone[url], read)
 

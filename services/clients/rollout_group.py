@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 5.0
 """How long a server that is away may take to say how it is."""
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.25, 2.0
-# A server that fails again so soon after its return, with nothing completed, was not really back.
+# A server that fails what it is asked so soon after its return, with nothing completed, was not really back.
 _TRIAL_S = 30.0
+_FIRST_REST_S, _LONGEST_REST_S = 2.0, 60.0
+"""How long it is then left alone, longer each time."""
 _RELAPSES_TOLD = 2
 # What a new measurement of a server's speed counts, against all earlier ones.
 _NEWEST = 0.3
@@ -204,25 +206,35 @@ class RolloutGroup:
 
     # ---- who leaves and who returns
 
-    def leave(self, url: str, reason: str, *, needs_weights: bool = False, num_missing: int = 0) -> None:
+    def leave(
+        self,
+        url: str,
+        reason: str,
+        *,
+        needs_weights: bool = False,
+        num_missing: int = 0,
+        asked_at: float | None = None,
+    ) -> None:
         """A server is away from now on, and watched.
 
         Args:
             reason: what follows its URL, e.g. "cannot be reached: ...".
             needs_weights: only a push makes it live again.
             num_missing: completions that it was asked for and has not sent.
+            asked_at: when it was asked for what it failed; None: now.
         """
         server, now = self._servers[url], self._clock()
         server.needs_weights |= needs_weights
         if server.state == "away":
             return
-        is_on_trial = server.returned_at is not None and now - server.returned_at < _TRIAL_S
+        asked_at = now if asked_at is None else asked_at
+        is_on_trial = server.returned_at is not None and asked_at - server.returned_at < _TRIAL_S
         was_on_trial = server.state == "back" or is_on_trial
-        server.state, server.reason, server.info = "away", reason, None
+        server.state, server.reason, server.info, server.num_polls = "away", reason, None, 0
         if was_on_trial:
             server.num_relapses += 1
         else:
-            server.failing_since, server.num_polls, server.num_relapses = now, 0, 0
+            server.failing_since, server.num_relapses = now, 0
         others = "the others" if self.live else "whoever answers first"
         more = f"; its {num_missing} completions go to {others}" if num_missing else ""
         self._log(server, logging.WARNING, "%s is away: it %s%s", url, reason, more)
@@ -288,12 +300,14 @@ class RolloutGroup:
             except Exception as error:  # asked again, whatever it is
                 self._is_silent(server, error)
             else:
-                self._answers(server, info)
+                if server.state != "live":  # else a push has taken it in meanwhile
+                    self._answers(server, info)
             self._notify()
 
     def _poll_s(self, server: _Server) -> float:
         if server.num_polls == 0:
-            return 0.0
+            rest_s = _FIRST_REST_S * 2.0 ** min(server.num_relapses - 1, 16)
+            return min(_LONGEST_REST_S, rest_s) if server.num_relapses else 0.0
         growing = _FIRST_POLL_S * 2.0 ** min(server.num_polls - 1, 16)
         return min(_LONGEST_POLL_S, growing) * random.uniform(1.0, 1.25)
 

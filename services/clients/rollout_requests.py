@@ -99,12 +99,14 @@ class Share:
     Attributes:
         left: not asked yet, the next one last.
         current: asked now.
+        asked_at: when, by the clock of the client, seconds.
         num_tokens: that have arrived.
     """
 
     url: str
     left: list[Request]
     current: Request | None = None
+    asked_at: float | None = None
     num_tokens: int = 0
 
     def missing(self, received: Mapping[tuple[int, int], RolloutCompletion]) -> list[Request]:

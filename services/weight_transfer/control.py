@@ -169,6 +169,7 @@ class WeightControlClient:
         try:
             async with asyncio.timeout(_PROBE_S):
                 await self._claim(self._http, url)
+                ready = await self._http.get(f"{url}/ready")  # `hold` answers also where the engine is dead
         except ServerHeldError:
             raise
         except ServerRestartedError:
@@ -177,7 +178,9 @@ class WeightControlClient:
             return f"is silent: no answer within {_PROBE_S:g} s"
         except WeightSyncError as error:
             return f"does not answer: {error}"
-        return None
+        except httpx.RequestError as error:
+            return describe(error, "weight_sync.stage_timeout_s")
+        return None if ready.is_success else f"is not ready: it answers {ready.status_code}: {_reason(ready)}"
 
     def _claimer(self) -> Claim:
         http = self._client()

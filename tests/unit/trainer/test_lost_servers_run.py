@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
-from services.errors import OutageError
+from services.errors import EvaluationError, OutageError, PeerError, WeightsWantedError, WeightSyncError
 from services.weight_transfer.channel import Update
 from services.weight_transfer.control import WeightControlClient
 from tests.scripted_teacher import ScriptedTeacher
-from tests.unit.services.clients.fleet import Fleet
+from tests.unit.services.clients.fleet import FakeServer, Fleet
 from tests.unit.trainer.runs import PROMPTS, opener, run_config
 from trainer import train as training
 from trainer.session import Session
@@ -73,6 +74,7 @@ class Lost:
             self.before_step(len(self.versions))
             return step(batch)
 
+        self.session = session
         session.learner.step = watched  # type: ignore[method-assign]
 
     def check_complete(self) -> None:
@@ -175,6 +177,74 @@ def test_a_server_may_be_killed_in_each_stage_of_a_push(stage: str, hosts: str, 
         server.on_stage = kill
 
     lost(hosts, disturb).check_complete()
+
+
+def engine_dies_in(stage: str, server: FakeServer, restart: Callable[[], object] = lambda: None) -> None:
+    """In the second push; its HTTP server answers on, what needs no engine as if nothing were amiss."""
+    answer, seen, has_died = server.answer, [], threading.Event()
+
+    def on_stage(name: str) -> None:
+        seen.append(name)
+        if name == stage and seen.count(name) == 2:
+            has_died.set()
+            restart()
+
+    async def answered(request: httpx.Request) -> httpx.Response:
+        found = await answer(request)
+        if server.life or not has_died.is_set() or request.url.path.endswith(("/hold", "/info")):
+            return found
+        return httpx.Response(503, json={"title": "Engine dead", "detail": "its log says why"})
+
+    server.on_stage, server.answer = on_stage, answered  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stage", ["pause", "receive"])
+def test_a_server_whose_engine_dies_in_a_push_is_left_out(stage: str, lost: Any) -> None:
+    lost("ab", lambda run: engine_dies_in(stage, run.fleet["b"])).check_complete()
+
+
+def test_a_lone_server_whose_engine_dies_in_a_push_is_waited_for(lost: Any) -> None:
+    def disturb(run: Lost) -> None:
+        restart = run.fleet["a"].restart
+        engine_dies_in("receive", run.fleet["a"], threading.Timer(RESTART_S, restart).start)
+
+    lost("a", disturb).check_complete()
+
+
+def test_a_lone_server_whose_engine_stays_dead_after_a_push_ends_the_run(lost: Any, tmp_path: Path) -> None:
+    with pytest.raises(OutageError, match=r"http://a:1 is not ready: .*answered 503"):
+        lost("a", lambda run: engine_dies_in("receive", run.fleet["a"]), outage_s=1.0)
+    assert (tmp_path / "out" / "student" / "config.json").exists()
+
+
+@pytest.mark.parametrize("in_step", [2, NUM_STEPS])
+def test_a_push_that_fails_in_an_evaluation_ends_the_run_unless_there_is_no_step_after_it(
+    in_step: int, lost: Any
+) -> None:
+    """The servers wait for one that is whole."""
+    runs: list[Lost] = []
+
+    def disturb(run: Lost) -> None:
+        runs.append(run)
+        has_failed: list[int] = []
+
+        def evaluate(learner: Any, policy_version: int) -> Any:
+            if policy_version < in_step:
+                raise PeerError("not now")
+            has_failed.append(policy_version)
+            raise WeightsWantedError("a was started again")
+
+        def fails(stage: str) -> None:
+            if stage == "receive" and has_failed:
+                raise httpx.ReadTimeout("slow")
+
+        run.fleet["a"].on_stage = fails
+        run.session.evaluator = SimpleNamespace(evaluate=evaluate)  # type: ignore[assignment]
+        run.session.is_evaluated = lambda step: step == 2  # type: ignore[method-assign]
+
+    with pytest.raises(WeightSyncError if in_step == 2 else EvaluationError, match="receive on http://a:1 failed"):
+        lost("a", disturb)
+    assert len(runs[0].versions) == in_step
 
 
 def test_all_servers_may_be_killed_at_once(lost: Any) -> None:

@@ -13,7 +13,7 @@ from services.clients import rollout, rollout_group
 from services.errors import OutageError, PeerError, ProblemError, WeightsWantedError
 from services.wire.rollout import decode_completion, encode_completion, encode_stream_error
 from tests.unit.services.clients.answers import frame
-from tests.unit.services.clients.fleet import LABEL, Fleet, everything, now
+from tests.unit.services.clients.fleet import LABEL, FakeServer, Fleet, everything, now
 from tests.virtual_time import in_virtual_time
 
 
@@ -305,13 +305,139 @@ def test_an_outage_beyond_the_budget_is_an_error_of_its_own(
     assert len(told.records) == len(hosts)  # nothing is repeated while they are waited for
 
 
-def test_a_server_that_says_it_is_well_and_never_completes_anything_is_given_up() -> None:
+def is_not_well(server: FakeServer, how: str) -> None:
+    """It says all the same that it is."""
+    answer = server.answer
+
+    async def swallow(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/rollouts":
+            server.asked.append((now(), []))
+            await asyncio.sleep(request.extensions["timeout"]["read"])
+            raise httpx.ReadTimeout("silent", request=request)
+        return await answer(request)
+
+    if how == "answered no request":
+        server.answer = swallow  # type: ignore[method-assign]
+    else:
+        headers = {"Retry-After": "5"} if "503" in how else {}
+        server.refuse = lambda: httpx.Response(int(how.split()[-1]), headers=headers)
+
+
+@pytest.mark.parametrize("hosts", ["a", "ab"])
+@pytest.mark.parametrize(
+    ("how", "said", "within_s"),
+    [
+        ("answered 500", "answered 500", 80.0),
+        ("answered 503", "answered 503", 200.0),
+        ("answered no request", "is connected but slow: no answer within", 210.0),
+    ],
+)
+def test_servers_that_say_they_are_well_and_never_complete_anything_are_given_up(
+    how: str, said: str, within_s: float, hosts: str
+) -> None:
+    async def work() -> None:
+        fleet = Fleet(*hosts, timeout_s=100.0)
+        for host in hosts:
+            is_not_well(fleet[host], how)
+        with pytest.raises(OutageError, match=f"http://a:1 {said}"):
+            async with asyncio.timeout(1000.0):
+                await fleet.generate(4, waits_for_weights=True)
+        assert 60.0 <= now() < within_s and len(fleet["a"].asked) < 120
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+@pytest.mark.parametrize("how", ["answered 503", "answered no request"])
+def test_one_of_several_that_never_completes_anything_costs_25_seconds_more_and_more_rarely(how: str) -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b", "c", timeout_s=300.0, outage_s=300.0)
+        is_not_well(fleet["b"], how)
+        seconds = []
+        for _ in range(40):
+            began = now()
+            assert await fleet.generate(12, waits_for_weights=True) == everything(12)
+            seconds.append(now() - began)
+        assert max(seconds) < 36.0 and sum(took > 20.0 for took in seconds) <= 10
+        fleet["b"].refuse, fleet["b"].answer = lambda: None, FakeServer.answer.__get__(fleet["b"])  # type: ignore[method-assign]
+        await asyncio.sleep(65.0)
+        assert fleet.client.group.live == ["http://a:1", "http://b:1", "http://c:1"]
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+def refusing(status: int) -> httpx.Response:
+    return httpx.Response(status, json={"detail": "no"}, headers={"Location": "/x"} if status < 400 else {})
+
+
+@pytest.mark.parametrize("status", [307, 401, 403, 404, 405])
+def test_one_that_refuses_whoever_asks_is_left_until_a_push(status: int) -> None:
+    """It was started again with another key, or another program has its address."""
+
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        fleet["b"].refuse = lambda: refusing(status)
+        assert await fleet.generate(4) == everything(4)
+        await asyncio.sleep(10.0)
+        assert fleet.client.group.live == ["http://a:1"] and len(fleet["b"].asked) == 1
+        fleet["b"].refuse = lambda: None
+        await fleet.push("4.1@run", "a", "b")
+        assert await fleet.generate(4) == everything(4) and fleet["b"].num_asked > 2
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+def test_a_lone_one_that_refuses_whoever_asks_is_waited_for() -> None:
     async def work() -> None:
         fleet = Fleet("a")
-        fleet["a"].refuse = lambda: httpx.Response(500)
-        with pytest.raises(OutageError, match=r"http://a:1 answered 500"):
+        answer = fleet["a"].answer
+
+        async def refuse(request: httpx.Request) -> httpx.Response:
+            await answer(request)
+            return refusing(401)
+
+        fleet["a"].answer = refuse  # type: ignore[method-assign]
+        with pytest.raises(OutageError, match=r"http://a:1 .*answered 401: no"):
+            await fleet.generate(4, waits_for_weights=True)
+        assert 60.0 <= now() < 65.0
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_for_what_it_says_ends_the_call(status: int) -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        fleet["b"].refuse = lambda: refusing(status)
+        with pytest.raises(ProblemError, match=f"answered {status}: no"):
             await fleet.generate(4)
-        assert 60.0 <= now() < 80.0 and len(fleet["a"].asked) < 120
+        await fleet.client.close()
+
+    in_virtual_time(work)
+
+
+def test_an_answer_from_before_a_push_does_not_take_a_server_away_that_the_push_took_in() -> None:
+    async def work() -> None:
+        fleet = Fleet("a")
+        group, url, is_on_its_way = fleet.client.group, fleet["a"].url, asyncio.Event()
+        ask, pushed = group._ask, asyncio.Event()
+
+        async def slow(url: str) -> Any:
+            info = await ask(url)
+            is_on_its_way.set()
+            await pushed.wait()
+            return info
+
+        group._ask = slow
+        group.leave(url, "was slow")
+        await is_on_its_way.wait()
+        await fleet.push("4.1@run", "a")
+        pushed.set()
+        await asyncio.sleep(0.1)
+        assert group.live == [url]
         await fleet.client.close()
 
     in_virtual_time(work)

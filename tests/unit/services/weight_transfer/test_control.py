@@ -20,7 +20,7 @@ Answer = httpx.Response | Exception
 
 
 class Servers:
-    """Answer `{}`, a hold with a boot id, or what `answers` says for "host/stage": one answer, or one after the other."""
+    """Answer `{}`, a hold with a boot id, that they are ready, or what `answers` says for "host/stage": one answer, or one after the other."""
 
     def __init__(self, answers: dict[str, Answer | list[Answer]] | None = None) -> None:
         self.answers = answers or {}
@@ -28,8 +28,8 @@ class Servers:
         self.requests: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        host, stage = request.url.host, request.url.path.removeprefix("/v1/weights/")
-        self.calls.append((host, stage, json.loads(request.content)))
+        host, stage = request.url.host, request.url.path.removeprefix("/v1/weights/").removeprefix("/")
+        self.calls.append((host, stage, json.loads(request.content or "null")))
         self.requests.append(request)
         usual = httpx.Response(200, json={"boot_id": f"of {host}"} if stage == "hold" else {})
         answer = self.answers.get(f"{host}/{stage}", usual)
@@ -387,6 +387,11 @@ async def test_who_cannot_be_pushed_to_is_found_and_who_has_forgotten_the_run_is
     )
     other = Servers({"a/hold": httpx.Response(200, json={"boot_id": "new"})})
     assert await control(other).probe() == {"http://a": "was started again"}
+    dead = Servers({"a/ready": problem(503, "the engine has died"), "b/ready": httpx.ReadError("gone")})
+    found = await control(dead).probe()
+    assert found.keys() == {"http://a", "http://b"}
+    assert found["http://a"] == "is not ready: it answers 503: the engine has died"
+    assert found["http://b"].startswith("cannot be reached: ReadError gone")
     with pytest.raises(ServerHeldError, match="held by the run r2"):
         await control(Servers({"a/hold": problem(409, "held by the run r2")})).probe()
 
