@@ -32,7 +32,6 @@ from trainer.attach.option_warnings import warn_of_options
 from trainer.checkpoint.attempt import next_attempt
 from trainer.checkpoint.facts import check_facts, facts_of_run
 from trainer.checkpoint.folder import Checkpoint, check_state, open_checkpoint
-from trainer.checkpoint.journal import read_journal
 from trainer.data.fingerprints import fingerprint_of_texts
 from trainer.data.prompts import Prompt, PromptRows, first_prompts
 from trainer.data.stream import RowStream
@@ -55,7 +54,7 @@ from trainer.rewards.of_groups import GroupRewards, check_arguments
 from trainer.rewards.pool import RewardPool
 from trainer.rewards.process import refuse_in_worker
 from trainer.rollout_function import OwnRollouts
-from trainer.run_state import RunState
+from trainer.saved_state import SavedState
 from trainer.scoring import Scoring
 from trainer.session import Session
 from trainer.student import Student
@@ -204,10 +203,7 @@ def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = open_checkpoint(path)
-    check_state(RunState, path)
-    read_journal(path.parents[1]).check(
-        checkpoint.state["run"], checkpoint.step, positions=checkpoint.state["positions"]
-    )
+    check_state(SavedState, path)
     logger.warning("going on after step %d, from %s", checkpoint.step, path)
     return checkpoint
 

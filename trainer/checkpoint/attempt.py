@@ -68,7 +68,7 @@ def next_attempt(checkpoint: Checkpoint) -> Attempt:
         StartupError: the journal beside it is not there, is of another run, or lacks a step.
     """
     state, journal = checkpoint.state, read_journal(checkpoint.path.parents[1])
-    journal.check(state["run"], checkpoint.step)
+    journal.check(state["run"], checkpoint.step, positions=state["positions"])
     numbers = (int(row["attempt"]) for row in journal.attempts if row.get("run") == state["run"])
     number = 1 + max((state["attempt"], *numbers))
     return Attempt(state["run"], number, checkpoint.step, state["wall_s"])

@@ -19,10 +19,11 @@ class _Learner(BaseModel):
     optimizer: str
     groups: list[dict[str, Any]]
     state: dict[str, dict[str, dict[str, Any]]]
+    num_steps: PositiveInt
     schedule: Annotated[dict[str, Any], BeforeValidator(from_json)]
 
 
-class RunState(BaseModel):
+class SavedState(BaseModel):
     run: str
     attempt: PositiveInt
     rows: list[tuple[str, str]]
