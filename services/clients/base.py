@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.clients.outage import Answer, Attempts, Outage, OutageBudget
 from services.clients.replicas import Replicas
 from services.config.addresses import checked_urls
-from services.errors import ClientClosedError, InputError, PeerError, ProblemError
+from services.errors import ClientClosedError, InputError, PeerError, ProblemError, UnreadableAnswerError
 from services.http.connections import (
     CONNECT_TIMEOUT_S,
     NAME_GRACE_S,
@@ -179,7 +179,8 @@ class ServerClient:
         try:
             return TypeAdapter(kind).validate_json(response.content)
         except ValidationError as error:
-            raise PeerError(f"{url} is not a {kind.__name__}: {error.errors()[0]['msg']}") from error
+            problem = f"not a {kind.__name__}: {error.errors()[0]['msg']}"
+            raise UnreadableAnswerError(url, problem, response.content) from error
 
     def _check_open(self) -> None:
         if self._http.is_closed:

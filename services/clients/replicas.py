@@ -146,7 +146,8 @@ class Replicas:
         if not self._counts(lease):
             return
         if not lease.replica.ejections:
-            logger.warning("%s is set aside while others answer: %s", lease.url, reason)
+            others = " while others answer" if len(self._replicas) > 1 else ""
+            logger.warning("%s is set aside%s: %s", lease.url, others, reason)
         self._eject(lease.replica)
 
     def _eject(self, replica: Replica) -> float:

@@ -56,11 +56,15 @@ class Server:
     spoil: Spoil = same
     info: Any = INFO
     is_down: Callable[[], bool] = lambda: False
+    page: Callable[[httpx.Request], bytes | None] = lambda request: None
+    """What is answered with success instead, as by a proxy."""
     asked: list[str] = field(default_factory=list)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.is_down():
             raise httpx.ConnectError("refused")
+        if (page := self.page(request)) is not None:
+            return httpx.Response(200, content=page)
         if request.method == "GET":
             return httpx.Response(200, json=self.info.model_dump())
         body = json.loads(request.content)
@@ -220,6 +224,37 @@ async def test_the_last_unchanged_replica_is_waited_for(clock: SimpleNamespace) 
     changed.spoil, away.is_down = other_weights, lambda: clock.now < until
     np.testing.assert_allclose(await score(client), expected())
     assert clock.now >= until and "work" not in changed.asked
+
+
+@pytest.mark.parametrize("page", [b"<html>maintenance</html>", b""])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_replica_that_answers_with_a_page_is_set_aside_while_another_one_answers(
+    method: str, page: bytes, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    paging, good = Server(clock), Server(clock)
+    client = await probed(clock, paging, good)
+    clock.now += 3.0
+    paging.page = lambda request: page if request.method == method else None
+    for _ in range(3):
+        np.testing.assert_allclose(await score(client), expected())
+    assert good.asked.count("work") == 3 and not clock.waits
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith(f"{A} is set aside while others answer: answered with what is not ")
+    paging.page = lambda request: None
+    clock.now += 61.0
+    await score(client)
+    assert paging.asked == ["probe", "work"]
+
+
+async def test_a_page_of_the_only_teacher_is_waited_out_and_then_quoted(server: Server, clock: SimpleNamespace) -> None:
+    client = await probed(clock, server, outage_s=90.0)
+    began = clock.now
+    server.page = lambda request: b"<html>maintenance" if clock.now < began + 60.0 else None
+    np.testing.assert_allclose(await score(client), expected())
+    server.page = lambda request: b"<html>maintenance"
+    clock.now += 3.0
+    with pytest.raises(OutageError, match=rf"for 90 s .*: {A} answered with what is not a TeacherInfo: .*b'<html>main"):
+        await score(client)
 
 
 async def test_rows_without_weights_are_probed_at_once_and_not_handed_out(clock: SimpleNamespace) -> None:
