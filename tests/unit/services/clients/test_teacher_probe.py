@@ -388,6 +388,27 @@ async def test_a_teacher_that_is_wrong_from_the_start_is_refused(
         await probed(clock, server)
 
 
+def without_an_offset(scores: TeacherScores) -> TeacherScores:
+    return replace(scores, row_offsets=scores.row_offsets[:-1])
+
+
+def without_rows(scores: TeacherScores) -> TeacherScores:
+    return replace(scores, **{name: array[:0] for name, array in scores.columns().items()})
+
+
+@pytest.mark.parametrize("spoil", [without_an_offset, without_rows])
+async def test_half_an_answer_to_the_probe_is_refused(spoil: Spoil, server: Server, clock: SimpleNamespace) -> None:
+    server.spoil = spoil
+    with pytest.raises(PeerError, match=rf"^{A} sent "):
+        await probed(clock, server)
+    server.spoil = same
+    client = await probed(clock, server)
+    clock.now += 3.0
+    server.spoil = spoil
+    with pytest.raises(PeerError, match=rf"^{A} sent "):
+        await score(client)
+
+
 async def test_replicas_must_agree_from_the_start(clock: SimpleNamespace) -> None:
     with pytest.raises(StartupError, match=rf"^{B} does not score as its replica at {A} does: .* by 0\.3 nats"):
         await probed(clock, Server(clock), Server(clock, other_weights))
