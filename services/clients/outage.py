@@ -57,10 +57,17 @@ class Outage:
         replicas: the servers that can answer it.
         timeout_option: what to raise where a server is alive but slow.
         clock: seconds, monotonic.
+        knock: asks a server, at a URL, whether it lives; it comes before a request that another server could take.
     """
 
-    def __init__(self, replicas: Replicas, timeout_option: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._replicas, self._timeout_option, self._clock = replicas, timeout_option, clock
+    def __init__(
+        self,
+        replicas: Replicas,
+        timeout_option: str,
+        clock: Callable[[], float] = time.monotonic,
+        knock: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._replicas, self._timeout_option, self._clock, self._knock = replicas, timeout_option, clock, knock
         self._started = clock()
         self._first_failed: float | None = None
         self._tried: set[str] = set()
@@ -90,6 +97,8 @@ class Outage:
             with self._replicas.lease(self._tried) as lease:
                 self.num_tries += 1
                 try:
+                    if lease.is_trial and self._knock is not None:
+                        await self._knock(lease.url)
                     answer = await send(lease.url)
                     self._replicas.answered(lease)
                     return answer

@@ -19,6 +19,7 @@ from services.clients.teacher_probe import difference, is_uniform, probe_sequenc
 from services.errors import ChangedTeacherError, OutageError, PeerError, StartupError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import INFO, scores_of
+from tests.virtual_time import in_virtual_time
 
 A, B = "http://a:1", "http://b:2"
 PROBE = probe_sequences([list(b"12+34=46"), list(b"7+8=15")])
@@ -319,6 +320,46 @@ async def test_a_full_queue_is_no_reason_to_probe_and_a_model_that_is_being_load
     server.asked.clear()
     await score(client)
     assert server.asked == asked and refusals == []
+
+
+@pytest.mark.parametrize(("swallows", "most_hung"), [("everything", 3), ("scores", 6)])
+@pytest.mark.parametrize("is_probed", [True, False])
+def test_a_replica_that_hangs_holds_up_few_calls(is_probed: bool, swallows: str, most_hung: int) -> None:
+    """The first three requests show it; after those whatever is tried is short, or rare."""
+
+    async def work() -> None:
+        is_hung = False
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            await asyncio.sleep(0.5)
+            if is_hung and request.url.host == "b" and (swallows == "everything" or request.method == "POST"):
+                wait_s = request.extensions["timeout"]["read"]
+                await asyncio.sleep(wait_s)
+                raise httpx.ReadTimeout("silent", request=request)
+            if request.method == "GET":
+                return httpx.Response(200, json=INFO.model_dump())
+            return httpx.Response(200, content=encode_scores(scores_of(json.loads(request.content))))
+
+        loop = asyncio.get_running_loop()
+        client = TeacherClient([A, B], transport=httpx.MockTransport(answer), clock=loop.time)
+        if is_probed:
+            await client.keep_probe(PROBE)
+        is_hung = True
+        seconds = []
+        for _ in range(200):
+            began = loop.time()
+            await client.score(WORK, top_k=4)
+            seconds.append(loop.time() - began)
+            await asyncio.sleep(10.0)
+        assert sum(taken > 10 for taken in seconds) <= most_hung
+        is_hung = False
+        for _ in range(130):
+            await client.score(WORK, top_k=4)
+            await asyncio.sleep(10.0)
+        assert client._replicas.has_untried({A})
+        await client.close()
+
+    in_virtual_time(work)
 
 
 # ------------------------------------------------------------------------------------------ at the start
