@@ -7,6 +7,7 @@
     │   └── FolderInUseError     ... another process writes into the output folder
     ├── PeerError                a server answered wrongly, late or not at all                     exit 4
     │   ├── ChangedTeacherError  ... a teacher no longer answers as it did at the start
+    │   ├── UnreadableAnswerError ... a server sent what is no answer, say a page of a proxy
     │   ├── ProblemError         ... with an RFC 9457 problem document
     │   ├── WeightsWantedError   ... rollout servers were started again and hold no weights of the run
     │   └── OutageError          ... servers did not answer for longer than the run waits          exit 11
@@ -90,6 +91,19 @@ class ChangedTeacherError(PeerError):
     def __init__(self, message: str, *, may_pass: bool) -> None:
         self.may_pass = may_pass
         super().__init__(message)
+
+
+class UnreadableAnswerError(PeerError):
+    """A server answered with success, but with something else than was asked for: a page of a proxy, or nothing.
+
+    Attributes:
+        said: what it did, as what follows its URL.
+    """
+
+    def __init__(self, url: str, problem: str, content: bytes) -> None:
+        begins = f"; it begins with {content[:60]!r}" if content else "; it is empty"
+        self.said = f"answered with what is {problem}{begins}"
+        super().__init__(f"{url} {self.said}")
 
 
 class ProblemError(PeerError):

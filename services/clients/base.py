@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.clients.outage import Answer, Attempts, Outage, OutageBudget
 from services.clients.replicas import Replicas
 from services.config.addresses import checked_urls
-from services.errors import ClientClosedError, InputError, PeerError, ProblemError
+from services.errors import ClientClosedError, InputError, PeerError, ProblemError, UnreadableAnswerError
 from services.http.connections import (
     CONNECT_TIMEOUT_S,
     NAME_GRACE_S,
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 Info = TypeVar("Info")
 
 _POLL_S = 0.25
+_KNOCK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class ServerClient:
         try:
             return TypeAdapter(kind).validate_json(response.content)
         except ValidationError as error:
-            raise PeerError(f"{url} is not a {kind.__name__}: {error.errors()[0]['msg']}") from error
+            problem = f"not a {kind.__name__}: {error.errors()[0]['msg']}"
+            raise UnreadableAnswerError(url, problem, response.content) from error
 
     def _check_open(self) -> None:
         if self._http.is_closed:
@@ -234,7 +236,18 @@ class ServerClient:
         budget = OutageBudget(
             self._NOBODY, self._outage_s, f"{self._SECTION}.outage_s", self._OUTAGE_OPTION, lambda: self._reached
         )
-        return await Outage(replicas, self._TIMEOUT_OPTION, self._clock).ask(send, budget)
+        return await Outage(replicas, self._TIMEOUT_OPTION, self._clock, self._knock).ask(send, budget)
+
+    async def _knock(self, url: str) -> None:
+        """Find out within seconds whether a server that was away lives: work that it swallows waits much longer.
+
+        Raises:
+            httpx.RequestError, ProblemError: it does not, or not yet.
+        """
+        self._check_open()
+        response = await self._http.get(f"{url}{self._READY_PATH}", timeout=_KNOCK_S)
+        if response.status_code >= 500:  # a gateway may not have the route
+            self._raise_for_problem(response)
 
 
 async def all_or_first_error(work: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:

@@ -5,8 +5,8 @@ produces   the first answer, or an error that no wait will change
 waits for  servers that are down, full or slow: longer each time, or as long as they say themselves (Retry-After)
 unblocked  by an answer; without one, by the end of what `Attempts` or `OutageBudget` allow
 
-Waited for are 408, 429, 5xx and transport errors that may pass (services/http/connections.py); never another 4xx: the same
-request would be refused again.
+Waited for are 408, 429, 5xx, answers that cannot be read (a page of a proxy) and transport errors that may pass
+(services/http/connections.py); never another 4xx: the same request would be refused again.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 import httpx
 
 from services.clients.replicas import Lease, Replicas
-from services.errors import ChangedTeacherError, OutageError, PeerError, ProblemError
+from services.errors import ChangedTeacherError, OutageError, PeerError, ProblemError, UnreadableAnswerError
 from services.http.connections import NAME_GRACE_S, describe, is_final, is_unresolved, request_of
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,17 @@ class Outage:
         replicas: the servers that can answer it.
         timeout_option: what to raise where a server is alive but slow.
         clock: seconds, monotonic.
+        knock: asks a server, at a URL, whether it lives; it comes before a request that another server could take.
     """
 
-    def __init__(self, replicas: Replicas, timeout_option: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._replicas, self._timeout_option, self._clock = replicas, timeout_option, clock
+    def __init__(
+        self,
+        replicas: Replicas,
+        timeout_option: str,
+        clock: Callable[[], float] = time.monotonic,
+        knock: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._replicas, self._timeout_option, self._clock, self._knock = replicas, timeout_option, clock, knock
         self._started = clock()
         self._first_failed: float | None = None
         self._tried: set[str] = set()
@@ -90,6 +97,8 @@ class Outage:
             with self._replicas.lease(self._tried) as lease:
                 self.num_tries += 1
                 try:
+                    if lease.is_trial and self._knock is not None:
+                        await self._knock(lease.url)
                     answer = await send(lease.url)
                     self._replicas.answered(lease)
                     return answer
@@ -206,6 +215,8 @@ def may_pass(error: Exception) -> bool:
         return error.status in (408, 429) or error.status >= 500
     if isinstance(error, ChangedTeacherError):
         return error.may_pass
+    if isinstance(error, UnreadableAnswerError):
+        return True
     return isinstance(error, httpx.RequestError) and not is_final(error)
 
 
@@ -224,6 +235,8 @@ def unanswered(url: str, error: httpx.RequestError, timeout_option: str, tries: 
 def _describe_failure(error: httpx.RequestError | PeerError, timeout_option: str) -> str:
     if isinstance(error, httpx.RequestError):
         return describe(error, timeout_option)
+    if isinstance(error, UnreadableAnswerError):
+        return error.said
     if not isinstance(error, ProblemError):
         return str(error)
     detail = error.problem.get("detail") or error.problem.get("title")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from services.clients import TeacherClient
 from services.clients.teacher_answers import TokenIdsAndPromptLength
-from services.errors import InputError, PeerError, ProblemError
+from services.errors import InputError, PeerError, ProblemError, UnreadableAnswerError
 from services.wire.message import PROTOCOL_VERSION
 from services.wire.tail import log_mass_left
 from services.wire.teacher import TeacherInfo, TeacherScores
@@ -112,7 +112,8 @@ class VllmTeacherClient(TeacherClient):
         try:
             model = _Model.model_validate(response.json()["data"][0])
         except (ValueError, LookupError, TypeError, ValidationError) as error:
-            raise PeerError(f"{url}/v1/models is not what vLLM answers; see teacher_client.protocol") from error
+            problem = "no list of models as of vLLM; see teacher_client.protocol"
+            raise UnreadableAnswerError(f"{url}/v1/models", problem, response.content) from error
         vocab_size, max_top_k = await self._limits(url, model.id)
         tokens = self._tokens
         return TeacherInfo(
@@ -230,7 +231,8 @@ def _rows(url: str, content: bytes, sequences: list[TokenIdsAndPromptLength]) ->
             for part, (_, prompt_length) in zip(positions, sequences, strict=True)
         ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise PeerError(f"{url} did not answer like vLLM's /v1/completions with prompt_logprobs: {error!r}") from error
+        problem = f"no answer of vLLM's /v1/completions with prompt_logprobs: {error!r}"
+        raise UnreadableAnswerError(url, problem, content) from error
 
 
 def _logprob(entry: dict[str, Any]) -> float:

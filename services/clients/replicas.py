@@ -1,7 +1,8 @@
 """Which of several equal servers gets the next request, and which are left alone for a while.
 
 A replica that fails `failures_to_eject` times in a row (a broken connection, a 5xx without Retry-After) is out for a
-growing, jittered, bounded time. Then it gets one request; if that one is answered, the replica is back. One that says
+growing, jittered, bounded time. Then it gets one request; if that one is answered, the replica is back. One that makes its
+requests wait until they time out is asked less often than that, so that most of the work is not held up. One that says
 itself when to come back (Retry-After) is alive: it only rests. When nobody is left, the one that is due first is asked.
 """
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 _FAILURES_TO_EJECT = 3
 _FIRST_EJECTION_S = 1.0
 _LONGEST_EJECTION_S = 60.0
+# How many times as long as its failed requests took a replica is spared, at most.
+_MOST_SPARED = 4
 # Between two lines that tell of an outage.
 _TELL_EVERY_S = 30.0
 
@@ -38,6 +41,8 @@ class Replica:
     ejected_at: float = 0.0
     due: float = 0.0
     """Not to be asked before, while others can be."""
+    spared_until: float = 0.0
+    """Not to be asked before, while another one is in: its requests hold up whoever sends them."""
     trial: bool = False
     """Whether a request is under way that decides whether it is back."""
     epoch: int = 0
@@ -51,6 +56,9 @@ class Lease:
 
     replica: Replica
     epoch: int
+    asked_at: float
+    is_trial: bool
+    """Whether it asks one that was out while another one is in."""
 
     @property
     def url(self) -> str:
@@ -94,7 +102,7 @@ class Replicas:
         replica.last_asked = self._num_asked
         replica.num_in_flight += 1
         replica.trial = replica.ejections > 0
-        lease = Lease(replica, replica.epoch)
+        lease = Lease(replica, replica.epoch, self._clock(), replica.trial and self._is_any_in())
         try:
             yield lease
         finally:
@@ -136,7 +144,7 @@ class Replicas:
         if replica.failures < self._failures_to_eject and not replica.ejections:
             return
         is_first = not replica.ejections
-        seconds = self._eject(replica)
+        seconds = self._eject(lease)
         if is_first:
             text = "%s is left alone for %.1f s after %d failures in a row, the last one: %s"
             logger.warning(text, replica.url, seconds, replica.failures, reason)
@@ -146,17 +154,20 @@ class Replicas:
         if not self._counts(lease):
             return
         if not lease.replica.ejections:
-            logger.warning("%s is set aside while others answer: %s", lease.url, reason)
-        self._eject(lease.replica)
+            others = " while others answer" if len(self._replicas) > 1 else ""
+            logger.warning("%s is set aside%s: %s", lease.url, others, reason)
+        self._eject(lease)
 
-    def _eject(self, replica: Replica) -> float:
+    def _eject(self, lease: Lease) -> float:
         """Leave a replica alone, each time for longer; returns for how long, seconds."""
+        replica = lease.replica
         seconds = min(_LONGEST_EJECTION_S, _FIRST_EJECTION_S * 2.0**replica.ejections) * self._jitter(0.75, 1.0)
         now = self._clock()
         if not replica.ejections:
             replica.ejected_at = now
         replica.due = now + seconds
         replica.ejections += 1
+        replica.spared_until = now + (now - lease.asked_at) * min(replica.ejections, _MOST_SPARED)
         replica.epoch += 1
         replica.trial = False
         return seconds
@@ -173,7 +184,12 @@ class Replicas:
         return lease.epoch == lease.replica.epoch
 
     def _can_be_asked(self, replica: Replica) -> bool:
-        return replica.due <= self._clock() and not replica.trial
+        now = self._clock()
+        is_spared = replica.ejections > 0 and replica.spared_until > now and self._is_any_in()
+        return replica.due <= now and not replica.trial and not is_spared
+
+    def _is_any_in(self) -> bool:
+        return any(not replica.ejections for replica in self._replicas)
 
     def _choose(self, tried: Collection[str]) -> Replica:
         able = [r for r in self._replicas if self._can_be_asked(r)]

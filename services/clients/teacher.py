@@ -23,7 +23,7 @@ from services.clients.teacher_answers import (
 )
 from services.clients.teacher_probe import ProbeAnswer, TeacherProbe, changed_model, is_uniform
 from services.clients.teacher_requests import cut_sequences, fair_share
-from services.errors import InputError, PeerError, ProblemError
+from services.errors import InputError, PeerError, ProblemError, UnreadableAnswerError
 from services.process.waiting import waiting_for
 from services.wire.document import SAFETENSORS_MEDIA_TYPE
 from services.wire.teacher import TeacherInfo, TeacherScores, decode_scores
@@ -370,7 +370,7 @@ class TeacherClient(ServerClient):
         try:
             scores = decode_scores(response.content)
         except PeerError as error:
-            raise PeerError(f"{where}: {error}") from error
+            raise UnreadableAnswerError(where, f"not scores: {error}", response.content) from error
         self._check_same_model(url, scores)
         return scores
 

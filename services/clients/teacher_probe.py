@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from services.clients.teacher_answers import Origin
+from services.clients.teacher_answers import Origin, check_answer
 from services.errors import ChangedTeacherError, StartupError
 from services.wire.teacher import MODEL_DIGITS, TeacherInfo, TeacherScores
 
@@ -172,7 +172,9 @@ class TeacherProbe:
 
     async def _score(self, url: str, sequences: list[tuple[list[int], int]]) -> TeacherScores:
         asked = [{"token_ids": ids, "prompt_length": length} for ids, length in sequences]
-        return await self._ask(url, {"sequences": asked, "top_k": self._top_k, "temperature": 1.0})
+        scores = await self._ask(url, {"sequences": asked, "top_k": self._top_k, "temperature": 1.0})
+        check_answer(url, scores, asked, self._top_k, 1.0)
+        return scores
 
     # ------------------------------------------------------------------------------------------ in the run
 

@@ -1,6 +1,7 @@
 """What the student can do on held-out prompts, under the weights the rollout servers hold.
 
-    exact_match           share of rows with an `answer` that the student answers exactly, greedily (exact_match.py)
+    exact_match           share of rows with an `answer` that the student answers exactly, greedily (exact_match.py); of those
+                          whose completion a rollout server has not spoilt
     teacher_exact_match   the same of each row's own teacher, by the same rule
     reverse_kl            mean over tokens of KL(student || teacher), nats, along completions sampled at temperature 1
 
@@ -25,7 +26,7 @@ from services.wire.teacher import BYTES_PER_CANDIDATE
 from trainer.batch import collect
 from trainer.data.prompts import Prompt
 from trainer.evaluation.exact_match import ExactMatch, count_teacher_matches
-from trainer.groups import PromptGroup
+from trainer.groups import PromptGroup, Rollout
 from trainer.learner import Learner
 from trainer.rollouts import generate_groups
 from trainer.scoring import Scoring
@@ -51,9 +52,9 @@ class Evaluation:
     num_prompts: int
     num_kl_tokens: int
     num_quarantined: int
-    """Completions that have no part in the reverse KL, because the teacher's rows for them are unusable."""
+    """Completions that count nowhere: a rollout server spoilt them, or the teacher's rows for them are unusable."""
     num_answers: int | None = None
-    """Prompts that have an answer, of which exact_match is a share; None: nobody counted."""
+    """Usable completions of prompts that have an answer, of which exact_match is a share; None: nobody counted."""
 
 
 class Evaluator:
@@ -95,19 +96,20 @@ class Evaluator:
         run = self._event_loop.run
         sampled = run(self._complete, self._prompts, 1.0, policy_version)
         measured = self._reverse_kl(learner, sampled)
-        exact_match = run(self._student_exact_match, policy_version)
+        greedy = run(self._complete, self._graded, 0.0, policy_version) if self._graded else []
+        answers = [rollout for group in greedy for rollout in group.rollouts]
         if self._teacher_exact_match is None:  # it does not change
             self._teacher_exact_match = run(self._measure_teacher)
         return Evaluation(
             policy_version=policy_version,
-            exact_match=exact_match,
+            exact_match=self._student_exact_match(answers),
             teacher_exact_match=self._teacher_exact_match,
             reverse_kl=measured.mean,
             reverse_kl_stderr=measured.stderr,
             num_prompts=len(self._prompts),
             num_kl_tokens=measured.num_tokens,
-            num_quarantined=sum(len(group.quarantined) for group in sampled),
-            num_answers=len(self._graded),
+            num_quarantined=sum(len(group.quarantined) for group in (*sampled, *greedy)),
+            num_answers=len(answers),
         )
 
     def _reverse_kl(self, learner: Learner, groups: list[PromptGroup]) -> "ReverseKL":
@@ -149,12 +151,11 @@ class Evaluator:
         wanted = self._config.evaluation.top_k or (most if most <= _SMALL_VOCABULARY else _TOP_K)
         return Support("teacher_topk", min(wanted, most, limit), vocab)
 
-    async def _student_exact_match(self, policy_version: int) -> float | None:
-        if not self._graded:
+    def _student_exact_match(self, answers: list[Rollout]) -> float | None:
+        if not answers:
             return None
-        groups, rule = await self._complete(self._graded, 0.0, policy_version), self._rule()
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in rollouts) / len(self._graded)
+        rule = self._rule()
+        return sum(rule.matches(r.prompt, r.completion.token_ids.tolist()) for r in answers) / len(answers)
 
     async def _measure_teacher(self) -> float | None:
         if not self._graded:

@@ -202,7 +202,7 @@ async def test_info_comes_in_the_order_of_the_urls() -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b"hello", json.dumps({**INFO.model_dump(), "surprise": 1}).encode()])
 async def test_info_of_another_kind_is_refused(content: bytes) -> None:
     with pytest.raises(PeerError, match="is not a TeacherInfo"):
-        await teacher(Script(httpx.Response(200, content=content))).info()
+        await teacher(Script(httpx.Response(200, content=content)), attempts=1).info()
 
 
 SEQUENCES = [([9, 9, 1, 2], 2), ([9, 3], 1), ([9, 4, 5, 6], 1), ([9, 9, 7], 2), ([9, 8, 10], 1)]
@@ -301,7 +301,7 @@ async def test_an_answer_of_the_wrong_shape_is_refused(changes: dict[str, np.nda
 @pytest.mark.parametrize("content", [b"", b"{}", b"<html>"])
 async def test_an_answer_in_another_format_is_refused(content: bytes) -> None:
     with pytest.raises(PeerError, match="not a safetensors document"):
-        await teacher(Script(httpx.Response(200, content=content))).score([([9, 1], 1)], top_k=2)
+        await teacher(Script(httpx.Response(200, content=content)), outage_s=0.0).score([([9, 1], 1)], top_k=2)
 
 
 @pytest.mark.parametrize(

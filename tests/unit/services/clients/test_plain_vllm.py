@@ -52,10 +52,11 @@ class Vllm:
         return {str(i): {"logprob": LOGPROBS[i], "rank": i + 1, "decoded_token": "x"} for i in shown}
 
 
-def client(*servers: Vllm, tokens: TeacherTokens | None = None) -> VllmTeacherClient:
+def client(*servers: Vllm, tokens: TeacherTokens | None = None, outage_s: float = 300.0) -> VllmTeacherClient:
     hosts = {f"server-{index}": server for index, server in enumerate(servers)}
     transport = httpx.MockTransport(lambda request: hosts[request.url.host](request))
-    return VllmTeacherClient([f"http://{host}" for host in hosts], tokens=tokens, transport=transport, attempts=1)
+    urls = [f"http://{host}" for host in hosts]
+    return VllmTeacherClient(urls, tokens=tokens, transport=transport, attempts=1, outage_s=outage_s)
 
 
 @pytest.mark.parametrize(("allowed", "limit"), [(20, VOCAB), (3, 3)])
@@ -202,7 +203,7 @@ async def test_a_top_k_above_the_servers_limit_is_refused_in_its_words() -> None
 )
 async def test_another_answer_is_a_peer_error(change: Any) -> None:
     server = Vllm()
-    asking = client(server)
+    asking = client(server, outage_s=0.0)
     await asking.info()
     server.change = change
     with pytest.raises(PeerError, match="http://server-0"):
@@ -232,7 +233,7 @@ async def test_a_row_that_is_no_number_costs_its_own_sequence_alone(spoilt: Any)
 async def test_a_server_of_another_kind_is_told_apart() -> None:
     server = Vllm()
     server.change = lambda answer: {"title": "Not found"}
-    with pytest.raises(PeerError, match=r"/v1/models is not what vLLM answers; see teacher_client\.protocol"):
+    with pytest.raises(PeerError, match=r"/v1/models answered with what is no list of models as of vLLM; see teacher_client\.protocol"):
         await client(server).info()
 
 

@@ -107,6 +107,26 @@ def test_the_time_out_doubles_up_to_a_minute_and_starts_anew_after_a_return(cloc
     assert ask(replicas) == A
 
 
+def test_one_whose_requests_time_out_is_spared_for_longer_while_another_one_is_in(clock: Clock) -> None:
+    replicas = three(clock, A, B)
+    for factor in (1, 2, 3, 4, 4):
+        with replicas.lease([B]) as lease:
+            assert lease.url == A and lease.is_trial == (factor > 1)
+            clock.now += 300
+            for _ in range(3):
+                replicas.failed(lease, "silent")
+        clock.now += 300 * factor - 0.01
+        assert {ask(replicas) for _ in range(4)} == {B}, factor
+        clock.now += 0.01
+    with replicas.lease([B]) as lease:
+        clock.now += 300
+        replicas.failed(lease, "silent")
+    clock.now += 60
+    fail(replicas, B)
+    with replicas.lease([B]) as lease:  # nobody is in any more
+        assert lease.url == A and not lease.is_trial
+
+
 def test_the_time_out_is_jittered_downwards() -> None:
     clock = Clock()
     replicas = Replicas([A, B], clock=clock, jitter=lambda low, high: low)

@@ -15,7 +15,7 @@ from services.clients import TeacherClient, teacher_requests
 from services.clients import teacher as teacher_client
 from services.clients.teacher import RefusedSequenceError
 from services.clients.teacher_answers import mismatches, without_sequences
-from services.errors import PeerError, ProblemError
+from services.errors import OutageError, PeerError, ProblemError
 from services.wire.teacher import TeacherScores
 from tests.scripted_teacher import INFO
 from tests.unit.services.clients.answers import scored, scores_for
@@ -158,8 +158,9 @@ def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
 async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
-    with pytest.raises(PeerError, match=r"http://a:1/v1/teacher/logprobs: the answer is not a safetensors document"):
-        await teacher(lambda _: httpx.Response(200, content=content)).score(SEQUENCES, top_k=1)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=content))
+    with pytest.raises(OutageError, match=r"http://a:1 answered with what is not scores: .* not a safetensors document"):
+        await TeacherClient([A], transport=transport, outage_s=0.0).score(SEQUENCES, top_k=1)
 
 
 async def test_a_bounded_number_of_requests_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from services.clients.teacher_probe import difference, is_uniform, probe_sequenc
 from services.errors import ChangedTeacherError, OutageError, PeerError, StartupError
 from services.wire.teacher import TeacherScores, encode_scores
 from tests.scripted_teacher import INFO, scores_of
+from tests.virtual_time import in_virtual_time
 
 A, B = "http://a:1", "http://b:2"
 PROBE = probe_sequences([list(b"12+34=46"), list(b"7+8=15")])
@@ -56,11 +57,15 @@ class Server:
     spoil: Spoil = same
     info: Any = INFO
     is_down: Callable[[], bool] = lambda: False
+    page: Callable[[httpx.Request], bytes | None] = lambda request: None
+    """What is answered with success instead, as by a proxy."""
     asked: list[str] = field(default_factory=list)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.is_down():
             raise httpx.ConnectError("refused")
+        if (page := self.page(request)) is not None:
+            return httpx.Response(200, content=page)
         if request.method == "GET":
             return httpx.Response(200, json=self.info.model_dump())
         body = json.loads(request.content)
@@ -222,6 +227,37 @@ async def test_the_last_unchanged_replica_is_waited_for(clock: SimpleNamespace) 
     assert clock.now >= until and "work" not in changed.asked
 
 
+@pytest.mark.parametrize("page", [b"<html>maintenance</html>", b""])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_replica_that_answers_with_a_page_is_set_aside_while_another_one_answers(
+    method: str, page: bytes, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    paging, good = Server(clock), Server(clock)
+    client = await probed(clock, paging, good)
+    clock.now += 3.0
+    paging.page = lambda request: page if request.method == method else None
+    for _ in range(3):
+        np.testing.assert_allclose(await score(client), expected())
+    assert good.asked.count("work") == 3 and not clock.waits
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith(f"{A} is set aside while others answer: answered with what is not ")
+    paging.page = lambda request: None
+    clock.now += 61.0
+    await score(client)
+    assert paging.asked == ["probe", "work"]
+
+
+async def test_a_page_of_the_only_teacher_is_waited_out_and_then_quoted(server: Server, clock: SimpleNamespace) -> None:
+    client = await probed(clock, server, outage_s=90.0)
+    began = clock.now
+    server.page = lambda request: b"<html>maintenance" if clock.now < began + 60.0 else None
+    np.testing.assert_allclose(await score(client), expected())
+    server.page = lambda request: b"<html>maintenance"
+    clock.now += 3.0
+    with pytest.raises(OutageError, match=rf"for 90 s .*: {A} answered with what is not a TeacherInfo: .*b'<html>main"):
+        await score(client)
+
+
 async def test_rows_without_weights_are_probed_at_once_and_not_handed_out(clock: SimpleNamespace) -> None:
     """A server that falls asleep and wakes up breaks no connection."""
     asleep, good = Server(clock), Server(clock)
@@ -284,6 +320,46 @@ async def test_a_full_queue_is_no_reason_to_probe_and_a_model_that_is_being_load
     server.asked.clear()
     await score(client)
     assert server.asked == asked and refusals == []
+
+
+@pytest.mark.parametrize(("swallows", "most_hung"), [("everything", 3), ("scores", 6)])
+@pytest.mark.parametrize("is_probed", [True, False])
+def test_a_replica_that_hangs_holds_up_few_calls(is_probed: bool, swallows: str, most_hung: int) -> None:
+    """The first three requests show it; after those whatever is tried is short, or rare."""
+
+    async def work() -> None:
+        is_hung = False
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            await asyncio.sleep(0.5)
+            if is_hung and request.url.host == "b" and (swallows == "everything" or request.method == "POST"):
+                wait_s = request.extensions["timeout"]["read"]
+                await asyncio.sleep(wait_s)
+                raise httpx.ReadTimeout("silent", request=request)
+            if request.method == "GET":
+                return httpx.Response(200, json=INFO.model_dump())
+            return httpx.Response(200, content=encode_scores(scores_of(json.loads(request.content))))
+
+        loop = asyncio.get_running_loop()
+        client = TeacherClient([A, B], transport=httpx.MockTransport(answer), clock=loop.time)
+        if is_probed:
+            await client.keep_probe(PROBE)
+        is_hung = True
+        seconds = []
+        for _ in range(200):
+            began = loop.time()
+            await client.score(WORK, top_k=4)
+            seconds.append(loop.time() - began)
+            await asyncio.sleep(10.0)
+        assert sum(taken > 10 for taken in seconds) <= most_hung
+        is_hung = False
+        for _ in range(130):
+            await client.score(WORK, top_k=4)
+            await asyncio.sleep(10.0)
+        assert client._replicas.has_untried({A})
+        await client.close()
+
+    in_virtual_time(work)
 
 
 # ------------------------------------------------------------------------------------------ at the start
@@ -351,6 +427,27 @@ async def test_a_teacher_that_is_wrong_from_the_start_is_refused(
     server.spoil = lambda scores: second(len(server.asked))(scores)
     with pytest.raises(StartupError, match=rf"^{A} {message}"):
         await probed(clock, server)
+
+
+def without_an_offset(scores: TeacherScores) -> TeacherScores:
+    return replace(scores, row_offsets=scores.row_offsets[:-1])
+
+
+def without_rows(scores: TeacherScores) -> TeacherScores:
+    return replace(scores, **{name: array[:0] for name, array in scores.columns().items()})
+
+
+@pytest.mark.parametrize("spoil", [without_an_offset, without_rows])
+async def test_half_an_answer_to_the_probe_is_refused(spoil: Spoil, server: Server, clock: SimpleNamespace) -> None:
+    server.spoil = spoil
+    with pytest.raises(PeerError, match=rf"^{A} sent "):
+        await probed(clock, server)
+    server.spoil = same
+    client = await probed(clock, server)
+    clock.now += 3.0
+    server.spoil = spoil
+    with pytest.raises(PeerError, match=rf"^{A} sent "):
+        await score(client)
 
 
 async def test_replicas_must_agree_from_the_start(clock: SimpleNamespace) -> None:

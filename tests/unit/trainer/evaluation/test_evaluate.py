@@ -342,6 +342,28 @@ async def test_what_a_server_gives_up_on_is_not_counted_as_wrong(given_up: dict[
             await measured(evaluator(rollouts, [teacher], graded(3)), learner, 7)
 
 
+@pytest.mark.parametrize("spoilt", [{"token_ids": []}, {"rollout_logprobs": [np.nan, -1.0]}], ids=["no token", "nan"])
+async def test_a_completion_that_a_server_has_spoilt_is_no_wrong_answer(
+    spoilt: dict[str, list[Any]], folder: str
+) -> None:
+    rollouts = Says([[55, 256]] * 4)
+    generate = rollouts.generate
+
+    async def spoils(prompts: Any, sampling: RolloutSampling, *more: Any, on_completion: Any, **_: Any) -> None:
+        def arrive(c: RolloutCompletion) -> None:
+            is_hit = sampling.temperature == 0 and c.prompt_index in (0, 2)
+            arrays = {name: np.array(values, getattr(c, name).dtype) for name, values in spoilt.items()}
+            on_completion(replace(c, **arrays) if is_hit else c)  # type: ignore[arg-type]
+
+        await generate(prompts, sampling, *more, on_completion=arrive)
+
+    rollouts.generate = spoils  # type: ignore[method-assign]
+    learner = learner_of(folder)
+    async with teacher_of(folder) as teacher:
+        found = await measured(evaluator(rollouts, [teacher], graded(4)), learner, 7)
+    assert (found.exact_match, found.num_answers, found.num_quarantined) == (1.0, 2, 2)
+
+
 def test_the_standard_error_worked_by_hand() -> None:
     """Mean 12 / 6; what completions are off by: -1, -1 and 2 nats; sqrt(6 * 3 / 2) / 6."""
     assert ReverseKL([(3.0, 2), (1.0, 1), (8.0, 3)]).stderr == pytest.approx(0.5)
