@@ -164,6 +164,7 @@ def build_session(
         facts=facts,
         resumed=checkpoint and checkpoint.state,
         callbacks=objects.callbacks,
+        begun=objects.begun,
     )
 
 
