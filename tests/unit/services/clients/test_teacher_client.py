@@ -159,7 +159,9 @@ def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
 async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(200, content=content))
-    with pytest.raises(OutageError, match=r"http://a:1 answered with what is not scores: .* not a safetensors document"):
+    with pytest.raises(
+        OutageError, match=r"http://a:1 answered with what is not scores: .* not a safetensors document"
+    ):
         await TeacherClient([A], transport=transport, outage_s=0.0).score(SEQUENCES, top_k=1)
 
 

@@ -20,7 +20,7 @@ Answer = httpx.Response | Exception
 
 
 class Servers:
-    """Answer `{}`, a hold with a boot id, that they are ready, or what `answers` says for "host/stage": one, or one after the other."""
+    """Answer `{}`, a hold with a boot id, or what `answers` says for "host/stage" ("host/ready"): one, or one after the other."""
 
     def __init__(self, answers: dict[str, Answer | list[Answer]] | None = None) -> None:
         self.answers = answers or {}
