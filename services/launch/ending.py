@@ -32,6 +32,8 @@ class Ending:
     def __init__(self, folder: RunFolder, screen: Screen, grace_s: float) -> None:
         self._folder, self._screen, self._grace_s = folder, screen, grace_s
         self._hurried = asyncio.Event()
+        self._saver: RoleProcess | None = None
+        """Rank 0, which writes what the trainer saves."""
 
     def hurry(self) -> None:
         """From now on nobody is waited for."""
@@ -54,6 +56,7 @@ class Ending:
     async def end_ranks(self, ranks: Sequence[RoleProcess], lost: RoleProcess | None) -> None:
         """Rank 0 ends the others; where a rank was lost, the others end by themselves. Then whoever is left."""
         left = list(ranks)
+        self._saver = next((rank for rank in left if rank.id.leads), None)
         if left and lost not in left:
             saves = self._folder.has_begun()
             await self._end(left.pop(0), _SAVING_GRACE_S if saves else self._grace(), saves=saves)
@@ -89,11 +92,15 @@ class Ending:
         return min(self._grace_s, most_s, math.inf if self._folder.has_begun() else _GRACE_AT_START_S)
 
     async def _wait_for(self, roles: Sequence[RoleProcess], grace_s: float) -> None:
-        """Until roles have ended, a second Ctrl-C comes, or the time is over; a rank that writes the student has more."""
+        """Until roles have ended, a second Ctrl-C comes, or the time is over; while rank 0 writes there is more.
+
+        What it was writing when it was killed stays half written.
+        """
         began, may_save = time.monotonic(), any(role.id.trains for role in roles)
         while any(role.is_running for role in roles) and not self._hurried.is_set():
             waited_s = time.monotonic() - began
-            is_saving = may_save and waited_s < _SAVING_GRACE_S and self._folder.is_saving()
+            lives = may_save and self._saver is not None and self._saver.is_running
+            is_saving = lives and waited_s < _SAVING_GRACE_S and self._folder.is_saving()
             if waited_s >= grace_s and not is_saving:
                 return
             await asyncio.sleep(POLL_S)

@@ -175,7 +175,7 @@ class WeightSync:
         if self._canary is None:
             compute_dtype = self._config.compute_dtype(on_gpu=self._device.type == "cuda")
             dtypes = self._an_info.dtype, compute_dtype
-            self._canary = Canary(self._config.weight_sync, await self._sample_canary(), dtypes)
+            self._canary = Canary(self._config.weight_sync, await self._first_canary(), dtypes)
         elif self._num_checked >= RENEWED_AFTER:
             with suppress(DistillServeError):  # the push will say what is wrong with the server
                 self._canary.given, self._num_checked = await self._sample_canary(), 0
@@ -358,6 +358,26 @@ class WeightSync:
     def _abort_if_failed(self, receiving: asyncio.Task[Any]) -> None:
         if receiving.cancelled() or receiving.exception() is not None:
             self._sender.abort()
+
+    async def _first_canary(self) -> GivenTokens:
+        """Sample it; servers that are away are waited for, as by a push.
+
+        Raises:
+            OutageError: too few have answered for `rollout_client.outage_s`.
+            PeerError, WeightSyncError: servers that answer do not complete the prompts, twice.
+        """
+        group, began, has_failed = self._client.group, time.monotonic(), False
+        while True:
+            try:
+                return await self._sample_canary()
+            except PeerError as error:
+                is_there = all([await group.check(url) for url in self._control.urls])
+                if is_there and has_failed:
+                    raise
+                if time.monotonic() - began > self._config.rollout_client.outage_s:
+                    raise group.outage(self._config.pipeline.min_rollout_servers) from error
+                has_failed |= is_there
+            await self._gather_servers()
 
     async def _sample_canary(self) -> GivenTokens:
         """Complete a few prompts on the first server that does it, under the weights that it holds."""

@@ -117,6 +117,24 @@ def test_all_ranks_start_again_together_when_one_of_them_is_killed(config: RunCo
     assert {"trainer-1.log", "trainer-1.2.log"} < set(logs(tmp_path))
 
 
+IS_KILLED_WHILE_IT_SAVES = """
+if rank == 0:
+    wait_for("trainer-1.starts")
+    os.makedirs(f"{folder}/out/checkpoints/.step-2.part")
+    os.kill(os.getpid(), 9)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+
+
+def test_a_checkpoint_that_a_killed_rank_0_was_writing_is_not_waited_for(config: RunConfig, tmp_path: Path) -> None:
+    ranks = updated(config, "trainer", num_processes=2)
+    acts = {"trainer": {1: CHECKPOINT + IS_KILLED_WHILE_IT_SAVES}}
+    run = Up(quick(ranks, restart_trainer=1), tmp_path, acts)
+    run.wait_until_started("trainer-0", 2)
+    assert run.finish() == 0
+
+
 def test_a_rank_that_failed_by_its_options_is_not_mended_by_a_start_although_the_other_has_only_lost_it(
     config: RunConfig, tmp_path: Path
 ) -> None:

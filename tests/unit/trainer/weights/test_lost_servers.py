@@ -113,6 +113,64 @@ async def test_a_lone_server_that_restarts_is_waited_for_by_the_push(attach: Att
     assert f"rejoin {URL} new" in servers.events and servers.group.live == [URL]
 
 
+@pytest.mark.parametrize("boot_id", [URL, "new"], ids=["away", "started again"])
+async def test_a_lone_server_that_is_away_at_the_first_canary_is_waited_for(
+    boot_id: str, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = Servers()
+    generate_on = servers.generate_on
+
+    async def generates(url: str, *arguments: Any) -> list[RolloutCompletion]:
+        if url not in servers.answers:
+            raise PeerError("connection refused")
+        return await generate_on(url, *arguments)
+
+    monkeypatch.setattr(servers, "generate_on", generates)
+    trainer = attach(servers)
+    await trainer.sync.hold()
+    pushing = asyncio.create_task(trainer.push(0))
+    await soon(lambda: servers.group.live == [])
+    await asyncio.sleep(0.05)
+    assert not pushing.done()
+    servers.answers[URL] = rollout_info(boot_id=boot_id)
+    assert (await pushing)["num_rollout_servers"] == 1 and f"rejoin {URL} {boot_id}" in servers.events
+    await servers.group.close()
+
+
+async def test_a_server_that_answers_and_completes_no_canary_twice_ends_the_run(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, asked = Servers(answers={URL: rollout_info(boot_id=URL)}), []
+
+    async def fails(url: str, *arguments: Any) -> list[RolloutCompletion]:
+        asked.append(url)
+        raise PeerError(f"{url} answered 500")
+
+    monkeypatch.setattr(servers, "generate_on", fails)
+    trainer = attach(servers)
+    await trainer.sync.hold()
+    with pytest.raises(PeerError, match="answered 500"):
+        await trainer.push(0)
+    assert asked == [URL, URL]
+
+
+async def test_a_server_that_is_away_at_the_first_canary_for_too_long_is_an_outage(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = Servers()
+    servers.group.outage_s = 0.2
+
+    async def fails(url: str, *arguments: Any) -> list[RolloutCompletion]:
+        raise PeerError("connection refused")
+
+    monkeypatch.setattr(servers, "generate_on", fails)
+    trainer = attach(servers)
+    await trainer.sync.hold()
+    with pytest.raises(OutageError, match="the rollout server has not answered for"):
+        await trainer.push(0)
+    await servers.group.close()
+
+
 async def test_a_push_waits_for_as_many_servers_as_are_asked_for(attach: Attach) -> None:
     servers = two("breaks", "works", gone={FAR: ["is gone"]})
     trainer = attach(servers, **BOTH)
