@@ -233,7 +233,9 @@ async def test_a_row_that_is_no_number_costs_its_own_sequence_alone(spoilt: Any)
 async def test_a_server_of_another_kind_is_told_apart() -> None:
     server = Vllm()
     server.change = lambda answer: {"title": "Not found"}
-    with pytest.raises(PeerError, match=r"/v1/models answered with what is no list of models as of vLLM; see teacher_client\.protocol"):
+    with pytest.raises(
+        PeerError, match=r"/v1/models answered with what is no list of models as of vLLM; see teacher_client\.protocol"
+    ):
         await client(server).info()
 
 

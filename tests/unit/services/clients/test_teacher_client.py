@@ -159,7 +159,9 @@ def test_of_text_only_the_absence_of_rows_is_a_mismatch() -> None:
 @pytest.mark.parametrize("content", [b"", b"<html>", b'{"sequences": []}'])
 async def test_an_unreadable_answer_names_its_server(content: bytes) -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(200, content=content))
-    with pytest.raises(OutageError, match=r"http://a:1 answered with what is not scores: .* not a safetensors document"):
+    with pytest.raises(
+        OutageError, match=r"http://a:1 answered with what is not scores: .* not a safetensors document"
+    ):
         await TeacherClient([A], transport=transport, outage_s=0.0).score(SEQUENCES, top_k=1)
 
 
@@ -395,7 +397,7 @@ async def test_a_replica_that_returns_is_used_again(clock: SimpleNamespace, capl
         calls[request.url.host] += 1
         if request.url.host == "a" and clock.now < 110:
             raise httpx.ReadTimeout("")
-        return scored(request)
+        return httpx.Response(200) if request.method == "GET" else scored(request)
 
     client = timed(handler, clock, A, B)
     for _ in range(50):
