@@ -161,7 +161,9 @@ class Replicas:
     def _eject(self, lease: Lease) -> float:
         """Leave a replica alone, each time for longer; returns for how long, seconds."""
         replica = lease.replica
-        seconds = min(_LONGEST_EJECTION_S, _FIRST_EJECTION_S * 2.0**replica.ejections) * self._jitter(0.75, 1.0)
+        seconds = min(_LONGEST_EJECTION_S, _FIRST_EJECTION_S * 2.0 ** min(replica.ejections, 16)) * self._jitter(
+            0.75, 1.0
+        )
         now = self._clock()
         if not replica.ejections:
             replica.ejected_at = now

@@ -15,7 +15,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     really_sleep = asyncio.sleep
 
     async def sleep(delay: float) -> None:
-        fake.now += delay
+        fake.now += max(delay, 1e-6)  # a rest below its resolution would be waited for again and again
         fake.waits.append(delay)
         await really_sleep(0)
 

@@ -127,6 +127,13 @@ def test_one_whose_requests_time_out_is_spared_for_longer_while_another_one_is_i
         assert lease.url == A and not lease.is_trial
 
 
+def test_one_may_be_away_for_many_hours(clock: Clock) -> None:
+    replicas = three(clock, A)
+    fail(replicas, A, 1100)
+    clock.now += 60
+    assert replicas.has_untried(())
+
+
 def test_the_time_out_is_jittered_downwards() -> None:
     clock = Clock()
     replicas = Replicas([A, B], clock=clock, jitter=lambda low, high: low)
