@@ -52,8 +52,9 @@ async def test_a_push_is_these_stages_over_one_connection_with_one_canary_sample
 
 async def test_a_push_and_its_canary_are_timed(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = attach(Servers())
+    snapshot = await trainer.snapshot(0)
     monkeypatch.setattr(weight_sync, "time", SimpleNamespace(monotonic=iter([10.0, 12.5, 13.0]).__next__))
-    metrics = await trainer.push(0)
+    metrics = await trainer.sync.publish(snapshot)
     assert (metrics["push_s"], metrics["canary_s"]) == (2.5, 0.5)
 
 
