@@ -182,6 +182,7 @@ def test_a_run_that_is_killed_while_it_writes_its_first_checkpoint_begins_again(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_at_any_write_goes_on(runs: Runs) -> None:
     kill_and_go_on(runs, 10_000)
 
