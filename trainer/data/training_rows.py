@@ -43,10 +43,13 @@ class TrainingPrompts:
 
     def fingerprints(self) -> list[list[str]]:
         """Of each source its name and which rows it has, see trainer/data/fingerprints.py."""
-        found = [fingerprint_of_prompts(part) for part in self.parts]
-        if self.is_stream:
-            found[0] = A_STREAM
-        return [list(pair) for pair in zip(self.names, found, strict=True)]
+        return [
+            [name, A_STREAM if self._is_stream(index) else fingerprint_of_prompts(part)]
+            for index, (name, part) in enumerate(zip(self.names, self.parts, strict=True))
+        ]
+
+    def _is_stream(self, index: int) -> bool:
+        return self.is_stream and index == 0
 
     def __len__(self) -> int:
         """Rows of an epoch: those of all sources, once.
@@ -69,7 +72,7 @@ class TrainingPrompts:
         streams: list[RowStream[Prompt]] = [
             IteratedStream(part.from_position)
             if isinstance(part, StreamedPrompts)
-            else RowStream(part, seed=seed, shuffle=shuffle and not (self.is_stream and index == 0))
+            else RowStream(part, seed=seed, shuffle=shuffle and not self._is_stream(index))
             for index, part in enumerate(self.parts)
         ]
         return streams[0] if len(streams) == 1 else MixedStream(streams, self.weights)
