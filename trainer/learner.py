@@ -416,8 +416,7 @@ class Learner:
             ConfigError: the user's optimizer or schedule has a state that cannot be kept.
         """
         generators, skipped_in_a_row = self._after_step
-        parts = (self.student, self.optimizer, self.schedule, self.ranks)
-        state = learner_state.capture(*parts, generators, self._num_steps)
+        state = learner_state.capture(self.student, self.optimizer, self.schedule, self.ranks, generators)
         state.values["skipped_in_a_row"] = skipped_in_a_row
         return Captured(self._gathered(copies=True), state)
 
@@ -453,7 +452,7 @@ class Learner:
         """
         files, values, step = checkpoint.rank_files(), checkpoint.state["learner"], checkpoint.step
         parts = (self.student, self.optimizer, self.schedule, self.ranks)
-        learner_state.restore(*parts, files, values, self._num_steps)
+        learner_state.restore(*parts, files, values, is_longer=self._num_steps != checkpoint.state["num_steps"])
         learner_state.restore_generators(self.ranks, files, checkpoint.num_ranks, self.config.seed, step)
         self._skipped_in_a_row = values["skipped_in_a_row"]
         self.finished_step = step

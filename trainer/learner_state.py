@@ -51,13 +51,11 @@ def capture(
     schedule: LRScheduler,
     ranks: Ranks,
     generators: dict[str, Tensor],
-    num_steps: int,
 ) -> RankState:
     """A copy of all of it; a step may follow at once.
 
     Args:
         generators: of `generators`, after the last finished step.
-        num_steps: of the run.
 
     Raises:
         ConfigError: of the optimizer or the schedule a checkpoint cannot hold everything; says what.
@@ -70,8 +68,7 @@ def capture(
             blocks[name] = block_of(held)
     for name, state in generators.items():
         tensors[name], blocks[name] = state, Block.all_of(tuple(state.shape))
-    values = describe(student, optimizer, schedule) | {"num_steps": num_steps}
-    return RankState(tensors, blocks, values)
+    return RankState(tensors, blocks, describe(student, optimizer, schedule))
 
 
 def describe(student: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
@@ -117,13 +114,14 @@ def restore(
     ranks: Ranks,
     files: RankFiles,
     values: dict[str, Any],
-    num_steps: int,
+    *,
+    is_longer: bool,
 ) -> None:
     """Inverse of `capture`, on any number of ranks.
 
     Args:
         schedule: as it begins.
-        num_steps: of the run that goes on. With another number than before, the schedule is let through the steps that are done.
+        is_longer: the run has another number of steps than before: the schedule is let through those that are done.
 
     Raises:
         StartupError: it is of another student or optimizer; names the first difference.
@@ -141,7 +139,7 @@ def restore(
                 restored[key] = _read(files, f"optimizer/{name}/{key}", parameters[name], entry)
         optimizer.state[parameters[name]] = restored
     before = from_json(values["schedule"])
-    if num_steps == values["num_steps"]:
+    if not is_longer:
         schedule.load_state_dict(before)
         return
     for group, rate in zip(optimizer.param_groups, first_rates, strict=True):

@@ -19,13 +19,13 @@ class _Learner(BaseModel):
     optimizer: str
     groups: list[dict[str, Any]]
     state: dict[str, dict[str, dict[str, Any]]]
-    num_steps: PositiveInt
     schedule: Annotated[dict[str, Any], BeforeValidator(from_json)]
 
 
 class SavedState(BaseModel):
     run: str
     attempt: PositiveInt
+    num_steps: PositiveInt
     rows: list[tuple[str, str]]
     tokenizer: str
     base: str | None

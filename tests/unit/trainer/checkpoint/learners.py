@@ -31,13 +31,13 @@ def learner_of(
     return learner
 
 
-def written(captured: Captured, config: RunConfig, model: Any, path: Path) -> Checkpoint:
+def written(captured: Captured, config: RunConfig, model: Any, path: Path, num_steps: int = NUM_STEPS) -> Checkpoint:
     """A complete checkpoint, read again."""
     beside = begin(path)
     SavedStudents(config.output, model, build_tokenizer()).write_into(beside, captured.student)
     write_part(beside, 0, captured.state.tensors, captured.state.blocks)
-    step, values = captured.student.step, captured.state.values
-    complete(path, 1, {"step": step, "config": config.model_dump(mode="json"), "learner": values})
+    state = {"step": captured.student.step, "num_steps": num_steps, "learner": captured.state.values}
+    complete(path, 1, {**state, "config": config.model_dump(mode="json")})
     return open_checkpoint(path)
 
 

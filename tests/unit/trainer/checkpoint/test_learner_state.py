@@ -162,7 +162,7 @@ def test_a_run_that_is_made_longer_has_the_rates_of_the_longer_one(
 
     short = learner_of(config, optimizers, num_steps=4)
     rates(short, 3)
-    checkpoint = written(short.capture(tmp_path), config, short.student.model, tmp_path / "step-3")
+    checkpoint = written(short.capture(tmp_path), config, short.student.model, tmp_path / "step-3", num_steps=4)
     expected = rates(learner_of(config, optimizers, num_steps=8), 8)[3:]
     np.testing.assert_allclose(rates(learner_of(config, optimizers, checkpoint, num_steps=8), 5), expected, rtol=1e-12)
     assert (rates(short, 1)[0] == expected[0]) == (schedule is of_no_length)
@@ -222,4 +222,4 @@ def test_the_state_of_another_optimizer_or_student_is_refused(tiny_model_folder:
     values = json.loads(json.dumps(captured.state.values))
     values["state"]["model.lm_head.weight"]["absent"] = {"like": "parameter", "device": "parameter"}
     with pytest.raises(StartupError, match=r"holds no optimizer/model\.lm_head\.weight/absent"):
-        learner_of(config).resume(replace(checkpoint, state={"learner": values}))
+        learner_of(config).resume(replace(checkpoint, state={**checkpoint.state, "learner": values}))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from services.config import RunConfig
 from services.config.output_dir import complete_checkpoints, find_checkpoint
 from tests.models import save_model
-from tests.unit.trainer.checkpoint.learners import learner_of
+from tests.unit.trainer.checkpoint.learners import NUM_STEPS, learner_of
 from tests.unit.trainer.samples import BATCH, batch_of, sample
 from tests.unit.trainer.two_ranks import Leading, run_pair
 from trainer.checkpoint import folder
@@ -49,7 +49,7 @@ def steps(learner: Learner, config: RunConfig, first: int, last: int) -> None:
     for step in range(first, last + 1):
         learner.step(BATCHES[step - 1])
     checkpoints = Checkpoints(config.output, learner, students, lambda: None, finished_step=first - 1)
-    checkpoints.make(last, {"config": config.model_dump(mode="json")})
+    checkpoints.make(last, {"config": config.model_dump(mode="json"), "num_steps": NUM_STEPS})
     checkpoints.wait()
 
 

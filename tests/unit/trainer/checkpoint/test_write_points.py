@@ -15,6 +15,7 @@ from services.config import OutputConfig, RunConfig
 from services.config.output_dir import complete_checkpoints
 from services.errors import ConfigError, OutputError, PeerError
 from tests.small_disk import small_disk_at
+from tests.unit.trainer.checkpoint import learners
 from tests.unit.trainer.checkpoint.learners import all_state, assert_same, learner_of
 from tests.unit.trainer.checkpoint.resumed_runs import NUM_STEPS, Runs, ending
 from tests.unit.trainer.checkpoint.write_points import DONE, REFUSED, count_points, full_from, in_child, killed_at
@@ -49,7 +50,7 @@ def writer(learner: Learner, into: Path, finished_step: int = 0) -> Checkpoints:
 
 
 def write(checkpoints: Checkpoints, step: int) -> None:
-    checkpoints.make(step, {"config": {}})
+    checkpoints.make(step, {"config": {}, "num_steps": learners.NUM_STEPS})
     checkpoints.wait()
 
 
